@@ -1,0 +1,137 @@
+"""What a Hugging Face checkpoint directory holds, read from headers alone: config, tensor names, shapes, places."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_moe2dense.common.errors import UserError, did_you_mean
+from megatron_moe2dense.common.outputs import read_json
+
+DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
+DTYPE_BYTES["BOOL"] = 1
+_SAMPLES, _SAMPLE_BYTES = 64, 1024
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor: its file, dtype (safetensors code), shape, and place in the file in bytes."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointIndex:
+    """A checkpoint directory: `config` (config.json) and `tensors` by name."""
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo] = field(repr=False)
+
+    @classmethod
+    def open(cls, directory: str | Path) -> CheckpointIndex:
+        """Read config.json and every safetensors header.
+
+        Raises:
+            UserError: missing or broken config, no weights, a truncated or damaged file, a shard that is missing.
+        """
+        directory = Path(directory)
+        config = read_json(directory / "config.json", "a Hugging Face checkpoint directory with a config.json")
+        tensors: dict[str, TensorInfo] = {}
+        for file in _weight_files(directory):
+            tensors.update(read_header(file))
+        return cls(directory, config, tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def require(self, names: Iterable[str]) -> None:
+        """UserError naming the first absent tensor, and how many are absent."""
+        missing = [name for name in names if name not in self.tensors]
+        if missing:
+            raise UserError(
+                f"{self.directory}: no tensor {missing[0]!r} ({len(missing)} missing); {did_you_mean(missing[0], self.tensors)}",
+                "every tensor that config.json calls for",
+                "download the checkpoint again, or check that config.json belongs to it",
+            )
+
+    def require_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """UserError when tensor `name` is absent or of another shape than config.json implies."""
+        self.require([name])
+        if self.tensors[name].shape != shape:
+            raise UserError(
+                f"{self.directory}: {name} is {list(self.tensors[name].shape)}",
+                f"{list(shape)} by config.json",
+                "check that config.json and the weights are of the same model",
+            )
+
+    def fingerprint(self) -> str:
+        """A hash of config.json, all headers and 64 samples of 1 KiB of every file: cheap on 60 GB, tells weights apart."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file in sorted({info.file for info in self.tensors.values()}):
+            size = file.stat().st_size
+            with file.open("rb") as handle:
+                (length,) = struct.unpack("<Q", handle.read(8))
+                digest.update(handle.read(length))
+                for i in range(_SAMPLES):
+                    handle.seek(8 + length + (size - 8 - length) * i // _SAMPLES)
+                    digest.update(handle.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = set(read_json(index, "a safetensors index")["weight_map"].values())
+        absent = sorted(name for name in names if not (directory / name).exists())
+        if absent:
+            raise UserError(f"{directory}: {len(absent)} of {len(names)} shards absent, first {absent[0]}", "all shards", "download them")
+        return [directory / name for name in sorted(names)]
+    single = directory / "model.safetensors"
+    if not single.exists():
+        raise UserError(
+            f"{directory} has no model.safetensors and no model.safetensors.index.json",
+            "a checkpoint in safetensors format",
+            "check the path; convert .bin checkpoints with transformers' save_pretrained",
+        )
+    return [single]
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file; UserError when the file is cut short or is no safetensors file."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        head = handle.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 0 < length <= size - 8:
+            raise _damaged(file, f"{size} bytes, header of {length} bytes")
+        try:
+            header = json.loads(handle.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            raise _damaged(file, "a header that is no JSON") from None
+    header.pop("__metadata__", None)
+    infos = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        infos[name] = TensorInfo(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+    needed = max((info.start + info.nbytes for info in infos.values()), default=8 + length)
+    if needed != size:
+        raise _damaged(file, f"{size} bytes")
+    return infos
+
+
+def _damaged(file: Path, found: str) -> UserError:
+    expected = "a complete safetensors file, as long as its header says"
+    return UserError(f"{file}: {found}", expected, "the file is truncated or damaged: download it again")

@@ -1,0 +1,165 @@
+"""The command line: `moe2dense COMMAND [CONFIG.yaml] [key.path=value ...]`. Commands are imported when they run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import megatron_moe2dense
+from megatron_moe2dense.common.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: where its config class, its `run(config)` and its `dry_run(config)` live, and its help line.
+
+    `run` does the work; `dry_run` returns the facts that `--dry-run` prints. `positional` names the key that a bare
+    argument sets instead of naming a YAML file; `flags` are keys that also exist as `--key [value]`.
+    """
+
+    config: str
+    run: str
+    dry_run: str
+    help: str
+    positional: str | None = None
+    flags: tuple[str, ...] = ()
+
+
+def _command(module: str, config: str, help_line: str, **options: Any) -> Command:
+    package = module.rpartition(".")[0]
+    return Command(f"{package}.config:{config}", f"{module}:run", f"{module}:dry_run", help_line, **options)
+
+
+COMMANDS = {
+    "inspect": _command(
+        "surgery.inspect", "InspectConfig", "family, sizes and dense shape of a checkpoint", positional="source", flags=("keep", "json")
+    ),
+    "data": _command("tokens.prepare", "DataConfig", "text files to Megatron .bin/.idx token files"),
+    "calibrate": _command("surgery.calibrate", "CalibrateConfig", "expert statistics of a MoE on calibration text"),
+    "score": _command("surgery.score", "ScoreConfig", "rank experts from statistics"),
+    "convert": _command("surgery.convert", "ConvertConfig", "MoE checkpoint and statistics to a dense checkpoint"),
+    "distill": _command("trainer.distill", "DistillConfig", "train the dense student on the teacher's logits (Megatron-Core)"),
+    "export": _command("trainer.export", "ExportConfig", "trainer checkpoint to a Hugging Face checkpoint"),
+    "eval": _command("evals.evaluate", "EvalConfig", "perplexity and KL to the teacher of checkpoints"),
+    "plot": _command("plots.plot", "PlotConfig", "figures from statistics, metrics and records"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point. Exit 0 done, 2 a UserError (one message on stderr), 1 a bug (traceback)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(argv)
+    except UserError as error:
+        if "--traceback" in argv:
+            traceback.print_exc()
+        print(f"moe2dense: error\n{error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our stdout (`| head`) has gone
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def _dispatch(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    if argv[0] == "--version":
+        print(megatron_moe2dense.__version__)
+        return
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        hint = did_you_mean(name, COMMANDS) or "see `moe2dense --help`"
+        raise UserError(f"command {name!r}", f"one of {', '.join(COMMANDS)}", hint)
+    _run(name, COMMANDS[name], rest)
+
+
+def _run(name: str, command: Command, argv: list[str]) -> None:
+    from megatron_moe2dense.common import config as configs
+    from megatron_moe2dense.common.log import start_logging
+
+    if "-h" in argv or "--help" in argv:
+        print(_command_help(name, command))
+        return
+    options, path, overrides = _parse(name, command, argv)
+    start_logging()
+    config = configs.load(_load(command.config), path, overrides)
+    if options.print_config:
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+    elif options.dry_run:
+        facts = _load(command.dry_run)(config)
+        print(json.dumps({"config": config.model_dump(mode="json"), **facts}, indent=2))
+    else:
+        _load(command.run)(config)
+
+
+def _parse(name: str, command: Command, argv: list[str]) -> tuple[argparse.Namespace, Path | None, list[str]]:
+    parser = argparse.ArgumentParser(prog=f"moe2dense {name}", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("arguments", nargs="*")
+    for flag in ("--dry-run", "--print-config", "--traceback"):
+        parser.add_argument(flag, action="store_true")
+    for flag in command.flags:
+        parser.add_argument(f"--{flag}", nargs="?", const="true")
+    try:
+        options, unknown = parser.parse_known_intermixed_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error), f"the options of `moe2dense {name}`", f"see `moe2dense {name} --help`") from None
+    if unknown:
+        hint = did_you_mean(unknown[0], parser._option_string_actions) or f"see `moe2dense {name} --help`"
+        raise UserError(f"option {unknown[0]!r}", f"an option of `moe2dense {name}`", hint)
+    bare = [item for item in options.arguments if "=" not in item]
+    overrides = [item for item in options.arguments if "=" in item]
+    overrides += [f"{flag}={getattr(options, flag)}" for flag in command.flags if getattr(options, flag) is not None]
+    if len(bare) > 1:
+        raise UserError(f"arguments {bare}", "at most one argument without `=`", "write settings as key.path=value")
+    if bare and command.positional and not bare[0].endswith((".yaml", ".yml")):
+        return options, None, [f"{command.positional}={bare[0]}", *overrides]
+    return options, Path(bare[0]) if bare else None, overrides
+
+
+def _load(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(f"megatron_moe2dense.{module}"), name)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "moe2dense COMMAND [CONFIG.yaml] [key.path=value ...] [--dry-run] [--print-config] [--traceback]",
+            "",
+            "Turn a trained Mixture-of-Experts language model into a dense one.",
+            "",
+            *lines,
+            "",
+            "`moe2dense COMMAND --help` shows every key with type, default and unit.",
+        ]
+    )
+
+
+def _command_help(name: str, command: Command) -> str:
+    from megatron_moe2dense.common import config as configs
+    from megatron_moe2dense.common.table import render
+
+    rows = list(configs.describe_keys(_load(command.config)))
+    usage = f"[{command.positional.upper()}] " if command.positional else "[CONFIG.yaml] "
+    flags = "".join(f"[--{flag}] " for flag in command.flags)
+    return "\n".join(
+        [
+            f"moe2dense {name} {usage}{flags}[key.path=value ...] [--dry-run] [--print-config] [--traceback]",
+            "",
+            command.help,
+            "",
+            render(["key", "type", "default", "meaning"], rows),
+        ]
+    )

@@ -1,0 +1,1 @@
+"""What every part shares: errors, configs, registries, output directories, records, logging. No torch."""

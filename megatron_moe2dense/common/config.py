@@ -1,0 +1,190 @@
+"""Strict configs: a YAML file plus `key.path=value` overrides become one frozen pydantic object, or one UserError
+that lists every problem with its path, what was found and what was probably meant."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from megatron_moe2dense.common.errors import UserError, did_you_mean
+
+
+class Config(BaseModel):
+    """Base of all config blocks: frozen, strict types, unknown keys are errors; holds YAML types only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def key(default: Any, description: str, unit: str = "", **constraints: Any) -> Any:
+    """A documented config field. `default=...` makes it required; `unit` is shown by `--help`."""
+    return Field(default, description=description, json_schema_extra={"unit": unit}, **constraints)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats (`1e-4` is a number) and no duplicate keys, on top of PyYAML's safe loader."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            name = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", key_node.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+# PyYAML follows YAML 1.1, where 1e-4 is a string (https://github.com/yaml/pyyaml/issues/173).
+# Appended after the integer resolver, so 12 stays an integer.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML text to Python objects; UserError with line and column where it is no YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: {error}", "a YAML document", "mend the line named above") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; UserError when it is missing, unreadable or no mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}", "a readable YAML file", "check the path of the config") from None
+    data = parse_yaml(text, str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a {type(data).__name__}", "a mapping of keys", "write `key: value` lines")
+    return data
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `data` with `a.b=value` strings set (values are YAML; the later one wins)."""
+    result = _copy(data)
+    for item in overrides:
+        path, equals, text = item.partition("=")
+        if not equals or not path:
+            raise UserError(f"argument {item!r}", "key.path=value", "write e.g. train.steps=100")
+        block = result
+        *parents, last = path.split(".")
+        for parent in parents:
+            if not isinstance(block.get(parent), dict):
+                block[parent] = {}
+            block = block[parent]
+        block[last] = parse_yaml(text, f"argument {item!r}")
+    return result
+
+
+def _copy(data: Any) -> Any:
+    return {name: _copy(value) for name, value in data.items()} if isinstance(data, dict) else data
+
+
+def build(cls: type[C], data: dict[str, Any], where: str) -> C:
+    """Validate `data` as a `cls`; one UserError lists all problems."""
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        problems = list(_problems(cls, error))
+        raise UserError(
+            f"{len(problems)} problem{'s' * (len(problems) > 1)} in {where}\n" + "\n".join(f"  - {line}" for line in problems),
+            f"the keys of {cls.__name__}, each with a value of its type",
+            "mend each line above; `--help` of the command lists every key with type, default and unit",
+        ) from None
+
+
+def load(cls: type[C], path: Path | None, overrides: Sequence[str]) -> C:
+    """YAML file (may be None) and overrides to a validated `cls`."""
+    data = apply_overrides(read_yaml(path) if path else {}, overrides)
+    return build(cls, data, str(path) if path else "the command line")
+
+
+def _problems(cls: type[Config], error: ValidationError, prefix: str = "") -> Iterator[str]:
+    for item in error.errors():
+        inner = item.get("ctx", {}).get("error")
+        path = prefix + ".".join(str(part) for part in item["loc"])
+        if isinstance(inner, ValidationError):  # a method block that did not validate inside a registry
+            yield from _problems(cls, inner, path + ".")
+        elif item["type"] == "extra_forbidden":
+            known = _known_keys(cls, item["loc"][:-1])
+            hint = did_you_mean(str(item["loc"][-1]), known) or (f"known: {', '.join(known)}" if known else "")
+            yield f"{path}: unknown key (found {_short(item['input'])}); {hint}".rstrip("; ")
+        elif item["type"] == "missing":
+            yield f"{path}: required, but missing"
+        else:
+            yield f"{path or 'config'}: {item['msg'].removeprefix('Value error, ')} (found {_short(item['input'])})"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _known_keys(cls: type[BaseModel], loc: Sequence[Any]) -> list[str]:
+    for part in loc:
+        field = cls.model_fields.get(str(part))
+        block = field and block_type(field.annotation)
+        if block:
+            cls = block
+    return list(cls.model_fields)
+
+
+def block_type(annotation: Any) -> type[Config] | None:
+    """The Config class inside an annotation such as `Block | None`, or None."""
+    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    for option in options:
+        if isinstance(option, type) and issubclass(option, Config):
+            return option
+    return None
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def describe_keys(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Rows (key path, type, default, description with unit) for `--help`, nested blocks flattened."""
+    for name, field in cls.model_fields.items():
+        block = block_type(field.annotation)
+        if block and block.model_fields:
+            yield f"{prefix}{name}", "block", _default(field, block), _described(field)
+            yield from describe_keys(block, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _type_name(field.annotation), _default(field, block), _described(field)
+
+
+def _default(field: FieldInfo, block: type[Config] | None) -> str:
+    if field.is_required():
+        return "required"
+    if block:
+        return "" if field.default is not None else "null"
+    return yaml.safe_dump(field.get_default(call_default_factory=True), default_flow_style=True).split("\n")[0]
+
+
+def _described(field: FieldInfo) -> str:
+    extra = field.json_schema_extra
+    unit = extra.get("unit") if isinstance(extra, dict) else ""
+    return (field.description or "") + (f" [{unit}]" if unit else "")
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Literal:
+        return "|".join(str(value) for value in typing.get_args(annotation))
+    if _is_union(annotation):
+        return "|".join(_type_name(option) for option in typing.get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    return getattr(annotation, "__name__", str(annotation)) if not typing.get_origin(annotation) else str(annotation)

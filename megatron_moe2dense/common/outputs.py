@@ -1,0 +1,176 @@
+"""Atomic outputs: files and directories are written beside their place as `<name>.tmp` and renamed when complete.
+Each directory holds `moe2dense.json`: status, stage, resolved config, its hash, source fingerprint, versions."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import megatron_moe2dense
+from megatron_moe2dense.common.errors import UserError
+
+MANIFEST = "moe2dense.json"
+Status = Literal["unfinished", "finished"]
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """A short hash of a resolved config; `overwrite` says nothing about the content and is left out."""
+    content = {name: value for name, value in config.items() if name != "overwrite"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Package, Python and library versions that can change a result; libraries that are absent are left out."""
+    found = {"megatron_moe2dense": megatron_moe2dense.__version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "megatron-core", "transformer-engine", "safetensors", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def commit() -> str | None:
+    """The git commit of this package's checkout, or None outside one."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    result = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically (temporary file in the same folder, fsync, rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    with disk_errors(path):
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON atomically, readable and with a final newline."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, expected: str) -> Any:
+    """Parse a JSON file; UserError (saying what was `expected`) when it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: {error}", expected, "check the path, or make the file again") from None
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk while writing `path` into a UserError; partial files stay beside, never in place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        raise UserError(
+            f"{path}: {os.strerror(error.errno)}",
+            "a writable disk with room for the output",
+            "free space or choose another output; what was there before is untouched",
+        ) from error
+
+
+def write_manifest(directory: Path, status: Status, stage: str, config: dict[str, Any], **facts: Any) -> None:
+    """Write `moe2dense.json` into `directory`; `facts` are stage-specific (source fingerprint, progress, ...)."""
+    content = {
+        "status": status,
+        "stage": stage,
+        "config": config,
+        "config_hash": config_hash(config),
+        **facts,
+        "versions": versions(),
+        "commit": commit(),
+    }
+    write_json(directory / MANIFEST, content)
+
+
+def read_manifest(directory: Path, stage: str) -> dict[str, Any]:
+    """The manifest of a finished output of `stage`; UserError when there is none."""
+    content = read_json(directory / MANIFEST, f"the output directory of `moe2dense {stage}` with its {MANIFEST}")
+    if content.get("stage") != stage or content.get("status") != "finished":
+        raise UserError(
+            f"{directory} is {content.get('status')} output of `{content.get('stage')}`",
+            f"finished output of `moe2dense {stage}`",
+            f"point to the output of `{stage}`, or run it (again) to the end",
+        )
+    return content
+
+
+def claim(output: Path, working: Path, config: dict[str, Any], overwrite: bool) -> bool:
+    """Decide what happens to what is already there. Returns True when an unfinished run of the same config is resumed.
+
+    Args:
+        output: the final directory. working: where an unfinished run works (`<output>.tmp`, or `output` itself).
+
+    Raises:
+        UserError: a finished output, foreign files, or an unfinished run of another config is in the way.
+    """
+    found = _unfinished_hash(working)
+    if output.exists() and not overwrite and not (working == output and found is not None):
+        what = "is a finished output" if (output / MANIFEST).exists() else "exists"
+        raise UserError(f"{output} {what}", "a path that does not exist yet", "choose another output or add overwrite=true")
+    if found == config_hash(config):
+        return True
+    if found is not None and not overwrite:
+        raise UserError(
+            f"{working} is an unfinished run of another config ({found})",
+            f"an unfinished run of this config ({config_hash(config)}), or nothing",
+            "finish it with its own config, remove it, or add overwrite=true",
+        )
+    if working.exists():
+        shutil.rmtree(working)
+    return False
+
+
+def _unfinished_hash(working: Path) -> str | None:
+    if not (working / MANIFEST).exists():
+        return None
+    content = read_json(working / MANIFEST, "a manifest")
+    return content["config_hash"] if content.get("status") == "unfinished" else None
+
+
+@contextlib.contextmanager
+def output_directory(output: Path, stage: str, config: dict[str, Any], **facts: Any) -> Iterator[Path]:
+    """`with output_directory(...) as working:` - fill `working`; on success it becomes `output`, complete, in one rename.
+
+    `config["overwrite"]` allows replacing what is there. On failure the working directory stays for a resume.
+    `facts` go to the manifest.
+    """
+    overwrite = bool(config.get("overwrite", False))
+    working = output.with_name(output.name + ".tmp")
+    claim(output, working, config, overwrite)
+    with disk_errors(output):
+        working.mkdir(parents=True, exist_ok=True)
+        write_manifest(working, "unfinished", stage, config, **facts)
+        yield working
+        write_manifest(working, "finished", stage, config, **facts)
+        publish(working, output)
+
+
+def publish(working: Path, output: Path) -> None:
+    """Put a complete directory in its place; an old one is moved away first and deleted last."""
+    old = output.with_name(output.name + ".old.tmp")
+    if old.exists():
+        shutil.rmtree(old)
+    if output.exists():
+        output.rename(old)
+    working.rename(output)
+    if old.exists():
+        shutil.rmtree(old)

@@ -1,0 +1,42 @@
+"""Model families as data: one declarative instance each, read by surgery, trainer and evals alike. No torch.
+
+A `model_type` string stands nowhere else in the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_moe2dense.common.errors import UserError, did_you_mean
+from megatron_moe2dense.families.qwen3 import QWEN3
+from megatron_moe2dense.families.qwen3_moe import QWEN3_MOE
+from megatron_moe2dense.families.spec import Dims, ExpertTensors, FamilySpec, FfnTensors, MegatronRule, Router
+
+FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (QWEN3_MOE, QWEN3)}
+
+__all__ = ["FAMILIES", "Dims", "ExpertTensors", "FamilySpec", "FfnTensors", "MegatronRule", "Router", "family_of", "moe_family_of"]
+
+
+def family_of(config: Mapping[str, Any], where: str) -> FamilySpec:
+    """The family of a Hugging Face config; UserError when it is not supported.
+
+    Args:
+        config: the content of config.json. where: its path, for the message.
+    """
+    found = config.get("model_type")
+    if found not in FAMILIES:
+        hint = did_you_mean(str(found), FAMILIES)
+        raise UserError(
+            f"{where}: model_type {found!r}", f"one of {', '.join(FAMILIES)}", hint or "docs/adding.md says how to add a family"
+        )
+    return FAMILIES[str(found)]
+
+
+def moe_family_of(config: Mapping[str, Any], where: str) -> FamilySpec:
+    """As `family_of`, but a family without experts is a UserError too."""
+    spec = family_of(config, where)
+    if spec.experts is None:
+        moe = [name for name, other in FAMILIES.items() if other.experts is not None]
+        raise UserError(f"{where}: {spec.name} is a dense family", f"a MoE: {', '.join(moe)}", "point to the MoE checkpoint")
+    return spec

@@ -1,0 +1,92 @@
+"""Qwen3-MoE (Qwen3-30B-A3B and relatives): Qwen3 with softmax-routed experts, no shared expert."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megatron_moe2dense.families.qwen3 import QWEN3_FFN, QWEN3_TRUNK, qwen3_dims, qwen3_megatron_config
+from megatron_moe2dense.families.spec import Dims, ExpertTensors, FamilySpec, HfConfig, MegatronRule, Router
+
+_EXPERT = "model.layers.{layer}.mlp.experts.{expert}."
+_MEGATRON = "decoder.layers.{layer}.mlp."
+_ROUTER = "model.layers.{layer}.mlp.gate.weight"
+
+EXPERTS = ExpertTensors(
+    gate=_EXPERT + "gate_proj.weight",
+    up=_EXPERT + "up_proj.weight",
+    down=_EXPERT + "down_proj.weight",
+)
+
+# Keys of a Qwen3MoeConfig that mean nothing to a dense Qwen3Config.
+_MOE_KEYS = (
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_local_experts",
+    "output_router_logits",
+    "router_aux_loss_coef",
+)
+
+
+def _dims(config: HfConfig) -> Dims:
+    return dataclasses.replace(
+        qwen3_dims(config),
+        experts=config["num_experts"],
+        active=config["num_experts_per_tok"],
+        expert_width=config["moe_intermediate_size"],
+    )
+
+
+def _router(config: HfConfig) -> Router:
+    return Router(weight=_ROUTER, score="softmax", renormalize=bool(config.get("norm_topk_prob", False)))
+
+
+def _moe_layers(config: HfConfig) -> tuple[int, ...]:
+    step, dense = config.get("decoder_sparse_step", 1), set(config.get("mlp_only_layers") or ())
+    return tuple(i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0)
+
+
+def _dense_config(config: HfConfig, width: int) -> dict[str, Any]:
+    kept = {name: value for name, value in config.items() if name not in _MOE_KEYS}
+    return {**kept, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "intermediate_size": width}
+
+
+def _megatron_config(config: HfConfig) -> dict[str, Any]:
+    # Megatron applies the softmax after the top-k by default, which equals softmax, top-k, renormalise.
+    renormalize = bool(config.get("norm_topk_prob", False))
+    return {**qwen3_megatron_config(config), "moe_router_pre_softmax": not renormalize, "moe_router_score_function": "softmax"}
+
+
+QWEN3_MOE = FamilySpec(
+    name="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    dims=_dims,
+    ffn=QWEN3_FFN,
+    megatron=(
+        *QWEN3_TRUNK,
+        MegatronRule(_MEGATRON + "router.weight", (_ROUTER,)),
+        MegatronRule(
+            _MEGATRON + "experts.local_experts.{expert}.linear_fc1.weight",
+            (EXPERTS.gate, EXPERTS.up),
+            kind="gate_up",
+            split=0,
+            aliases=(_MEGATRON + "experts.linear_fc1.weight{expert}",),
+        ),
+        MegatronRule(
+            _MEGATRON + "experts.local_experts.{expert}.linear_fc2.weight",
+            (EXPERTS.down,),
+            split=1,
+            aliases=(_MEGATRON + "experts.linear_fc2.weight{expert}",),
+        ),
+    ),
+    megatron_config=_megatron_config,
+    moe_layers=_moe_layers,
+    router=_router,
+    experts=EXPERTS,
+    dense_target="qwen3",
+    dense_config=_dense_config,
+)

@@ -1,0 +1,28 @@
+"""Config blocks of the token files."""
+
+from __future__ import annotations
+
+from megatron_moe2dense.common.config import Config, key
+
+
+class TokensConfig(Config):
+    """Windows of a token stream, for calibration and evaluation: consecutive, not overlapping, each its own sequence."""
+
+    path: str = key(..., "prefix of the .bin/.idx files")
+    sequence_length: int = key(2048, "length of one window", "tokens", gt=1)
+    sequences: int | None = key(512, "how many windows, drawn by `seed` when there are more; null: all", "windows", gt=0)
+    seed: int = key(0, "seed of the draw")
+
+
+class DataConfig(Config):
+    """`moe2dense data`."""
+
+    source: str | list[str] = key(..., "txt, jsonl or parquet files, or a folder of them")
+    tokenizer: str = key(..., "HF directory, tokenizer.json or sentencepiece .model")
+    output: str = key(..., "prefix of the files to write")
+    text_key: str = key("text", "field of jsonl and parquet rows that holds the text")
+    append_eod: bool = key(True, "end every document with the end-of-document token")
+    workers: int = key(1, "processes that tokenise", gt=0)
+    validation_fraction: float = key(0.0, "share of documents that goes to <output>_validation", "fraction", ge=0, lt=1)
+    seed: int = key(0, "seed of the choice of validation documents")
+    overwrite: bool = key(False, "replace existing output")

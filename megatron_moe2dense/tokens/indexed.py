@@ -1,0 +1,109 @@
+"""Megatron's indexed token files (`<prefix>.bin`, `<prefix>.idx`, format MMIDIDX version 1): open, write, cut into windows.
+
+Byte-identical to megatron.core.datasets.indexed_dataset (a test holds it), but needs numpy alone, so that surgery and
+evaluation run without Megatron-Core.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.log import logger
+from megatron_moe2dense.common.outputs import disk_errors
+from megatron_moe2dense.tokens.config import TokensConfig
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+_HEADER = struct.Struct("<9sQBQQ")
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """An opened pair of files. tokens: the whole stream, memory-mapped, 1-D. document_ends: end offset of each document."""
+
+    prefix: str
+    tokens: np.ndarray
+    document_ends: np.ndarray
+
+    @classmethod
+    def open(cls, prefix: str) -> TokenFile:
+        """Map the files of `prefix`; UserError when they are missing, damaged or do not fit together."""
+        index, data = Path(prefix + ".idx"), Path(prefix + ".bin")
+        for path in (index, data):
+            if not path.exists():
+                raise UserError(f"no file {path}", "a token file pair <prefix>.bin/.idx", "make it with `moe2dense data`")
+        raw = index.read_bytes()
+        if len(raw) < _HEADER.size or raw[:9] != _MAGIC:
+            raise UserError(f"{index} is no Megatron index", "MMIDIDX version 1", "make it again with `moe2dense data`")
+        _, version, code, sequences, documents = _HEADER.unpack_from(raw)
+        if version != 1 or code not in _DTYPES or len(raw) < _HEADER.size + 12 * sequences + 8 * documents:
+            raise UserError(f"{index}: version {version}, {len(raw)} bytes", "a complete MMIDIDX version 1", "make it again")
+        lengths = np.frombuffer(raw, np.int32, sequences, _HEADER.size).astype(np.int64)
+        borders = np.frombuffer(raw, np.int64, documents, _HEADER.size + 12 * sequences)
+        ends = np.concatenate([[0], np.cumsum(lengths)])[borders[1:]]
+        dtype, total = np.dtype(_DTYPES[code]), int(lengths.sum())
+        if data.stat().st_size != total * dtype.itemsize:
+            raise UserError(f"{data}: {data.stat().st_size} bytes", f"{total * dtype.itemsize} by its .idx", "make the pair again")
+        tokens = np.memmap(data, dtype, "r") if total else np.empty(0, dtype)
+        return cls(prefix, tokens, ends)
+
+
+def write_token_file(prefix: str, documents: Iterable[np.ndarray], vocab_size: int) -> tuple[int, int]:
+    """Write documents (1-D integer arrays) as `<prefix>.bin/.idx`, streamed and atomic. Returns (documents, tokens).
+
+    The token type is the one Megatron chooses: uint16 below 65,500 entries, else int32.
+    """
+    dtype, code = (np.dtype(np.uint16), 8) if vocab_size < 65_500 else (np.dtype(np.int32), 4)
+    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+    data, index = Path(prefix + ".bin.tmp"), Path(prefix + ".idx.tmp")
+    lengths: list[int] = []
+    with disk_errors(Path(prefix + ".bin")):
+        with data.open("wb") as file:
+            for document in documents:
+                file.write(np.ascontiguousarray(document, dtype).tobytes())
+                lengths.append(len(document))
+        sizes = np.asarray(lengths, np.int32)
+        starts = np.concatenate([[0], np.cumsum(sizes.astype(np.int64) * dtype.itemsize)])[:-1].astype(np.int64)
+        with index.open("wb") as file:
+            file.write(_HEADER.pack(_MAGIC, 1, code, len(sizes), len(sizes) + 1))
+            file.write(sizes.tobytes() + starts.tobytes() + np.arange(len(sizes) + 1, dtype=np.int64).tobytes())
+        os.replace(data, prefix + ".bin")
+        os.replace(index, prefix + ".idx")
+    return len(lengths), int(sizes.sum())
+
+
+def windows(config: TokensConfig, vocab_size: int) -> np.ndarray:
+    """The windows of a token stream, int64 [sequences, sequence_length].
+
+    Consecutive and non-overlapping from the first token on; a last, shorter one is dropped and said; `sequences` of them,
+    drawn by `seed` and kept in stream order when there are more. No token is added, none is skipped.
+
+    Raises:
+        UserError: fewer tokens than one window, or a token outside the model's vocabulary (another tokenizer).
+    """
+    stream, length = TokenFile.open(config.path).tokens, config.sequence_length
+    count, rest = divmod(len(stream), length)
+    if count == 0:
+        raise UserError(f"{config.path}: {len(stream)} tokens", f"at least sequence_length={length}", "use more text or shorter windows")
+    if rest:
+        logger.info("%s: the last %d tokens fill no window of %d and are left out", config.path, rest, length)
+    chosen = np.arange(count)
+    if config.sequences is not None and count > config.sequences:
+        chosen = np.sort(np.random.default_rng(config.seed).choice(count, config.sequences, replace=False))
+    elif config.sequences is not None and count < config.sequences:
+        logger.info("%s: %d windows of %d tokens, fewer than the %d asked for", config.path, count, length, config.sequences)
+    result = stream[: count * length].reshape(count, length)[chosen].astype(np.int64)
+    if result.max() >= vocab_size:
+        raise UserError(
+            f"{config.path}: token {result.max()}",
+            f"tokens below the model's vocabulary of {vocab_size}",
+            "tokenise the text with the model's own tokenizer (`moe2dense data`)",
+        )
+    return result

@@ -1,0 +1,46 @@
+"""Packaging: metadata, extras and the console script. pyproject.toml holds the build system and tool settings only."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1] for line in (HERE / "megatron_moe2dense/__init__.py").read_text().splitlines() if line.startswith("__version__")
+)
+
+EXTRAS = {
+    # transformer-engine and NVIDIA Apex are no pip requirements: see docker/README.md for GPU machines.
+    "train": ["megatron-core==0.16.1", "psutil", "einops", "tensorboard"],
+    "eval": ["lm-eval==0.4.13", "datasets==5.2.0"],
+    "plot": ["matplotlib>=3.8"],
+    "wandb": ["wandb==0.31.0"],
+    "dev": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff==0.17.6", "pyright[nodejs]==1.1.414", "pre-commit"],
+}
+EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
+
+setup(
+    name="megatron_moe2dense",
+    version=VERSION,
+    description="Turn a trained Mixture-of-Experts language model into a standard dense one: surgery and Megatron-Core distillation",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_moe2dense", "megatron_moe2dense.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "transformers==5.23.0",
+        "tokenizers==0.23.3",
+        "safetensors==0.8.0",
+        "sentencepiece==0.2.3",
+        "pydantic>=2.8,<3",
+        "PyYAML>=6",
+        "numpy>=1.26",
+        "scipy>=1.11",
+        "tqdm>=4.66",
+        "pyarrow>=15",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["moe2dense=megatron_moe2dense.cli:main"]},
+)
