@@ -6,7 +6,6 @@ evaluation run without Megatron-Core.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -74,8 +73,8 @@ def write_token_file(prefix: str, documents: Iterable[np.ndarray], vocab_size: i
         with index.open("wb") as file:
             file.write(_HEADER.pack(_MAGIC, 1, code, len(sizes), len(sizes) + 1))
             file.write(sizes.tobytes() + starts.tobytes() + np.arange(len(sizes) + 1, dtype=np.int64).tobytes())
-        os.replace(data, prefix + ".bin")
-        os.replace(index, prefix + ".idx")
+        data.replace(prefix + ".bin")
+        index.replace(prefix + ".idx")
     return len(lengths), int(sizes.sum())
 
 
