@@ -35,7 +35,8 @@ _MOE_KEYS = (
 def _dims(config: HfConfig) -> Dims:
     return dataclasses.replace(
         qwen3_dims(config),
-        experts=config["num_experts"],
+        # transformers 5 writes the count under its older second name.
+        experts=config["num_experts"] if "num_experts" in config else config["num_local_experts"],
         active=config["num_experts_per_tok"],
         expert_width=config["moe_intermediate_size"],
     )

@@ -1,0 +1,1 @@
+"""What tests share: tiny stock models and token files."""
