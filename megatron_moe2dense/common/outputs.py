@@ -32,7 +32,7 @@ def config_hash(config: dict[str, Any]) -> str:
 def versions() -> dict[str, str]:
     """Package, Python and library versions that can change a result; libraries that are absent are left out."""
     found = {"megatron_moe2dense": megatron_moe2dense.__version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "megatron-core", "transformer-engine", "safetensors", "numpy"):
+    for name in ("torch", "transformers", "tokenizers", "megatron-core", "transformer-engine", "safetensors", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
@@ -87,9 +87,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_manifest(directory: Path, status: Status, stage: str, config: dict[str, Any], **facts: Any) -> None:
-    """Write `moe2dense.json` into `directory`; `facts` are stage-specific (source fingerprint, progress, ...)."""
-    content = {
+def manifest(status: Status, stage: str, config: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    """What says how an output was made; `facts` are stage-specific (source fingerprint, progress, ...)."""
+    return {
         "status": status,
         "stage": stage,
         "config": config,
@@ -98,7 +98,11 @@ def write_manifest(directory: Path, status: Status, stage: str, config: dict[str
         "versions": versions(),
         "commit": commit(),
     }
-    write_json(directory / MANIFEST, content)
+
+
+def write_manifest(directory: Path, status: Status, stage: str, config: dict[str, Any], **facts: Any) -> None:
+    """Write `moe2dense.json` into `directory`."""
+    write_json(directory / MANIFEST, manifest(status, stage, config, **facts))
 
 
 def read_manifest(directory: Path, stage: str) -> dict[str, Any]:

@@ -85,3 +85,11 @@ class Registry(Generic[M]):
     def field(self) -> tuple[BeforeValidator, PlainSerializer]:
         """What makes a config field take this registry's blocks: `score: Annotated[Scorer, *scorers.field]`."""
         return BeforeValidator(self.build), PlainSerializer(self.dump)
+
+    @property
+    def optional_field(self) -> tuple[BeforeValidator, PlainSerializer]:
+        """As `field`, for a block that may be null: `group: Annotated[Grouper | None, *groupers.optional_field]`."""
+        return (
+            BeforeValidator(lambda block: None if block is None else self.build(block)),
+            PlainSerializer(lambda method: None if method is None else self.dump(method)),
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import model_validator
+
 from megatron_moe2dense.common.config import Config, key
 
 
@@ -17,12 +19,21 @@ class TokensConfig(Config):
 class DataConfig(Config):
     """`moe2dense data`."""
 
-    source: str | list[str] = key(..., "txt, jsonl or parquet files, or a folder of them")
+    source: str | list[str] = key(..., "txt (a document a file), jsonl or parquet (a document a row) files, or folders of them")
     tokenizer: str = key(..., "HF directory, tokenizer.json or sentencepiece .model")
     output: str = key(..., "prefix of the files to write")
     text_key: str = key("text", "field of jsonl and parquet rows that holds the text")
     append_eod: bool = key(True, "end every document with the end-of-document token")
+    eod_token: str | None = key(None, "end-of-document token; null: the tokenizer's end-of-sequence token")
     workers: int = key(1, "processes that tokenise", gt=0)
     validation_fraction: float = key(0.0, "share of documents that goes to <output>_validation", "fraction", ge=0, lt=1)
     seed: int = key(0, "seed of the choice of validation documents")
     overwrite: bool = key(False, "replace existing output")
+
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self) -> DataConfig:
+        if self.eod_token is not None and not self.append_eod:
+            raise ValueError("eod_token has no effect with append_eod=false; remove one of the two")
+        if self.seed and not self.validation_fraction:
+            raise ValueError("seed has no effect with validation_fraction=0; remove it, or set validation_fraction")
+        return self

@@ -6,6 +6,7 @@ evaluation run without Megatron-Core.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -54,28 +55,68 @@ class TokenFile:
         return cls(prefix, tokens, ends)
 
 
-def write_token_file(prefix: str, documents: Iterable[np.ndarray], vocab_size: int) -> tuple[int, int]:
-    """Write documents (1-D integer arrays) as `<prefix>.bin/.idx`, streamed and atomic. Returns (documents, tokens).
+class TokenFileWriter:
+    """Streams documents into `<prefix>.bin.tmp/.idx.tmp`; `publish` puts the complete pair in its place, `discard` removes it.
 
-    The token type is the one Megatron chooses: uint16 below 65,500 entries, else int32.
+    The token type is the one Megatron chooses: uint16 below 65,500 vocabulary entries, else int32.
     """
-    dtype, code = (np.dtype(np.uint16), 8) if vocab_size < 65_500 else (np.dtype(np.int32), 4)
-    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-    data, index = Path(prefix + ".bin.tmp"), Path(prefix + ".idx.tmp")
-    lengths: list[int] = []
-    with disk_errors(Path(prefix + ".bin")):
-        with data.open("wb") as file:
-            for document in documents:
-                file.write(np.ascontiguousarray(document, dtype).tobytes())
-                lengths.append(len(document))
-        sizes = np.asarray(lengths, np.int32)
-        starts = np.concatenate([[0], np.cumsum(sizes.astype(np.int64) * dtype.itemsize)])[:-1].astype(np.int64)
-        with index.open("wb") as file:
-            file.write(_HEADER.pack(_MAGIC, 1, code, len(sizes), len(sizes) + 1))
-            file.write(sizes.tobytes() + starts.tobytes() + np.arange(len(sizes) + 1, dtype=np.int64).tobytes())
-        data.replace(prefix + ".bin")
-        index.replace(prefix + ".idx")
-    return len(lengths), int(sizes.sum())
+
+    def __init__(self, prefix: str, vocab_size: int):
+        self.prefix = prefix
+        self.dtype, self._code = (np.dtype(np.uint16), 8) if vocab_size < 65_500 else (np.dtype(np.int32), 4)
+        self._data, self._index = Path(prefix + ".bin.tmp"), Path(prefix + ".idx.tmp")
+        self._lengths: list[int] = []
+        with disk_errors(self._data):
+            self._data.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._data.open("wb")
+
+    @property
+    def documents(self) -> int:
+        """Documents added so far."""
+        return len(self._lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens added so far."""
+        return sum(self._lengths)
+
+    def add(self, document: np.ndarray) -> None:
+        """Append one document, a 1-D integer array."""
+        with disk_errors(Path(self.prefix + ".bin")):
+            self._file.write(np.ascontiguousarray(document, self.dtype).tobytes())
+        self._lengths.append(len(document))
+
+    def publish(self) -> None:
+        """Write the index and rename both files into place."""
+        sizes = np.asarray(self._lengths, np.int32)
+        starts = np.concatenate([[0], np.cumsum(sizes.astype(np.int64) * self.dtype.itemsize)])[:-1].astype(np.int64)
+        with disk_errors(Path(self.prefix + ".idx")):
+            self._file.close()
+            with self._index.open("wb") as file:
+                file.write(_HEADER.pack(_MAGIC, 1, self._code, len(sizes), len(sizes) + 1))
+                file.write(sizes.tobytes() + starts.tobytes() + np.arange(len(sizes) + 1, dtype=np.int64).tobytes())
+            self._data.replace(self.prefix + ".bin")
+            self._index.replace(self.prefix + ".idx")
+
+    def discard(self) -> None:
+        """Remove the unfinished files."""
+        with contextlib.suppress(OSError):  # closing flushes, which a full disk refuses again
+            self._file.close()
+        self._data.unlink(missing_ok=True)
+        self._index.unlink(missing_ok=True)
+
+
+def write_token_file(prefix: str, documents: Iterable[np.ndarray], vocab_size: int) -> tuple[int, int]:
+    """Write documents (1-D integer arrays) as `<prefix>.bin/.idx`, streamed and atomic. Returns (documents, tokens)."""
+    writer = TokenFileWriter(prefix, vocab_size)
+    try:
+        for document in documents:
+            writer.add(document)
+        writer.publish()
+    except BaseException:
+        writer.discard()
+        raise
+    return writer.documents, writer.tokens
 
 
 def windows(config: TokensConfig, vocab_size: int) -> np.ndarray:

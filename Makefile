@@ -1,0 +1,37 @@
+# Every target sets up .venv itself when it is missing or setup.py has changed. PYTHON names the Python 3.11 to use.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: quickstart test lint bench format
+
+quickstart: .venv/.installed-train-plot  ## a trained MoE becomes a distilled dense model, in out/quickstart
+	launch/quickstart_cpu.sh
+
+test: .venv/.installed-dev  ## all tests, in two processes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.installed-dev  ## one line a figure: name value unit goal
+	@set -e; for script in benchmarks/*.py; do OMP_NUM_THREADS=1 $(BIN)/python "$$script"; done
+
+# A GPU machine's own torch build goes in first (docs/operations.md); one that is already there is kept.
+.venv/.torch:
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0
+	touch $@
+
+.venv/.installed-train-plot: setup.py .venv/.torch
+	$(BIN)/python -m pip install -q -e '.[train,plot]'
+	touch $@
+
+.venv/.installed-dev: setup.py .venv/.torch
+	$(BIN)/python -m pip install -q -e '.[train,plot,eval,dev]'
+	touch $@ .venv/.installed-train-plot
