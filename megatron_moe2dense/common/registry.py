@@ -23,6 +23,7 @@ class Method(Config):
 
 
 M = TypeVar("M", bound=Method)
+R = TypeVar("R", bound=Method)
 
 
 class Registry(Generic[M]):
@@ -38,12 +39,12 @@ class Registry(Generic[M]):
         self._classes: dict[str, type[M]] = {}
         self._loaded = False
 
-    def register(self, name: str) -> Callable[[type[M]], type[M]]:
+    def register(self, name: str) -> Callable[[type[R]], type[R]]:
         """Class decorator: makes the class known under `name`."""
 
-        def add(cls: type[M]) -> type[M]:
+        def add(cls: type[R]) -> type[R]:
             assert name not in self._classes, f"{self.kind} method {name!r} is registered twice"
-            self._classes[name] = cls
+            self._classes[name] = cls  # type: ignore[assignment]
             cls._registered_as = name  # type: ignore[attr-defined]
             return cls
 

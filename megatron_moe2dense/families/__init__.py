@@ -19,7 +19,7 @@ __all__ = ["FAMILIES", "Dims", "ExpertTensors", "FamilySpec", "FfnTensors", "Meg
 
 
 def family_of(config: Mapping[str, Any], where: str) -> FamilySpec:
-    """The family of a Hugging Face config; UserError when it is not supported.
+    """The family of a Hugging Face config; UserError when it is not supported or a size is missing.
 
     Args:
         config: the content of config.json. where: its path, for the message.
@@ -30,7 +30,12 @@ def family_of(config: Mapping[str, Any], where: str) -> FamilySpec:
         raise UserError(
             f"{where}: model_type {found!r}", f"one of {', '.join(FAMILIES)}", hint or "docs/adding.md says how to add a family"
         )
-    return FAMILIES[str(found)]
+    spec = FAMILIES[str(found)]
+    try:
+        spec.dims(config)
+    except KeyError as error:
+        raise UserError(f"{where}: no key {error}", f"the config of a {spec.name} model", "take the model's own config.json") from None
+    return spec
 
 
 def moe_family_of(config: Mapping[str, Any], where: str) -> FamilySpec:

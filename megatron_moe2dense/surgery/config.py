@@ -1,0 +1,91 @@
+"""Config blocks of inspect, calibrate, score and convert. No torch."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated, Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from megatron_moe2dense.common.config import Config, key
+from megatron_moe2dense.surgery.grouping import groupers
+from megatron_moe2dense.surgery.scaling import scalers
+from megatron_moe2dense.surgery.scoring import scorers
+from megatron_moe2dense.surgery.stats import chosen_statistics
+from megatron_moe2dense.surgery.types import Grouper, Scaler, Scorer
+from megatron_moe2dense.tokens.config import TokensConfig
+
+with warnings.catch_warnings():
+    # The key is called `json`; pydantic 2 warns that it hides its own deprecated BaseModel.json().
+    warnings.filterwarnings("ignore", message='Field name "json"')
+
+    class InspectConfig(Config):
+        """`moe2dense inspect`."""
+
+        source: str = key(..., "Hugging Face checkpoint directory")
+        keep: int | None = key(None, "experts of width in the dense FFN; null: the router's top-k", "experts", gt=0)
+        json: bool = key(False, "print one JSON object instead of the table")  # type: ignore[assignment]
+
+
+class CalibrateConfig(Config):
+    """`moe2dense calibrate`."""
+
+    source: str = key(..., "Hugging Face checkpoint directory of the MoE")
+    output: str = key(..., "directory to write stats.safetensors and moe2dense.json to")
+    data: TokensConfig = key(..., "the calibration text")
+    batch_tokens: int = key(8192, "tokens of one forward pass, rounded down to whole windows, at least one", "tokens", gt=0)
+    statistics: str | list[str] = key("all", '"all" or a list of statistic names')
+    device: str = key("auto", "torch device; auto: cuda where there is one, else cpu")
+    dtype: Literal["auto", "float32", "float64", "bfloat16"] = key("auto", "compute type; auto: float32 on cpu, bfloat16 on cuda")
+    overwrite: bool = key(False, "replace an existing output")
+
+    @field_validator("statistics")
+    @classmethod
+    def _known_statistics(cls, value: str | list[str]) -> str | list[str]:
+        chosen_statistics(value)
+        return value
+
+
+class ScoreConfig(Config):
+    """`moe2dense score`."""
+
+    statistics: str = key(..., "output directory of `moe2dense calibrate`")
+    keep: int | None = key(None, "experts to keep in each layer; null: the router's top-k", "experts", gt=0)
+    score: Annotated[Scorer, *scorers.field] = key({"method": "do_acp"}, "scoring method")
+    output: str | None = key(None, "file to write; null: <statistics>/ranking.json")
+    overwrite: bool = key(False, "replace an existing file")
+
+
+class ConvertConfig(Config):
+    """`moe2dense convert`: from statistics and methods, or from a plan.json that an earlier run wrote."""
+
+    source: str = key(..., "Hugging Face checkpoint directory of the MoE")
+    output: str = key(..., "directory to write the dense checkpoint and plan.json to")
+    statistics: str | None = key(None, "output directory of `moe2dense calibrate`; required without a plan, only checked with one")
+    keep: int | None = key(None, "experts to keep in each layer; null: groups", "experts", gt=0)
+    groups: int | None = key(None, "slices of the dense FFN, each as wide as one expert; null: the router's top-k", "slices", gt=0)
+    score: Annotated[Scorer | None, *scorers.optional_field] = key(None, "scoring method; do_acp without a plan")
+    group: Annotated[Grouper | None, *groupers.optional_field] = key(None, "grouping method; only for keep > groups")
+    scale: Annotated[Scaler | None, *scalers.optional_field] = key(None, "scaling method; uniform without a plan")
+    plan: str | None = key(None, "plan.json that takes the place of score, group and scale")
+    overwrite: bool = key(False, "replace an existing output")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_methods(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("plan") is None:
+            return {"score": {"method": "do_acp"}, "scale": {"method": "uniform"}, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _plan_or_methods(self) -> ConvertConfig:
+        methods = {"score": self.score, "group": self.group, "scale": self.scale}
+        if self.plan is not None:
+            given = [name for name, method in methods.items() if method is not None]
+            if given:
+                raise ValueError(f"plan and {', '.join(given)} are both given: the plan already holds them; drop one side")
+            return self
+        missing = [name for name, value in {**methods, "statistics": self.statistics}.items() if value is None and name != "group"]
+        if missing:
+            raise ValueError(f"without a plan, {' and '.join(missing)} must be given")
+        return self

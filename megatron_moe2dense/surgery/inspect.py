@@ -1,0 +1,120 @@
+"""`moe2dense inspect`: what a checkpoint holds and what its dense result would be, from headers alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from math import prod
+from typing import Any
+
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.table import render
+from megatron_moe2dense.families import FamilySpec, family_of
+from megatron_moe2dense.surgery.config import InspectConfig
+from megatron_moe2dense.surgery.convert import dense_size, dense_width
+from megatron_moe2dense.surgery.source import MoeSource
+from megatron_moe2dense.surgery.types import check_keep
+
+# Part of a tensor by its Megatron name: the name table of a family already says what every tensor is.
+_PARTS = {
+    "embedding.": "embeddings",
+    "output_layer.": "embeddings",
+    "self_attention.": "attention",
+    "router.": "router",
+    "experts.": "experts",
+}
+
+
+def run(config: InspectConfig) -> None:
+    """Print family, sizes, parameters and bytes by part, and the dense result.
+
+    Raises:
+        UserError: no supported or a damaged checkpoint; keep out of range or given for a dense model.
+    """
+    facts = inspect(config)
+    print(json.dumps(facts, indent=2) if config.json else _readable(facts))
+
+
+def dry_run(config: InspectConfig) -> dict[str, Any]:
+    """Inspecting writes nothing: the facts themselves."""
+    return inspect(config)
+
+
+def inspect(config: InspectConfig) -> dict[str, Any]:
+    """All facts. Parameters are counts, bytes as stored."""
+    index = CheckpointIndex.open(config.source)
+    spec = family_of(index.config, str(index.directory / "config.json"))
+    parameters, nbytes = _parts(index, spec)
+    facts = {
+        "source": str(index.directory),
+        "family": spec.name,
+        "dims": dataclasses.asdict(spec.dims(index.config)),
+        "parameters": {"total": sum(parameters.values()), **parameters},
+        "bytes": {"total": index.nbytes, **nbytes},
+        "fingerprint": index.fingerprint(),
+    }
+    if spec.experts is None:
+        if config.keep is not None:
+            raise UserError(f"keep={config.keep} for a dense {spec.name} model", "a MoE model", "drop --keep")
+        return facts
+    return {**facts, **_moe_facts(config, parameters)}
+
+
+def _moe_facts(config: InspectConfig, parameters: dict[str, int]) -> dict[str, Any]:
+    source = MoeSource.open(config.source)
+    dims = source.dims
+    keep = config.keep or dims.active
+    check_keep(keep, dims.experts)
+    dense_parameters, dense_bytes = dense_size(source, keep)
+    idle = parameters["experts"] * (dims.experts - dims.active) // dims.experts
+    return {
+        "moe_layers": list(source.layers),
+        "active_parameters": sum(parameters.values()) - idle,
+        "dense": {
+            "family": source.spec.dense_target,
+            "keep": keep,
+            "intermediate_size": dense_width(source, keep),
+            "parameters": dense_parameters,
+            "bytes": dense_bytes,
+        },
+    }
+
+
+def _parts(index: CheckpointIndex, spec: FamilySpec) -> tuple[dict[str, int], dict[str, int]]:
+    """Parameters and bytes by part: experts, attention, embeddings, router, other."""
+    rules = [(re.compile(_pattern(name)), _part(rule.megatron)) for rule in spec.megatron for name in rule.hf]
+    order = ("experts", "attention", "embeddings", "router", "other")
+    parameters: Counter[str] = Counter(dict.fromkeys(order, 0))
+    nbytes: Counter[str] = Counter(dict.fromkeys(order, 0))
+    for name, info in index.tensors.items():
+        part = next((part for pattern, part in rules if pattern.fullmatch(name)), "other")
+        parameters[part] += prod(info.shape)
+        nbytes[part] += info.nbytes
+    return dict(parameters), dict(nbytes)
+
+
+def _pattern(template: str) -> str:
+    return re.sub(r"\\{(layer|expert)\\}", r"\\d+", re.escape(template))
+
+
+def _part(megatron_name: str) -> str:
+    return next((part for text, part in _PARTS.items() if text in megatron_name), "other")
+
+
+def _readable(facts: dict[str, Any]) -> str:
+    names = [name for name in facts["parameters"] if facts["parameters"][name] or name == "total"]
+    rows = [[name, f"{facts['parameters'][name]:,}", f"{facts['bytes'][name] / 1e6:,.1f}"] for name in names]
+    sizes = "  ".join(f"{name} {value}" for name, value in facts["dims"].items())
+    lines = [f"{facts['source']}: {facts['family']}", "", sizes, "", render(["part", "parameters", "MB"], rows)]
+    if "dense" in facts:
+        dense = facts["dense"]
+        lines += [
+            "",
+            f"active per token: {facts['active_parameters']:,} parameters",
+            f"dense with K = {dense['keep']}: {dense['family']}, intermediate_size {dense['intermediate_size']}, "
+            f"{dense['parameters']:,} parameters, {dense['bytes'] / 1e6:,.1f} MB",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,155 @@
+"""Statistics and methods to a ConversionPlan, and plan.json. No torch: a plan is made and read without weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.outputs import read_json, write_json
+from megatron_moe2dense.surgery.grouping import groupers
+from megatron_moe2dense.surgery.scaling import scalers
+from megatron_moe2dense.surgery.scoring import scorers
+from megatron_moe2dense.surgery.stats import CalibratedStats, LayerStats
+from megatron_moe2dense.surgery.types import FlatWeights, Grouper, Grouping, LayerPlan, Scaler, Scorer, Selection
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Methods:
+    """Everything that decides a plan. grouper: None exactly when keep == groups ("pure pruning")."""
+
+    keep: int
+    groups: int
+    scorer: Scorer
+    grouper: Grouper | None
+    scaler: Scaler
+
+    def __post_init__(self):
+        if self.keep < self.groups:
+            raise UserError(
+                f"keep={self.keep}, groups={self.groups}", "keep >= groups: no group may be empty", "raise keep or lower groups"
+            )
+        if self.keep == self.groups and self.grouper is not None:
+            raise UserError(
+                f"a group block with keep == groups == {self.keep}",
+                "no group block: each kept expert is a group of its own, so a grouping method would have no effect",
+                "drop the group block, or keep more experts than groups",
+            )
+        if self.keep > self.groups and self.grouper is None:
+            expected = f"a group block, e.g. group.method={next(iter(groupers))}"
+            raise UserError(f"keep={self.keep} experts for groups={self.groups}, no group block", expected, "add one, or set keep = groups")
+
+    def needs(self) -> set[str]:
+        """The statistics that all methods together read."""
+        return {*self.scorer.needs(), *self.scaler.needs(), *(self.grouper.needs() if self.grouper else ())}
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What a whole model becomes; plan.json. source: path and fingerprint of the MoE. score, group, scale: the method blocks."""
+
+    source: dict[str, Any]
+    family: str
+    keep: int
+    groups: int
+    score: dict[str, Any]
+    group: dict[str, Any] | None
+    scale: dict[str, Any]
+    layers: tuple[LayerPlan, ...]
+
+    def hash(self) -> str:
+        """Names the resulting model: two plans of one source with equal layers give the same bytes, by whatever methods."""
+        content = [self.source["fingerprint"], [dataclasses.asdict(layer) for layer in self.layers]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def write(self, path: Path) -> None:
+        """Write plan.json."""
+        write_json(path, {"format": FORMAT, **dataclasses.asdict(self)})
+
+    @classmethod
+    def read(cls, path: Path) -> ConversionPlan:
+        """Read a plan.json; UserError when it is none, or its layers do not hold together."""
+        expected = "a plan.json that `moe2dense convert` wrote"
+        data = read_json(path, expected)
+        try:
+            assert data.pop("format") == FORMAT
+            layers = tuple(_read_layer(row) for row in data.pop("layers"))
+            plan = cls(**data, layers=layers)
+            for layer in layers:
+                _check_layer(layer, plan.keep, plan.groups)
+        except (KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise UserError(f"{path}: {type(error).__name__} {error}".rstrip(), expected, "make the plan again") from None
+        return plan
+
+
+def _read_layer(row: dict[str, Any]) -> LayerPlan:
+    lists = {name: tuple(value) for name, value in row.items() if name != "layer"}
+    return LayerPlan(layer=row["layer"], **lists)
+
+
+def _check_layer(layer: LayerPlan, keep: int, groups: int) -> None:
+    assert len(set(layer.experts)) == keep, f"layer {layer.layer} does not keep {keep} distinct experts"
+    assert len(layer.group_of) == len(layer.merge_weights) == keep, f"layer {layer.layer}: group_of and merge_weights need {keep} entries"
+    assert set(layer.group_of) == set(range(groups)), f"layer {layer.layer}: groups are not 0..{groups - 1}"
+    assert len(layer.scales) == groups, f"layer {layer.layer}: {groups} scales are needed"
+
+
+def plan_layer(layer: int, stats: LayerStats, methods: Methods, weights: FlatWeights) -> LayerPlan:
+    """Select, group, weigh and scale the experts of one layer."""
+    selection = methods.scorer.select(stats, methods.keep)
+    if methods.grouper is None:
+        grouping = Grouping(np.arange(methods.keep), methods.groups)
+    else:
+        grouping = _best_first(methods.grouper.group(selection, weights, stats, methods.groups))
+    scales_G = methods.scaler.scales(selection, grouping, stats)
+    return LayerPlan(
+        layer=layer,
+        experts=tuple(selection.experts_K.tolist()),
+        group_of=tuple(grouping.group_of_K.tolist()),
+        merge_weights=tuple(merge_weights(selection, grouping).tolist()),
+        scales=tuple(scales_G.tolist()),
+    )
+
+
+def _best_first(grouping: Grouping) -> Grouping:
+    """Renumber groups by their best expert, so that equal partitions give equal plans."""
+    _, first, inverse_K = np.unique(grouping.group_of_K, return_index=True, return_inverse=True)
+    assert len(first) == grouping.groups, "a grouping method left a group empty"
+    return Grouping(np.argsort(np.argsort(first))[inverse_K], grouping.groups)
+
+
+def merge_weights(selection: Selection, grouping: Grouping) -> np.ndarray:
+    """w_K = s_e / sum of s over the expert's group (paper); a plain mean where all scores of a group are 0."""
+    scores_K = selection.scores_E[selection.experts_K]
+    total_G = np.bincount(grouping.group_of_K, weights=scores_K, minlength=grouping.groups)
+    size_G = np.bincount(grouping.group_of_K, minlength=grouping.groups)
+    total_K, size_K = total_G[grouping.group_of_K], size_G[grouping.group_of_K]
+    return np.where(total_K > 0, scores_K / np.where(total_K > 0, total_K, 1.0), 1.0 / size_K)
+
+
+def make_plan(statistics: CalibratedStats, methods: Methods, weights: Callable[[int], FlatWeights]) -> ConversionPlan:
+    """The plan of a whole model. weights: layer number -> reader of that layer's experts, for methods that look at them.
+
+    Raises:
+        UserError: a statistic the methods need was not collected; keep beyond the number of experts.
+    """
+    statistics.require(methods.needs())
+    return ConversionPlan(
+        source={name: statistics.source[name] for name in ("path", "fingerprint")},
+        family=statistics.source["family"],
+        keep=methods.keep,
+        groups=methods.groups,
+        score=scorers.dump(methods.scorer),
+        group=groupers.dump(methods.grouper) if methods.grouper else None,
+        scale=scalers.dump(methods.scaler),
+        layers=tuple(plan_layer(i, stats, methods, weights(i)) for i, stats in statistics.layers.items()),
+    )

@@ -1,0 +1,12 @@
+"""Scaling methods of the down projection, one file each, found by name (`scale: {method: NAME}`). numpy only."""
+
+from megatron_moe2dense.common.registry import Registry
+from megatron_moe2dense.surgery.stats import LayerStats
+from megatron_moe2dense.surgery.types import Scaler
+
+scalers: Registry[Scaler] = Registry("scale", __name__)
+
+
+def mean_routing_weight(stats: LayerStats) -> float:
+    """m of method.md section 5: the mean total routing weight of a token; 1 when the router renormalises its top-k."""
+    return float(stats["gate_sum"].sum() / stats.tokens)

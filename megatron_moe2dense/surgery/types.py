@@ -1,0 +1,113 @@
+"""What flows through the surgery, and the three seams (Scorer, Grouper, Scaler) that methods fill. No torch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.registry import Method
+from megatron_moe2dense.surgery.stats import LayerStats
+
+if TYPE_CHECKING:
+    import torch
+
+# expert number -> its weights [gate; up; down] flattened to one float32 vector, read when called
+FlatWeights = Callable[[int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """experts_K: the kept experts, best first. scores_E: the score of every expert, >= 0, higher is better."""
+
+    experts_K: np.ndarray
+    scores_E: np.ndarray
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """group_of_K: the group 0..groups-1 of each kept expert, in the order of Selection.experts_K; no group is empty."""
+
+    group_of_K: np.ndarray
+    groups: int
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one MoE layer becomes: kept experts best first [K], their groups [K], weights inside the group [K] and the
+    factor of each group's down projection [G]."""
+
+    layer: int
+    experts: tuple[int, ...]
+    group_of: tuple[int, ...]
+    merge_weights: tuple[float, ...]
+    scales: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class DenseFfn:
+    """A dense gated FFN: gate_FD, up_FD, down_DF, in the dtype of the source."""
+
+    gate_FD: torch.Tensor
+    up_FD: torch.Tensor
+    down_DF: torch.Tensor
+
+
+class Scorer(Method):
+    """Ranks experts from the statistics of one layer (method.md section 2). Ties go to the lower expert number."""
+
+    @abstractmethod
+    def needs(self) -> tuple[str, ...]:
+        """The statistics it reads, beyond `tokens`."""
+
+    @abstractmethod
+    def select(self, stats: LayerStats, keep: int) -> Selection:
+        """The `keep` best of E experts."""
+
+
+class PointwiseScorer(Scorer):
+    """A scorer that judges each expert on its own: `scores` is all it defines."""
+
+    @abstractmethod
+    def scores(self, stats: LayerStats) -> np.ndarray:
+        """scores_E, float64, >= 0."""
+
+    def select(self, stats: LayerStats, keep: int) -> Selection:
+        """The `keep` highest scores."""
+        scores_E = self.scores(stats)
+        check_keep(keep, len(scores_E))
+        return Selection(np.argsort(-scores_E, kind="stable")[:keep], scores_E)
+
+
+class Grouper(Method):
+    """Joins K kept experts into G groups (method.md section 3). Deterministic; not called when K == G."""
+
+    @abstractmethod
+    def needs(self) -> tuple[str, ...]:
+        """The statistics it reads, beyond `tokens`."""
+
+    @abstractmethod
+    def group(self, selection: Selection, weights: FlatWeights, stats: LayerStats, groups: int) -> Grouping:
+        """`groups` non-empty groups of the kept experts."""
+
+
+class Scaler(Method):
+    """The factor alpha_g folded into each group's down projection (method.md section 5)."""
+
+    @abstractmethod
+    def needs(self) -> tuple[str, ...]:
+        """The statistics it reads, beyond `tokens`."""
+
+    @abstractmethod
+    def scales(self, selection: Selection, grouping: Grouping, stats: LayerStats) -> np.ndarray:
+        """scales_G, float64."""
+
+
+def check_keep(keep: int, experts: int) -> None:
+    """UserError when `keep` experts can not be chosen out of `experts`."""
+    if not 1 <= keep <= experts:
+        raise UserError(f"keep={keep}", f"1 to {experts}, the experts of a layer", "choose another keep")
