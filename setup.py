@@ -12,7 +12,7 @@ VERSION = next(
 EXTRAS = {
     # transformer-engine and NVIDIA Apex are no pip requirements: see docker/README.md for GPU machines.
     "train": ["megatron-core==0.16.1", "psutil", "einops", "tensorboard"],
-    "eval": ["lm-eval==0.4.13", "datasets==5.2.0"],
+    "eval": ["lm-eval==0.4.13", "accelerate", "datasets==5.2.0"],
     "plot": ["matplotlib>=3.8"],
     "wandb": ["wandb==0.31.0"],
     "dev": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff==0.17.6", "pyright[nodejs]==1.1.414", "pre-commit"],

@@ -1,0 +1,1 @@
+"""Evaluation of Hugging Face directories through stock transformers: perplexity, KL to a teacher, lm-eval accuracy."""

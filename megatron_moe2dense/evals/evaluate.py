@@ -1,0 +1,209 @@
+"""`moe2dense eval`: measures each model, appends one row a model to records.jsonl and prints the table."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_moe2dense.checkpoint.index import DTYPE_BYTES, CheckpointIndex
+from megatron_moe2dense.common import records
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.log import logger
+from megatron_moe2dense.common.outputs import MANIFEST, config_hash, read_json, versions
+from megatron_moe2dense.common.table import render
+from megatron_moe2dense.evals.config import EvalConfig
+from megatron_moe2dense.evals.harness import Tasks, accuracies, load_tasks, require_tokenizer
+from megatron_moe2dense.evals.models import load_model, open_device, vocab_size
+from megatron_moe2dense.evals.perplexity import Loaded, measure
+from megatron_moe2dense.families import FAMILIES
+from megatron_moe2dense.tokens.config import TokensConfig
+from megatron_moe2dense.tokens.indexed import windows
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all models of a run share: the teacher, and the loaded lm-eval tasks."""
+
+    teacher: Loaded | None
+    tasks: Tasks | None
+
+
+def run(config: EvalConfig) -> None:
+    """Evaluate every model that has no row yet, in the order given.
+
+    Raises:
+        UserError: an output in the way, a broken or unsuitable model, tokens of another tokenizer, an unknown task.
+    """
+    device = open_device(config.device)
+    indices = {label: CheckpointIndex.open(directory) for label, directory in config.directories().items()}
+    teacher_index = CheckpointIndex.open(config.kl.teacher) if config.kl else None
+    _check_vocabularies(indices, teacher_index)
+    for index in indices.values() if config.harness else ():
+        require_tokenizer(index.directory)
+    _windows(config, indices)
+    done = _done(config, indices)
+    tasks = load_tasks(config.harness) if config.harness else None
+    teacher = Loaded("teacher", load_model(teacher_index, device, config.dtype)) if teacher_index else None
+    for label, index in indices.items():
+        if label in done:
+            logger.info("%s: already in %s", label, config.output)
+            continue
+        # The teacher among the models is not loaded twice.
+        known = teacher is not None and teacher_index is not None and teacher_index.directory.resolve() == index.directory.resolve()
+        model = teacher.model if known and teacher is not None else load_model(index, device, config.dtype)
+        records.append(Path(config.output), _record(config, Loaded(label, model), index, Context(teacher, tasks)))
+        del model
+    print(_table(records.read(Path(config.output))))
+
+
+def dry_run(config: EvalConfig) -> dict[str, Any]:
+    """What would be read and written: bytes, tokens, forward FLOPs and peak memory (models in `dtype` and their logits)."""
+    indices = {label: CheckpointIndex.open(directory) for label, directory in config.directories().items()}
+    teacher = CheckpointIndex.open(config.kl.teacher) if config.kl else None
+    _check_vocabularies(indices, teacher)
+    done = _done(config, indices, keep=True)
+    todo = [index for label, index in indices.items() if label not in done]
+    nll_NS, kl_NS = _windows(config, indices)
+    nll_tokens, kl_tokens = (0 if block is None else int(block.size) for block in (nll_NS, kl_NS))
+    flops = sum(2 * _active_parameters(index) * (nll_tokens + kl_tokens) for index in todo)
+    memory = max((_parameters(index) for index in todo), default=0) * _BYTES[config.dtype]
+    if teacher and config.perplexity:
+        flops += 2 * _active_parameters(teacher) * (kl_tokens or nll_tokens) * len(todo)
+        memory += _parameters(teacher) * _BYTES[config.dtype]
+    if config.perplexity:
+        rows = max(config.perplexity.batch_tokens, config.perplexity.data.sequence_length)
+        memory += (1 + bool(teacher)) * rows * max(vocab_size(index) for index in indices.values()) * _BYTES[config.dtype]
+    read = {str(index.directory): index.nbytes for index in ([*indices.values(), teacher] if teacher else indices.values())}
+    return {
+        "reads_bytes": read,
+        "writes": config.output,
+        "models_to_measure": [label for label in indices if label not in done],
+        "tokens_per_model": nll_tokens + kl_tokens,
+        "forward_flops": flops,
+        "memory_bytes": memory,
+    }
+
+
+def _check_vocabularies(indices: dict[str, CheckpointIndex], teacher: CheckpointIndex | None) -> None:
+    for label, index in indices.items():
+        if teacher is not None and vocab_size(index) != vocab_size(teacher):
+            raise UserError(
+                f"{label} has a vocabulary of {vocab_size(index)}, the teacher {vocab_size(teacher)}",
+                "teacher and model with the same vocabulary",
+                "compare models that share a tokenizer",
+            )
+
+
+def _windows(config: EvalConfig, indices: dict[str, CheckpointIndex]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The windows of the perplexity and, where `kl.data` names others, those of the KL; tokens checked against every model."""
+
+    def read(data: TokensConfig | None) -> np.ndarray | None:
+        return None if data is None else windows(data, min(vocab_size(index) for index in indices.values()))
+
+    return read(config.perplexity.data if config.perplexity else None), read(config.kl.data if config.kl else None)
+
+
+def _done(config: EvalConfig, indices: dict[str, CheckpointIndex], keep: bool = False) -> set[str]:
+    """Labels an unfinished run of this config has measured already; clears what may be replaced, unless `keep`."""
+    path, mine = Path(config.output), config_hash(config.model_dump(mode="json"))
+    if not path.exists():
+        return set()
+    if config.overwrite:
+        if not keep:
+            path.unlink()
+        return set()
+    rows = records.read(path)
+    for row in rows:
+        label = row.get("model")
+        if config_hash(row.get("config", {})) != mine or label not in indices:
+            raise UserError(
+                f"{path} holds rows of another evaluation (model {label!r})",
+                "a path that does not exist yet, or an unfinished run of this config",
+                "choose another output or add overwrite=true",
+            )
+        if row.get("fingerprint") != indices[label].fingerprint():
+            raise UserError(f"{path}: {label} has changed since it was measured", "the same weights", "add overwrite=true to measure again")
+    done = {row["model"] for row in rows}
+    if done == set(indices):
+        raise UserError(f"{path} is a finished output", "a path that does not exist yet", "choose another output or add overwrite=true")
+    if not keep:
+        records.rewrite(path, rows)  # a last line cut off by a killed run must not swallow the next row
+    return done
+
+
+def _record(config: EvalConfig, subject: Loaded, index: CheckpointIndex, context: Context) -> dict[str, Any]:
+    start = time.perf_counter()
+    metrics, tokens = _quality(config, subject, index, context.teacher)
+    if config.harness and context.tasks:
+        metrics["harness"] = accuracies(subject.model, index.directory, config.harness, context.tasks)
+        metrics["accuracy"] = {task: values["acc"] for task, values in metrics["harness"].items() if "acc" in values}
+    return {
+        "model": subject.name,
+        "plan_hash": _plan_hash(index.directory),
+        "fingerprint": index.fingerprint(),
+        "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
+        "config": config.model_dump(mode="json"),
+        "metrics": metrics,
+        "tokens": tokens,
+        "seconds": round(time.perf_counter() - start, 3),
+        "versions": versions(),
+    }
+
+
+def _quality(config: EvalConfig, subject: Loaded, index: CheckpointIndex, teacher: Loaded | None) -> tuple[dict[str, Any], int]:
+    """The metrics on token windows and the positions predicted for them; a second pass where the KL has its own data."""
+    if config.perplexity is None:
+        return {}, 0
+    nll_NS, kl_NS = _windows(config, {subject.name: index})
+    assert nll_NS is not None, "a perplexity block has data"
+    first = measure(subject, nll_NS, _batch_windows(config, nll_NS), None if kl_NS is not None else teacher)
+    metrics: dict[str, Any] = {"nll": first.nll, "perplexity": first.perplexity}
+    if teacher is None:
+        return metrics, first.positions
+    second = first if kl_NS is None else measure(subject, kl_NS, _batch_windows(config, kl_NS), teacher)
+    metrics |= {"kl": second.kl, "top1_agreement": second.top1_agreement}
+    return metrics, first.positions + (0 if kl_NS is None else second.positions)
+
+
+def _batch_windows(config: EvalConfig, windows_NS: np.ndarray) -> int:
+    assert config.perplexity is not None
+    return max(1, config.perplexity.batch_tokens // windows_NS.shape[1])
+
+
+def _parameters(index: CheckpointIndex) -> int:
+    return sum(info.nbytes // DTYPE_BYTES[info.dtype] for info in index.tensors.values())
+
+
+def _active_parameters(index: CheckpointIndex) -> int:
+    """Parameters a token goes through: of E routed experts only the A selected ones, where the family is known."""
+    spec, total = FAMILIES.get(str(index.config.get("model_type"))), _parameters(index)
+    if spec is None or spec.experts is None:
+        return total
+    dims = spec.dims(index.config)
+    idle = (dims.experts - dims.active) * 3 * dims.hidden_size * dims.expert_width
+    return total - len(spec.moe_layers(index.config)) * idle
+
+
+def _plan_hash(directory: Path) -> str | None:
+    """The conversion plan the model came from, as its manifest says; None for a model that was not converted."""
+    if not (directory / MANIFEST).exists():
+        return None
+    return read_json(directory / MANIFEST, "a manifest").get("plan_hash")
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    tasks = list(dict.fromkeys(task for row in rows for task in row["metrics"].get("accuracy", {})))
+    header = ["model", "parameters", "nll [nats]", "perplexity", "KL(teacher||model) [nats]", "top-1 agreement", *tasks]
+    body = []
+    for row in rows:
+        values = row["metrics"]
+        found = [values.get(name) for name in ("nll", "perplexity", "kl", "top1_agreement")]
+        body.append([row["model"], row["parameters"], *found, *(values.get("accuracy", {}).get(task) for task in tasks)])
+    used = [i for i in range(len(header)) if i < 2 or any(line[i] is not None for line in body)]
+    return render([header[i] for i in used], [[line[i] for i in used] for line in body])

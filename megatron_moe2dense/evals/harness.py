@@ -1,0 +1,95 @@
+"""Accuracy on benchmark tasks through the library of EleutherAI's lm-eval (extra `eval`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel
+
+from megatron_moe2dense.common.errors import UserError, did_you_mean
+from megatron_moe2dense.evals.config import HarnessConfig
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Loaded tasks: lm-eval's manager, and its Task and Group objects by number of shots (None: each task's own)."""
+
+    manager: Any
+    by_shots: dict[int | None, list[Any]]
+
+
+def require_harness() -> ModuleType:
+    """The lm_eval package; UserError naming the extra when it is not installed."""
+    try:
+        import lm_eval.models.huggingface
+        import lm_eval.tasks
+    except ImportError as error:
+        raise UserError(f"no lm-eval ({error})", "lm-eval, for the `harness` block", "pip install 'megatron_moe2dense[eval]'") from None
+    return lm_eval
+
+
+def load_tasks(config: HarnessConfig) -> Tasks:
+    """Load the tasks and their data, before any model.
+
+    Raises:
+        UserError: an unknown task, data that can't be had, or `shots` for a task that fixes them to 0.
+    """
+    # Reading the index of lm-eval's own tasks takes seconds; task files alone don't need it.
+    manager = require_harness().tasks.TaskManager(include_defaults=not all(name.endswith(".yaml") for name in config.tasks))
+    by_shots: dict[int | None, list[Any]] = {}
+    for name in config.tasks:
+        shots = config.shots[name] if isinstance(config.shots, dict) else config.shots
+        if name not in manager.task_index and not Path(name).is_file():
+            hint = did_you_mean(name, manager.all_tasks) or "lm-eval lists its tasks with `lm_eval ls tasks`"
+            raise UserError(f"task {name!r}", "a task of lm-eval or the path of a task YAML file", hint)
+        try:
+            loaded = manager.load([name])
+        except Exception as error:  # data sets and task code raise anything, all of it the task's
+            found = f"task {name}: {type(error).__name__}: {error}"
+            raise UserError(found, "a task whose data can be loaded", "check the task's file and the network") from error
+        fixed = [task for task, item in loaded["tasks"].items() if shots and item.get_config("num_fewshot") == 0]
+        if fixed:
+            raise UserError(f"shots {shots} for {fixed[0]}, which fixes them to 0", "shots with an effect", "leave them out for it")
+        top = [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
+        by_shots.setdefault(shots, []).extend(top)
+    return Tasks(manager, by_shots)
+
+
+def require_tokenizer(directory: Path) -> None:
+    """UserError when a model directory has no tokenizer (transformers makes an empty one up)."""
+    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"{directory} has none of {', '.join(_TOKENIZER_FILES)}",
+            "a tokenizer beside the weights, for the `harness` block",
+            "copy the source model's tokenizer there",
+        )
+
+
+def accuracies(model: PreTrainedModel, directory: Path, config: HarnessConfig, tasks: Tasks) -> dict[str, dict[str, Any]]:
+    """Every metric (`acc`, `acc_norm`, ... fractions) and the shots used, by task; a group's own row for a group."""
+    lm_eval = require_harness()
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    harness_model = lm_eval.models.huggingface.HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size, device=str(model.device)
+    )
+    rows: dict[str, dict[str, Any]] = {}
+    for shots, items in tasks.by_shots.items():
+        found = lm_eval.simple_evaluate(
+            model=harness_model,
+            tasks=items,
+            task_manager=tasks.manager,
+            num_fewshot=shots,
+            limit=config.limit,
+            log_samples=False,
+            bootstrap_iters=0,
+        )
+        assert found is not None, "lm-eval gives results on rank 0, and there is only one"
+        for name in (getattr(item, "task_name", None) or item.name for item in items):
+            values = {key.partition(",")[0]: value for key, value in found["results"][name].items() if isinstance(value, (int, float))}
+            rows[name] = {**values, "shots": found["n-shot"].get(name)}
+    return rows

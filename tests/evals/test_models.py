@@ -1,0 +1,85 @@
+"""Loading refuses everything that is not the complete model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.evals.models import load_model, open_device, vocab_size
+from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe
+
+NORM = "model.layers.1.post_attention_layernorm.weight"
+
+
+def load(directory: Path):
+    return load_model(CheckpointIndex.open(directory), torch.device("cpu"), "float32")
+
+
+def edit(directory: Path, change) -> Path:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def test_weights_on_disk_are_the_weights_in_memory(tmp_path):
+    model = load(tiny_qwen3(tmp_path / "m"))
+    tensors = load_file(tmp_path / "m/model.safetensors")
+    assert torch.equal(model.state_dict()[NORM], tensors[NORM])
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_tied_embeddings_are_complete_without_a_head_tensor(tmp_path):
+    directory = tiny_qwen3(tmp_path / "m", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(directory / "model.safetensors")
+    load(directory)
+
+
+def test_a_missing_tensor_is_refused_by_name(tmp_path):
+    directory = edit(tiny_qwen3(tmp_path / "m"), lambda tensors: tensors.pop(NORM))
+    with pytest.raises(UserError, match=f"1 missing keys, first {NORM}"):
+        load(directory)
+
+
+def test_a_missing_expert_is_refused(tmp_path):
+    directory = edit(tiny_qwen3_moe(tmp_path / "m"), lambda tensors: tensors.pop("model.layers.2.mlp.experts.5.up_proj.weight"))
+    with pytest.raises(UserError, match="stock transformers loads"):
+        load(directory)
+
+
+def test_a_left_over_tensor_is_refused(tmp_path):
+    directory = edit(tiny_qwen3(tmp_path / "m"), lambda tensors: tensors.update(extra=torch.zeros(2)))
+    with pytest.raises(UserError, match="1 unexpected keys, first extra"):
+        load(directory)
+
+
+def test_a_tensor_of_another_shape_is_refused(tmp_path):
+    directory = edit(tiny_qwen3(tmp_path / "m"), lambda tensors: tensors.update({NORM: torch.zeros(65)}))
+    with pytest.raises(UserError, match="mismatched keys"):
+        load(directory)
+
+
+def test_an_unknown_architecture_is_refused(tmp_path):
+    directory = tiny_qwen3(tmp_path / "m")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "model_type": "no_such_model"}))
+    with pytest.raises(UserError, match="stock transformers"):
+        load(directory)
+
+
+def test_a_config_without_vocabulary_is_refused(tmp_path):
+    index = CheckpointIndex.open(tiny_qwen3(tmp_path / "m"))
+    index.config.pop("vocab_size")
+    with pytest.raises(UserError, match="vocab_size None"):
+        vocab_size(index)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "tpu?"])
+def test_a_device_that_is_not_there_is_refused(name):
+    with pytest.raises(UserError, match="a device of this machine"):
+        open_device(name)
