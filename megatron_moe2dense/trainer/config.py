@@ -1,0 +1,160 @@
+"""Config of `distill` and `export`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import model_validator
+
+from megatron_moe2dense.common.config import Config, key
+from megatron_moe2dense.trainer.losses import Loss, losses
+
+
+class TrainDataConfig(Config):
+    """Training text: token files of `moe2dense data`, cut into samples by Megatron-Core's GPTDataset."""
+
+    path: str = key(..., "prefix of the training .bin/.idx")
+    validation: str | None = key(None, "prefix of the held-out .bin/.idx, read every train.eval_every steps")
+    validation_sequences: int = key(64, "held-out sequences read at each evaluation", "sequences", gt=0)
+    sequence_length: int = key(2048, "length of one sample", "tokens", gt=1)
+    epochs: int = key(1, "how often the text may be repeated; distillation wants 1", "passes", gt=0)
+
+
+class ParallelConfig(Config):
+    """How the processes share the work; the rest of them is data parallel."""
+
+    tensor: int = key(1, "tensor parallel size of teacher and student", "processes", gt=0)
+    pipeline: int = key(1, "pipeline stages of teacher and student", "processes", gt=0)
+    context: Literal[1] = key(1, "context parallel size", "processes")
+    expert: int = key(1, "expert parallel size of the MoE", "processes", gt=0)
+    sequence: bool = key(False, "sequence parallelism inside the tensor-parallel group")
+    distributed_optimizer: bool = key(True, "shard optimizer state over data-parallel ranks, when there are several")
+
+
+class OptimConfig(Config):
+    """AdamW of Megatron-Core."""
+
+    lr: float = key(1e-4, "peak learning rate", gt=0)
+    betas: list[float] = key([0.9, 0.95], "Adam's moment decays", min_length=2, max_length=2)
+    eps: float = key(1e-8, "Adam's epsilon", gt=0)
+    weight_decay: float = key(0.1, "decoupled weight decay; norms and biases have none", ge=0)
+    clip: float = key(1.0, "global gradient norm limit; 0: none", ge=0)
+
+
+class ScheduleConfig(Config):
+    """Learning rate over the steps of the run."""
+
+    style: Literal["cosine", "linear", "constant"] = key("cosine", "decay after the warm-up")
+    warmup: float = key(0.02, "share of the steps spent warming up from 0", "fraction", ge=0, lt=1)
+    final: float = key(0.1, "last learning rate as a share of the peak", "fraction", ge=0, le=1)
+
+
+class BatchConfig(Config):
+    """Sequences per model call and per optimizer step."""
+
+    model_config = Config.model_config | {"populate_by_name": True}
+
+    micro: int = key(1, "sequences per model call and rank", "sequences", gt=0)
+    global_: int = key(256, "sequences per optimizer step over all ranks", "sequences", gt=0, alias="global")
+
+
+class TrainConfig(Config):
+    """Length of the run and what happens on the way."""
+
+    steps: int | None = key(None, "optimizer steps; give this or tokens", "steps", gt=0)
+    tokens: int | None = key(None, "training tokens, rounded down to whole steps", "tokens", gt=0)
+    save_every: int = key(500, "steps between checkpoints; the last step is always saved", "steps", gt=0)
+    keep: int = key(2, "checkpoints kept", "checkpoints", gt=0)
+    eval_every: int | None = key(None, "steps between evaluations on data.validation; null: at the end only", "steps", gt=0)
+    log_every: int = key(10, "steps between lines on stderr; metrics.jsonl has every step", "steps", gt=0)
+    seed: int = key(0, "seed of data order and of random weights")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give exactly one of steps and tokens")
+        return self
+
+
+class RoutingConfig(Config):
+    """Routing of the frozen teacher."""
+
+    active: int | None = key(
+        None, "experts the teacher activates per token (expanded routing, paper Eq 6); null: its own top-k", "experts", gt=0
+    )
+
+
+class MoeConfig(Config):
+    """Training a MoE as a plain language model."""
+
+    aux_loss: float = key(0.01, "coefficient of the load-balancing loss", ge=0)
+    z_loss: float = key(0.0, "coefficient of the router z-loss", ge=0)
+
+
+class WandbConfig(Config):
+    """Weights & Biases; offline unless an API key is set."""
+
+    project: str = key(..., "W&B project")
+    name: str | None = key(None, "display name of the run")
+
+
+class LoggingConfig(Config):
+    """Where metrics go besides metrics.jsonl."""
+
+    wandb: WandbConfig | None = key(None, "Weights & Biases")
+    tensorboard: bool = key(False, "write TensorBoard events to <output>/tensorboard")
+
+
+class DistillConfig(Config):
+    """`moe2dense distill`."""
+
+    student: str = key(..., "Hugging Face directory of the student (only its config.json with initialize: random)")
+    teacher: str | None = key(..., "Hugging Face directory of the frozen teacher; null: plain language modelling")
+    output: str = key(..., "directory of the run: checkpoints/, metrics.jsonl, moe2dense.json")
+    initialize: Literal["checkpoint", "random"] = key("checkpoint", "where the student's weights come from")
+    data: TrainDataConfig = key(..., "training text")
+    loss: Annotated[Loss, *losses.field] | None = key(None, "loss block; null: forward_kl with a teacher, cross_entropy without")
+    parallel: ParallelConfig = key(ParallelConfig(), "parallelism")
+    optim: OptimConfig = key(OptimConfig(), "optimizer")
+    schedule: ScheduleConfig = key(ScheduleConfig(), "learning-rate schedule")
+    batch: BatchConfig = key(BatchConfig(), "batch sizes")
+    train: TrainConfig = key(..., "length of the run")
+    teacher_routing: RoutingConfig | None = key(None, "teacher routing")
+    moe: MoeConfig | None = key(None, "balancing losses of a MoE student (plain language modelling only)")
+    logging: LoggingConfig = key(LoggingConfig(), "metrics")
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "cuda where there is a GPU, else cpu")
+    dtype: Literal["float32", "bfloat16"] = key("bfloat16", "compute type; bfloat16 keeps float32 master weights")
+    overwrite: bool = key(False, "replace a finished or foreign run in output")
+
+    @model_validator(mode="after")
+    def _settings_have_effect(self) -> DistillConfig:
+        if self.loss is not None and self.loss.needs_teacher != (self.teacher is not None):
+            wants = "needs a teacher" if self.loss.needs_teacher else "does not use the teacher: set teacher to null"
+            raise ValueError(f"loss {self.loss.method_name()} {wants}")
+        if self.teacher is None and self.teacher_routing is not None:
+            raise ValueError("teacher_routing has no effect without a teacher")
+        if self.teacher is not None and self.moe is not None:
+            raise ValueError("moe has no effect with a teacher: it is for training a MoE as a language model")
+        if self.data.validation is None and self.train.eval_every is not None:
+            raise ValueError("train.eval_every has no effect without data.validation")
+        return self
+
+    def resolved_loss(self) -> Loss:
+        """The loss, with its default filled in."""
+        return self.loss or losses["cross_entropy" if self.teacher is None else "forward_kl"]()
+
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        if self.train.steps is not None:
+            return self.train.steps
+        assert self.train.tokens is not None
+        return max(1, self.train.tokens // (self.batch.global_ * self.data.sequence_length))
+
+
+class ExportConfig(Config):
+    """`moe2dense export`."""
+
+    checkpoint: str = key(..., "a run directory of `distill` (its last checkpoint) or one of its checkpoints/step_*")
+    output: str = key(..., "Hugging Face directory to write")
+    dtype: Literal["source", "float32", "bfloat16"] = key("source", "type of the written weights; source: that of the student it began as")
+    overwrite: bool = key(False, "replace existing output")

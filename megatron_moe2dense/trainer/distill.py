@@ -1,0 +1,164 @@
+"""`moe2dense distill`: build student, teacher and optimizer from the config, resume if there is something to resume, train."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe2dense.checkpoint.assets import copy_assets
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.log import logger
+from megatron_moe2dense.common.outputs import claim, config_hash, read_json, write_json, write_manifest
+from megatron_moe2dense.trainer import groups as process_groups
+from megatron_moe2dense.trainer import model as models
+from megatron_moe2dense.trainer import optim, runtime, teacher, weights
+from megatron_moe2dense.trainer.checkpoint import Checkpointer, latest, step_of
+from megatron_moe2dense.trainer.config import DistillConfig
+from megatron_moe2dense.trainer.data import training_stream, validation_stream
+from megatron_moe2dense.trainer.groups import Groups
+from megatron_moe2dense.trainer.loop import Trainer, TrainState
+from megatron_moe2dense.trainer.metrics import Metrics
+from megatron_moe2dense.trainer.runtime import Runtime
+from megatron_moe2dense.trainer.step import Models
+
+# What may change between the parts of one run: layout and logging, not the mathematics.
+_MAY_CHANGE = ("parallel", "logging", "device", "overwrite")
+
+
+def run(config: DistillConfig) -> None:
+    """Train; started again with the same config after a stop, continue from the last checkpoint."""
+    device = runtime.start(config.device)
+    try:
+        _claim_output(config)
+        groups = process_groups.initialize(config.parallel, config.train.seed)
+        trainer, state = build(config, groups, device)
+        trainer.fit(state)
+        trainer.metrics.close()
+        if dist.get_rank() == 0:
+            write_manifest(Path(config.output), "finished", "distill", _dump(config), config_hash=_identity_hash(config), **vars(state))
+            logger.info("finished: %d steps, %d tokens; weights in %s", state.step, state.tokens, latest(trainer.checkpointer.directory))
+        dist.barrier()
+    finally:
+        process_groups.finalize()
+        runtime.stop()
+
+
+def dry_run(config: DistillConfig) -> dict[str, Any]:
+    """Steps, tokens and parameters of the run, from configs alone."""
+    facts: dict[str, Any] = {"steps": config.steps(), "tokens": config.steps() * config.batch.global_ * config.data.sequence_length}
+    for name, directory in (("student", config.student), ("teacher", config.teacher)):
+        if directory is None:
+            continue
+        content = read_json(Path(directory) / "config.json", "a Hugging Face directory with a config.json")
+        blueprint = models.Blueprint.of(content, directory, getattr(torch, config.dtype))
+        facts[name] = {"directory": directory, "family": blueprint.family.name, **dataclasses.asdict(blueprint.dims)}
+    facts["reads"] = [path for path in (config.data.path, config.data.validation, config.student, config.teacher) if path]
+    facts["writes"] = [f"{config.output}/checkpoints", f"{config.output}/metrics.jsonl"]
+    return facts
+
+
+def _dump(config: DistillConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", by_alias=True)
+
+
+def _identity_hash(config: DistillConfig) -> str:
+    return config_hash(_identity(config))
+
+
+def _identity(config: DistillConfig) -> dict[str, Any]:
+    return {name: value for name, value in _dump(config).items() if name not in _MAY_CHANGE}
+
+
+def _claim_output(config: DistillConfig) -> None:
+    """Rank 0 takes the output directory and puts the student's config and tokenizer into it; errors reach every rank."""
+    problem: list[UserError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            output = Path(config.output)
+            claim(output, output, _identity(config), config.overwrite)
+            write_manifest(output, "unfinished", "distill", _dump(config), config_hash=_identity_hash(config))
+            student = Path(config.student)
+            (output / "student").mkdir(exist_ok=True)
+            content = read_json(student / "config.json", "the student's Hugging Face directory with its config.json")
+            write_json(output / "student" / "config.json", content)
+            copy_assets(student, output / "student")
+        except UserError as error:
+            problem = [error]
+    dist.broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise problem[0]
+
+
+def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Trainer, TrainState]:
+    """All parts of a run on this rank, restored from the last checkpoint when there is one."""
+    _check_batch(config, groups)
+    blueprint = _student_blueprint(config)
+    student = models.build(blueprint, groups, device, **_balancing(config, blueprint))
+    if config.initialize == "checkpoint":
+        weights.load(student, blueprint, groups, Path(config.student))
+    wrapped = optim.wrap(student, config, groups)
+    wrapped.broadcast_params()
+    optimizer, scheduler = optim.build(config, wrapped, groups)
+    frozen = teacher.build(config, blueprint, groups, device) if config.teacher is not None else None
+    checkpointer = Checkpointer(Path(config.output) / "checkpoints", config.train.keep, groups)
+    state = _resume(checkpointer, student, optimizer, scheduler)
+    vocab_size = blueprint.dims.vocab_size
+    trainer = Trainer(
+        config=config,
+        groups=groups,
+        models=Models(student, wrapped, frozen, vocab_size),
+        wrapped=wrapped,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        training=training_stream(config, groups, device.device, vocab_size),
+        validation=validation_stream(config, groups, device.device, vocab_size),
+        checkpointer=checkpointer,
+        metrics=Metrics(config, groups.writes_metrics, _identity_hash(config), state.step),
+    )
+    return trainer, state
+
+
+def _resume(checkpointer: Checkpointer, *parts: Any) -> TrainState:
+    found = latest(checkpointer.directory)
+    if found is None:
+        return TrainState()
+    state = TrainState(**checkpointer.load(found, *parts))
+    assert state.step == step_of(found)
+    logger.info("resumed from %s", found)
+    return state
+
+
+def _student_blueprint(config: DistillConfig) -> models.Blueprint:
+    directory, dtype = Path(config.student), getattr(torch, config.dtype)
+    if config.initialize == "random":
+        content = read_json(directory / "config.json", "the student's Hugging Face directory with its config.json")
+        return models.Blueprint.of(content, str(directory), dtype)
+    return models.Blueprint.of(CheckpointIndex.open(directory).config, str(directory), dtype)
+
+
+def _balancing(config: DistillConfig, blueprint: models.Blueprint) -> dict[str, Any]:
+    """TransformerConfig fields of the balancing losses; UserError for a `moe` block with a dense student."""
+    if config.moe is None:
+        return {}
+    if not blueprint.dims.experts:
+        raise UserError(f"moe block, but {config.student} is dense", "a MoE student", "remove the moe block")
+    return {
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": config.moe.aux_loss,
+        "moe_z_loss_coeff": config.moe.z_loss or None,
+    }
+
+
+def _check_batch(config: DistillConfig, groups: Groups) -> None:
+    per_round = config.batch.micro * groups.data_size
+    if config.batch.global_ % per_round:
+        raise UserError(
+            f"batch.global={config.batch.global_}, batch.micro={config.batch.micro}, {groups.data_size} data-parallel ranks",
+            f"batch.global a multiple of micro x ranks = {per_round}",
+            "change batch.global or batch.micro",
+        )

@@ -1,0 +1,75 @@
+"""`moe2dense export`: a trainer checkpoint of any layout to the Hugging Face checkpoint of its student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe2dense.checkpoint.assets import copy_assets
+from megatron_moe2dense.checkpoint.writer import CheckpointWriter
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.log import logger
+from megatron_moe2dense.common.outputs import output_directory, read_json
+from megatron_moe2dense.trainer import groups as process_groups
+from megatron_moe2dense.trainer import model as models
+from megatron_moe2dense.trainer import runtime, weights
+from megatron_moe2dense.trainer.checkpoint import latest, load_weights, step_of
+from megatron_moe2dense.trainer.config import ExportConfig, ParallelConfig
+
+
+def run(config: ExportConfig) -> None:
+    """Load the weights into a whole model and write them under their Hugging Face names.
+
+    Raises:
+        UserError: no complete checkpoint at `checkpoint`; started with several processes.
+    """
+    source, content = _locate(config)
+    device = runtime.start("auto")
+    try:
+        if dist.get_world_size() > 1:
+            raise UserError(f"{dist.get_world_size()} processes", "one process", "run export without torchrun")
+        groups = process_groups.initialize(ParallelConfig(), seed=0)
+        dtype = _dtype(config, content)
+        blueprint = models.Blueprint.of(content, str(source), dtype)
+        model = models.build(blueprint, groups, device)
+        load_weights(source, model, groups)
+        facts = {"checkpoint": str(source), "step": step_of(source)}
+        with output_directory(Path(config.output), "export", config.model_dump(mode="json"), **facts) as working:
+            writer = CheckpointWriter(working)
+            for name, tensor in weights.unload(model, blueprint):
+                writer.add(name, tensor.cpu())
+            writer.finish(_with_dtype(content, dtype))
+            copy_assets(source.parents[1] / "student", working)
+        logger.info("exported %s to %s", source, config.output)
+    finally:
+        process_groups.finalize()
+        runtime.stop()
+
+
+def dry_run(config: ExportConfig) -> dict[str, Any]:
+    """What would be read and written."""
+    source, content = _locate(config)
+    return {"reads": str(source), "writes": config.output, "dtype": str(_dtype(config, content))}
+
+
+def _locate(config: ExportConfig) -> tuple[Path, dict[str, Any]]:
+    path = Path(config.checkpoint)
+    source = latest(path / "checkpoints") if (path / "checkpoints").is_dir() else path
+    if source is None or not source.is_dir():
+        raise UserError(f"no complete checkpoint in {path}", "a run of `distill` with checkpoints/step_*", "run distill to its first save")
+    step_of(source)
+    return source, read_json(source.parents[1] / "student" / "config.json", "the student's config.json in the run directory")
+
+
+def _dtype(config: ExportConfig, content: dict[str, Any]) -> torch.dtype:
+    name = config.dtype if config.dtype != "source" else content.get("dtype") or content.get("torch_dtype") or "bfloat16"
+    return getattr(torch, name)
+
+
+def _with_dtype(content: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """config.json as it was, naming the type the weights now have."""
+    name = "torch_dtype" if "torch_dtype" in content and "dtype" not in content else "dtype"
+    return {**content, name: str(dtype).removeprefix("torch.")}

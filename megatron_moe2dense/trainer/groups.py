@@ -1,0 +1,93 @@
+"""Process groups of a run, made once and passed on; nothing else in the trainer asks for a global group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.trainer.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Megatron's collection of groups and this rank's place in them."""
+
+    collection: ProcessGroupCollection
+    parallel: ParallelConfig
+
+    @property
+    def tensor_rank(self) -> int:
+        """Place in the tensor-parallel group."""
+        return self.collection.tp.rank()
+
+    @property
+    def expert_rank(self) -> int:
+        """Place in the expert-parallel group."""
+        return self.collection.ep.rank()
+
+    @property
+    def stage(self) -> int:
+        """Pipeline stage."""
+        return self.collection.pp.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds the embedding."""
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the final norm and the LM head."""
+        return self.stage == self.parallel.pipeline - 1
+
+    @property
+    def data_rank(self) -> int:
+        """Place in the data-parallel group."""
+        return self.collection.dp.rank()
+
+    @property
+    def data_size(self) -> int:
+        """Ranks that read different samples."""
+        return self.collection.dp.size()
+
+    @property
+    def writes_metrics(self) -> bool:
+        """True on the one rank that writes metrics: first of its kind on the last stage, where the loss is."""
+        return self.is_last_stage and self.tensor_rank == 0 and self.data_rank == 0
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> Groups:
+    """Make Megatron's process groups for this layout and seed its random states.
+
+    Raises:
+        UserError: the number of processes does not fit the layout.
+    """
+    world = dist.get_world_size()
+    model = parallel.tensor * parallel.pipeline * parallel.context
+    if world % model or (world // parallel.pipeline) % parallel.expert:
+        raise UserError(
+            f"{world} processes",
+            f"a multiple of tensor x pipeline x context = {model} whose stages hold whole groups of expert = {parallel.expert}",
+            "start another number of processes (torchrun --nproc-per-node) or change `parallel`",
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            parallel.tensor,
+            parallel.pipeline,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=1 if parallel.expert > 1 else parallel.tensor,
+        )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Groups(ProcessGroupCollection.use_mpu_process_groups(), parallel)
+
+
+def finalize() -> None:
+    """Destroy Megatron's process groups."""
+    parallel_state.destroy_model_parallel()

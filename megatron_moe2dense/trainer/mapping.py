@@ -1,0 +1,79 @@
+"""Names and layouts between Megatron-Core and Hugging Face, driven by the family's table of `MegatronRule`s."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_moe2dense.families import Dims, FamilySpec, MegatronRule
+
+_OUTPUT, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron parameter: its rule and the Hugging Face tensors it is made of, by global layer and expert number."""
+
+    rule: MegatronRule
+    hf: tuple[str, ...]
+
+
+class NameTable:
+    """Finds the entry of a local parameter name.
+
+    Args:
+        family, dims: of the model. first_layer, first_expert: global numbers of this rank's first layer and expert.
+    """
+
+    def __init__(self, family: FamilySpec, dims: Dims, first_layer: int = 0, first_expert: int = 0):
+        self._offsets = {"layer": first_layer, "expert": first_expert}
+        self._tied = dims.tied_embeddings
+        self._patterns = [(_pattern(name), rule) for rule in family.megatron for name in (rule.megatron, *rule.aliases)]
+        self._embedding = next(rule for rule in family.megatron if rule.megatron == _EMBEDDING)
+
+    def entry(self, name: str) -> Entry:
+        """The rule and Hugging Face names for a Megatron parameter name; AssertionError when the family's table has a gap."""
+        for pattern, rule in self._patterns:
+            match = pattern.fullmatch(name)
+            if match:
+                source = self._embedding if self._tied and rule.megatron == _OUTPUT else rule
+                numbers = {key: int(value) + self._offsets[key] for key, value in match.groupdict().items()}
+                return Entry(rule, tuple(template.format(**numbers) for template in source.hf))
+        raise AssertionError(f"no Megatron rule for parameter {name!r}")
+
+    def is_copy(self, name: str) -> bool:
+        """True for the output layer of a tied model, which repeats the embedding."""
+        return self._tied and name == _OUTPUT
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    text = re.escape(template).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"(?P<expert>\d+)")
+    return re.compile(text)
+
+
+def join(kind: str, parts: Iterable[Tensor], kv_heads: int) -> Tensor:
+    """Hugging Face tensors (whole, or one rank's rows with its share of `kv_heads`) to the Megatron tensor."""
+    tensors = list(parts)
+    if kind in ("plain", "vocab"):
+        return tensors[0]
+    if kind == "gate_up":
+        return torch.cat(tensors)
+    grouped = [tensor.reshape(kv_heads, -1, *tensor.shape[1:]) for tensor in tensors]
+    return torch.cat(grouped, 1).flatten(0, 1)
+
+
+def split(kind: str, tensor: Tensor, dims: Dims) -> list[Tensor]:
+    """The inverse of `join` for a whole Megatron tensor."""
+    if kind == "vocab":
+        return [tensor[: dims.vocab_size]]
+    if kind == "plain":
+        return [tensor]
+    if kind == "gate_up":
+        return list(tensor.chunk(2))
+    queries = dims.heads // dims.kv_heads * dims.head_dim
+    grouped = tensor.reshape(dims.kv_heads, -1, *tensor.shape[1:])
+    return [part.flatten(0, 1) for part in grouped.split([queries, dims.head_dim, dims.head_dim], 1)]

@@ -1,0 +1,164 @@
+"""A Megatron-Core GPTModel for any family, whose forward ends at the final hidden states.
+
+Loss and LM head meet in the loss function, so that pipeline stages exchange and keep hidden states, never logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families import Dims, FamilySpec, family_of
+from megatron_moe2dense.trainer.groups import Groups
+from megatron_moe2dense.trainer.losses.shards import VocabShard
+from megatron_moe2dense.trainer.runtime import Runtime
+from megatron_moe2dense.trainer.runtime.specs import block_spec
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+# The vocabulary is padded to this whatever the tensor-parallel size, so that checkpoints reshard.
+VOCABULARY_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a model is: its config.json, family and sizes, and its compute type."""
+
+    config: Mapping[str, Any]
+    family: FamilySpec
+    dims: Dims
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], where: str, dtype: torch.dtype) -> Blueprint:
+        """Read a Hugging Face config; UserError for an unknown family."""
+        family = family_of(config, where)
+        return cls(config, family, family.dims(config), dtype)
+
+
+class HeadlessGPT(GPTModel):
+    """GPTModel whose last stage returns the normed final hidden states [S, B, D]; `logits` applies the LM head to them."""
+
+    def _postprocess(self, hidden_states: Tensor, *_args: Any, **_options: Any) -> Tensor:
+        return hidden_states
+
+    def logits(self, hidden_SBD: Tensor) -> Tensor:
+        """This rank's columns of the logits, [S, B, padded vocabulary / tensor-parallel size]."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_SBD, weight=weight)[0]
+
+    def vocab_shard(self, hidden_SBD: Tensor, vocab_size: int) -> VocabShard:
+        """The logits as a VocabShard with T = S * B tokens, sequence-major."""
+        logits = self.logits(hidden_SBD)
+        return VocabShard.of(logits.flatten(0, 1), vocab_size, self.pg_collection.tp)
+
+
+def padded_vocabulary(vocab_size: int) -> int:
+    """Vocabulary rounded up to VOCABULARY_MULTIPLE."""
+    return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def build(blueprint: Blueprint, groups: Groups, runtime: Runtime, **overrides: Any) -> HeadlessGPT:
+    """This rank's part of the model, weights initialised from the seed; `overrides` are TransformerConfig fields.
+
+    Raises:
+        UserError: the model does not divide over the parallel layout.
+    """
+    _check_layout(blueprint.dims, groups)
+    config = transformer_config(blueprint, groups, runtime, **overrides)
+    model = HeadlessGPT(
+        config,
+        block_spec(config, runtime.transformer_engine),
+        padded_vocabulary(blueprint.dims.vocab_size),
+        blueprint.dims.max_positions,
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
+        position_embedding_type="rope",
+        rotary_base=int(blueprint.dims.rope_theta),
+        share_embeddings_and_output_weights=blueprint.dims.tied_embeddings,
+        pg_collection=groups.collection,
+    )
+    return model.to(device=runtime.device, dtype=blueprint.dtype)
+
+
+def transformer_config(blueprint: Blueprint, groups: Groups, runtime: Runtime, **overrides: Any) -> TransformerConfig:
+    """Megatron's config for this model, layout and device."""
+    dims, parallel = blueprint.dims, groups.parallel
+    family = dict(blueprint.family.megatron_config(blueprint.config))
+    fields: dict[str, Any] = {
+        "num_layers": dims.layers,
+        "hidden_size": dims.hidden_size,
+        "num_attention_heads": dims.heads,
+        "num_query_groups": dims.kv_heads,
+        "kv_channels": dims.head_dim,
+        "ffn_hidden_size": dims.dense_width or dims.expert_width,
+        "layernorm_epsilon": dims.norm_eps,
+        "activation_func": ACTIVATIONS[family.pop("activation")],
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": blueprint.config.get("initializer_range", 0.02),
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "context_parallel_size": parallel.context,
+        "sequence_parallel": parallel.sequence,
+        "expert_model_parallel_size": parallel.expert if dims.experts else 1,
+        "params_dtype": blueprint.dtype,
+        "pipeline_dtype": blueprint.dtype,
+        "bf16": blueprint.dtype == torch.bfloat16,
+        "calculate_per_token_loss": True,
+        "attention_softmax_in_fp32": True,
+        **_device_fields(runtime),
+        **family,
+    }
+    if dims.experts:
+        fields |= _moe_fields(blueprint, groups, runtime)
+    return TransformerConfig(**{**fields, **overrides})
+
+
+def _device_fields(runtime: Runtime) -> dict[str, Any]:
+    kernels = runtime.transformer_engine
+    return {
+        "use_cpu_initialization": runtime.device.type == "cpu",
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": kernels,
+        "bias_dropout_fusion": kernels,
+        "masked_softmax_fusion": kernels,
+        "apply_rope_fusion": kernels,
+        "batch_p2p_comm": runtime.backend == "nccl",
+    }
+
+
+def _moe_fields(blueprint: Blueprint, groups: Groups, runtime: Runtime) -> dict[str, Any]:
+    dims = blueprint.dims
+    moe_layers = set(blueprint.family.moe_layers(blueprint.config))
+    return {
+        "num_moe_experts": dims.experts,
+        "moe_router_topk": dims.active,
+        "moe_ffn_hidden_size": dims.expert_width,
+        "moe_layer_freq": [int(layer in moe_layers) for layer in range(dims.layers)],
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": runtime.transformer_engine,
+        "moe_permute_fusion": runtime.transformer_engine,
+        "expert_tensor_parallel_size": 1 if groups.parallel.expert > 1 else groups.parallel.tensor,
+    }
+
+
+def _check_layout(dims: Dims, groups: Groups) -> None:
+    parallel = groups.parallel
+    wanted = {
+        "tensor": ("num_key_value_heads", dims.kv_heads, parallel.tensor),
+        "pipeline": ("num_hidden_layers", dims.layers, parallel.pipeline),
+        "expert": ("num_experts", dims.experts, parallel.expert),
+    }
+    for name, (what, size, parts) in wanted.items():
+        if size % parts:
+            raise UserError(f"parallel.{name}: {parts} with {what} = {size}", f"a divisor of {size}", f"choose another parallel.{name}")

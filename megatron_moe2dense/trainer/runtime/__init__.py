@@ -1,0 +1,82 @@
+"""What differs between GPU (NCCL, Transformer Engine, Apex) and CPU (gloo, plain PyTorch), chosen once, here.
+
+`start` must run before any model is built: on a machine without CUDA it teaches Megatron-Core to live on the CPU.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.log import logger
+from megatron_moe2dense.trainer.runtime import cpu, upstream
+
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The device of this rank, the collective backend and whether Transformer Engine kernels are used."""
+
+    device: torch.device
+    backend: Literal["nccl", "gloo"]
+    transformer_engine: bool
+
+
+def start(device: Literal["auto", "cpu", "cuda"]) -> Runtime:
+    """Prepare Megatron-Core for the device and join the process group (torchrun's, or one of a single process).
+
+    Raises:
+        UserError: `device: cuda` without a GPU; `device: cpu` with one (Megatron-Core would use it all the same).
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UserError("device: cuda, but no CUDA device", "a GPU with its driver", "use device: auto or cpu")
+    if device == "cpu" and available:
+        raise UserError("device: cpu on a machine with a GPU", "device: auto", "hide the GPUs with CUDA_VISIBLE_DEVICES= to train on CPU")
+    runtime = _gpu() if available else _cpu()
+    _join(runtime.backend)
+    logger.info(
+        "runtime: %s, %s, %d processes, %s kernels",
+        runtime.device.type,
+        runtime.backend,
+        dist.get_world_size(),
+        "Transformer Engine" if runtime.transformer_engine else "plain PyTorch",
+    )
+    return runtime
+
+
+def _gpu() -> Runtime:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(local_rank)
+    return Runtime(torch.device("cuda", local_rank), "nccl", upstream.has_transformer_engine())
+
+
+def _cpu() -> Runtime:
+    cpu.install()
+    upstream.mend()
+    return Runtime(torch.device("cpu"), "gloo", transformer_engine=False)
+
+
+def _join(backend: str) -> None:
+    if dist.is_initialized():
+        return
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+        return
+    store = Path(tempfile.mkdtemp(prefix="moe2dense_")) / "store"
+    dist.init_process_group(backend, store=dist.FileStore(str(store), 1), rank=0, world_size=1)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,41 @@
+"""The layer spec: Transformer Engine kernels where they exist, Megatron's local modules elsewhere."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_moe2dense.trainer.runtime.modules import RMSNorm, SdpaCoreAttention
+
+
+def block_spec(config: TransformerConfig, transformer_engine: bool) -> TransformerBlockSubmodules:
+    """The decoder layers of this pipeline stage; `config.moe_layer_freq` says which of them have experts."""
+    if transformer_engine:
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization=config.normalization)
+    first = get_transformer_layer_offset(config)
+    numbers = range(first, first + get_num_layers_to_build(config))
+    return TransformerBlockSubmodules(layer_specs=[_local_layer(config, number) for number in numbers], layer_norm=RMSNorm)
+
+
+def _local_layer(config: TransformerConfig, number: int) -> Any:
+    pattern = config.moe_layer_freq
+    has_experts = config.num_moe_experts is not None and (pattern[number] == 1 if isinstance(pattern, list) else number % pattern == 0)
+    spec = copy.deepcopy(
+        get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts if has_experts else None,
+            qk_layernorm=config.qk_layernorm,
+            normalization=config.normalization,
+        )
+    )
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = SdpaCoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec

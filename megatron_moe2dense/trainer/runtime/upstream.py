@@ -1,0 +1,121 @@
+"""Faults of Megatron-Core that show without CUDA, Transformer Engine or Apex: one named mend each, with its versions."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def has_transformer_engine() -> bool:
+    """True when a working Transformer Engine is installed (the bare PyPI meta package has no `pytorch` part)."""
+    try:
+        return importlib.util.find_spec("transformer_engine.pytorch") is not None
+    except (ImportError, RuntimeError):
+        return False
+
+
+def mend() -> None:
+    """Apply every mend; each does nothing where its fault is absent."""
+    random_state_on_cpu()
+    moe_gemm_name_without_te()
+    all_to_all_split_sizes_on_cpu()
+    distributed_optimizer_with_torch_adam()
+
+
+def random_state_on_cpu() -> None:
+    """The RNG tracker forks the CUDA generator (all versions); without CUDA it must fork the CPU's."""
+    from megatron.core.tensor_parallel import random
+
+    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:  # noqa: ARG001
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:  # noqa: ARG001
+        torch.set_rng_state(new_state)
+
+    @contextlib.contextmanager
+    def fork(self: Any, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        outer = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outer)
+
+    random._get_cuda_rng_state = get_state
+    random._set_cuda_rng_state = set_state
+    random.CudaRNGStatesTracker.fork = fork
+
+
+def moe_gemm_name_without_te() -> None:
+    """0.15 and 0.16: `moe_utils` uses the name `te_general_gemm` without defining it when TE is absent."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+
+
+def all_to_all_split_sizes_on_cpu() -> None:
+    """The all-to-all dispatcher turns split sizes into numpy only when they are CUDA tensors (all versions)."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:  # noqa: ARG001
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = to_cpu
+    token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+
+def distributed_optimizer_with_torch_adam() -> None:
+    """DistributedOptimizer over torch's Adam (no TE, no Apex; all versions): three faults around its state.
+
+    - `state_dict` of a fresh optimizer asserts that a step exists: give every shard an empty state first.
+    - `step` is kept in the param groups, and must not be sharded as if it were a tensor of the parameter.
+    - loading gives all parameters one shared `step` tensor; Adam then adds 1 to it once per parameter.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    cls = distrib_optimizer.DistributedOptimizer
+    state_dict, load_state_dict = cls.state_dict, cls.load_state_dict
+    get_states = cls._get_main_param_and_optimizer_states
+    if getattr(state_dict, "mended", False):
+        return
+
+    def state_dict_with_state(self: Any) -> Any:
+        adam = getattr(self, "optimizer", None)
+        for group in adam.param_groups if adam is not None else ():
+            for shard in group["params"]:
+                if not adam.state.get(shard):
+                    zeros = torch.zeros_like(shard)
+                    adam.state[shard] = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        return state_dict(self)
+
+    def get_without_step(self: Any, model_param: Any) -> Any:
+        return {name: tensor for name, tensor in get_states(self, model_param).items() if name != "step"}
+
+    @torch.no_grad()
+    def set_without_step(self: Any, model_param: Any, tensors: Any) -> None:
+        adam = self.optimizer
+        group, order = self.model_param_group_index_map[model_param]
+        main = adam.param_groups[group]["params"][order]
+        for name, value in {"param": main, **adam.state[main]}.items():
+            if name in tensors and name != "step":
+                value.copy_(tensors[name])
+
+    def load_with_own_steps(self: Any, state: Any) -> None:
+        load_state_dict(self, state)
+        for entry in self.optimizer.state.values():
+            if torch.is_tensor(entry.get("step")):
+                entry["step"] = entry["step"].clone()
+
+    state_dict_with_state.mended = True  # type: ignore[attr-defined]
+    cls.state_dict = state_dict_with_state
+    cls.load_state_dict = load_with_own_steps
+    cls._get_main_param_and_optimizer_states = get_without_step
+    cls._set_main_param_and_optimizer_states = set_without_step

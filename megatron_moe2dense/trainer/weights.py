@@ -1,0 +1,77 @@
+"""Hugging Face weights into this rank's part of a Megatron model, slice by slice, and back out of a whole one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.trainer.groups import Groups
+from megatron_moe2dense.trainer.mapping import Entry, NameTable, join, split
+from megatron_moe2dense.trainer.model import Blueprint, HeadlessGPT, padded_vocabulary
+
+
+@torch.no_grad()
+def load(model: HeadlessGPT, blueprint: Blueprint, groups: Groups, directory: Path) -> None:
+    """Fill every parameter of `model` from the checkpoint; each rank reads only its slices.
+
+    Raises:
+        UserError: a tensor is missing, of another shape, NaN or infinite.
+    """
+    index = CheckpointIndex.open(directory)
+    local_experts = blueprint.dims.experts // groups.parallel.expert
+    table = NameTable(blueprint.family, blueprint.dims, get_transformer_layer_offset(model.config), groups.expert_rank * local_experts)
+    with CheckpointReader(index) as reader:
+        for name, parameter in model.named_parameters():
+            entry = table.entry(name)
+            index.require(entry.hf)
+            value = _local(reader, entry, blueprint, groups)
+            if value.shape != parameter.shape:
+                raise UserError(
+                    f"{directory}: {', '.join(entry.hf)} give {list(value.shape)} for {name}",
+                    f"{list(parameter.shape)} by config.json",
+                    "check that config.json and the weights are of the same model",
+                )
+            if not torch.isfinite(value).all():
+                raise UserError(f"{directory}: NaN or infinite values in {', '.join(entry.hf)}", "finite weights", "get the weights again")
+            parameter.copy_(value)
+
+
+def _local(reader: CheckpointReader, entry: Entry, blueprint: Blueprint, groups: Groups) -> Tensor:
+    """This rank's slice of one Megatron parameter."""
+    axis, kv_heads = entry.rule.split, blueprint.dims.kv_heads
+    if axis is None:
+        return join(entry.rule.kind, (reader.tensor(name) for name in entry.hf), kv_heads)
+    is_expert = "{expert}" in entry.rule.megatron
+    parts = (1 if groups.parallel.expert > 1 else groups.parallel.tensor) if is_expert else groups.parallel.tensor
+    rank = groups.tensor_rank if parts > 1 else 0
+    slices = []
+    for name in entry.hf:
+        size = reader.index.tensors[name].shape[axis]
+        whole = padded_vocabulary(size) if entry.rule.kind == "vocab" else size
+        step = whole // parts
+        rows = reader.rows(name, axis, min(rank * step, size), min((rank + 1) * step, size))
+        slices.append(_pad_rows(rows, step) if entry.rule.kind == "vocab" else rows)
+    return join(entry.rule.kind, slices, kv_heads // parts)
+
+
+def _pad_rows(rows: Tensor, count: int) -> Tensor:
+    """Zero rows for the padded end of the vocabulary."""
+    return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
+
+
+def unload(model: HeadlessGPT, blueprint: Blueprint) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors of a model built whole (tensor = pipeline = expert = 1), vocabulary padding removed."""
+    table = NameTable(blueprint.family, blueprint.dims)
+    for name, parameter in model.named_parameters():
+        if table.is_copy(name):
+            continue
+        entry = table.entry(name)
+        for hf_name, tensor in zip(entry.hf, split(entry.rule.kind, parameter.detach(), blueprint.dims), strict=True):
+            yield hf_name, tensor
