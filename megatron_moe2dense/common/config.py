@@ -26,6 +26,14 @@ class Config(BaseModel):
 C = TypeVar("C", bound=Config)
 
 
+class BlockError(ValueError):
+    """A block that a registry built did not validate. cls: the class it should have become. error: pydantic's list."""
+
+    def __init__(self, cls: type[Config], error: ValidationError):
+        self.cls, self.error = cls, error
+        super().__init__(str(error))
+
+
 def key(default: Any, description: str, unit: str = "", **constraints: Any) -> Any:
     """A documented config field. `default=...` makes it required; `unit` is shown by `--help`."""
     return Field(default, description=description, json_schema_extra={"unit": unit}, **constraints)
@@ -38,6 +46,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             name = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(name, (list, dict)):
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is no key", key_node.start_mark)
             if name in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", key_node.start_mark)
             seen.add(name)
@@ -77,14 +87,16 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     result = _copy(data)
     for item in overrides:
         path, equals, text = item.partition("=")
-        if not equals or not path:
+        *parents, last = path.split(".")
+        if not equals or not all((*parents, last)):
             raise UserError(f"argument {item!r}", "key.path=value", "write e.g. train.steps=100")
         block = result
-        *parents, last = path.split(".")
         for parent in parents:
-            if not isinstance(block.get(parent), dict):
+            if block.get(parent) is None:
                 block[parent] = {}
             block = block[parent]
+            if not isinstance(block, dict):
+                raise UserError(f"argument {item!r}, but {parent} is {_short(block)}", "a block at that path", f"set {parent} itself")
         block[last] = parse_yaml(text, f"argument {item!r}")
     return result
 
@@ -116,8 +128,8 @@ def _problems(cls: type[Config], error: ValidationError, prefix: str = "") -> It
     for item in error.errors():
         inner = item.get("ctx", {}).get("error")
         path = prefix + ".".join(str(part) for part in item["loc"])
-        if isinstance(inner, ValidationError):  # a method block that did not validate inside a registry
-            yield from _problems(cls, inner, path + ".")
+        if isinstance(inner, BlockError):
+            yield from _problems(inner.cls, inner.error, path + ".")
         elif item["type"] == "extra_forbidden":
             known = _known_keys(cls, item["loc"][:-1])
             hint = did_you_mean(str(item["loc"][-1]), known) or (f"known: {', '.join(known)}" if known else "")

@@ -78,11 +78,11 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR):
             raise
         raise UserError(
-            f"{path}: {os.strerror(error.errno)}",
-            "a writable disk with room for the output",
+            f"{error.filename or path}: {os.strerror(error.errno)}",
+            "a folder that can be written, on a disk with room",
             "free space or choose another output; what was there before is untouched",
         ) from error
 
@@ -107,7 +107,7 @@ def write_manifest(directory: Path, status: Status, stage: str, config: dict[str
 
 def read_manifest(directory: Path, stage: str) -> dict[str, Any]:
     """The manifest of a finished output of `stage`; UserError when there is none."""
-    content = read_json(directory / MANIFEST, f"the output directory of `moe2dense {stage}` with its {MANIFEST}")
+    content = _manifest(directory / MANIFEST, f"the output directory of `moe2dense {stage}` with its {MANIFEST}")
     if content.get("stage") != stage or content.get("status") != "finished":
         raise UserError(
             f"{directory} is {content.get('status')} output of `{content.get('stage')}`",
@@ -126,7 +126,7 @@ def claim(output: Path, working: Path, config: dict[str, Any], overwrite: bool) 
     Raises:
         UserError: a finished output, foreign files, or an unfinished run of another config is in the way.
     """
-    found = _unfinished_hash(working)
+    found, foreign = _unfinished_hash(working), _holds_foreign_files(working)
     if output.exists() and not overwrite and not (working == output and found is not None):
         what = "is a finished output" if (output / MANIFEST).exists() else "exists"
         raise UserError(f"{output} {what}", "a path that does not exist yet", "choose another output or add overwrite=true")
@@ -138,15 +138,32 @@ def claim(output: Path, working: Path, config: dict[str, Any], overwrite: bool) 
             f"an unfinished run of this config ({config_hash(config)}), or nothing",
             "finish it with its own config, remove it, or add overwrite=true",
         )
+    if foreign and not overwrite:
+        raise UserError(f"{working} exists", "a path that does not exist yet", "remove it, choose another output or add overwrite=true")
     if working.exists():
         shutil.rmtree(working)
     return False
 
 
+def _manifest(path: Path, expected: str) -> dict[str, Any]:
+    content = read_json(path, expected)
+    if not isinstance(content, dict) or not {"status", "stage", "config_hash"} <= set(content):
+        raise UserError(f"{path} is no manifest", expected, "check the path, or make the output again")
+    return content
+
+
+def _holds_foreign_files(working: Path) -> bool:
+    """Whether there is something that no run of ours left: files without a manifest (a run killed at once leaves none)."""
+    if not working.is_dir():
+        return working.exists()
+    names = {item.name for item in working.iterdir()}
+    return MANIFEST not in names and bool(names - {MANIFEST + ".tmp"})
+
+
 def _unfinished_hash(working: Path) -> str | None:
     if not (working / MANIFEST).exists():
         return None
-    content = read_json(working / MANIFEST, "a manifest")
+    content = _manifest(working / MANIFEST, "the manifest of an unfinished run, or nothing")
     return content["config_hash"] if content.get("status") == "unfinished" else None
 
 

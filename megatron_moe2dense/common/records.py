@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import disk_errors, write_text
 
+_CHUNK = 65_536  # bytes
+
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Append one row with a single write, so that several writers never interleave; flushed to disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(path), path.open("ab", buffering=0) as file:
-        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        os.fsync(file.fileno())
+    """Append one row; several writers never interleave, a line that a killed writer cut off is removed first. Flushed to disk."""
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.truncate(_complete_size(file))
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _complete_size(file: IO[bytes]) -> int:
+    """Bytes up to and including the last newline."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - _CHUNK)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -7,9 +7,9 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
-from pydantic import BeforeValidator, PlainSerializer
+from pydantic import BeforeValidator, PlainSerializer, ValidationError
 
-from megatron_moe2dense.common.config import Config
+from megatron_moe2dense.common.config import BlockError, Config
 from megatron_moe2dense.common.errors import did_you_mean
 
 
@@ -75,7 +75,11 @@ class Registry(Generic[M]):
         if not isinstance(block, dict) or not isinstance(block.get("method"), str):
             raise ValueError(f"a block like {{method: NAME}} is needed; known methods: {', '.join(self)}")
         options = {key: value for key, value in block.items() if key != "method"}
-        return self[block["method"]].model_validate(options)
+        cls = self[block["method"]]
+        try:
+            return cls.model_validate(options)
+        except ValidationError as error:
+            raise BlockError(cls, error) from None
 
     @staticmethod
     def dump(method: M) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class TokenFile:
             raise UserError(f"{index}: version {version}, {len(raw)} bytes", "a complete MMIDIDX version 1", "make it again")
         lengths = np.frombuffer(raw, np.int32, sequences, _HEADER.size).astype(np.int64)
         borders = np.frombuffer(raw, np.int64, documents, _HEADER.size + 12 * sequences)
+        if np.any(lengths < 0) or np.any(borders < 0) or np.any(borders > sequences):
+            raise UserError(f"{index}: lengths or borders out of range", "a complete MMIDIDX version 1", "make it again")
         ends = np.concatenate([[0], np.cumsum(lengths)])[borders[1:]]
         dtype, total = np.dtype(_DTYPES[code]), int(lengths.sum())
         if data.stat().st_size != total * dtype.itemsize:

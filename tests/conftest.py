@@ -1,0 +1,19 @@
+"""Fixtures of several test packages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def example() -> Path:
+    """The pico MoE of the repository."""
+    return Path(__file__).resolve().parents[1] / "examples/pico_moe"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_directory(example: Path) -> Path:
+    """A Hugging Face tokenizer: byte-level BPE of 2,048 tokens, token 0 ends a document."""
+    return example / "model"
