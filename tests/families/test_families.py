@@ -1,0 +1,179 @@
+"""Families against stock transformers: sizes, tensor names, router, dense configs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families import FAMILIES, FamilySpec, family_of, moe_family_of
+from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe
+
+TINY: dict[str, Callable[..., Path]] = {"qwen3_moe": tiny_qwen3_moe, "qwen3": tiny_qwen3}
+
+
+@pytest.fixture(params=list(FAMILIES))
+def spec(request: pytest.FixtureRequest) -> FamilySpec:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture
+def index(spec: FamilySpec, tmp_path: Path) -> CheckpointIndex:
+    return CheckpointIndex.open(TINY[spec.name](tmp_path / "model"))
+
+
+def test_the_architecture_is_a_stock_class(spec: FamilySpec, index: CheckpointIndex):
+    assert index.config["architectures"] == [spec.architecture]
+    assert issubclass(getattr(transformers, spec.architecture), transformers.PreTrainedModel)
+    assert family_of(index.config, "here") is spec
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}]
+)
+def test_sizes_are_those_of_the_transformers_config(spec: FamilySpec, options: dict[str, Any], tmp_path: Path):
+    path = TINY[spec.name](tmp_path / "model", **options)
+    dims, config = spec.dims(CheckpointIndex.open(path).config), AutoConfig.from_pretrained(path)
+    expected = {
+        "hidden_size": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_positions": config.max_position_embeddings,
+        "tied_embeddings": config.tie_word_embeddings,
+        "norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "dense_width": config.intermediate_size,
+        "experts": getattr(config, "num_experts", 0),
+        "active": getattr(config, "num_experts_per_tok", 0),
+        "expert_width": getattr(config, "moe_intermediate_size", 0),
+    }
+    assert dataclasses.asdict(dims) == expected
+
+
+def test_the_name_table_names_every_tensor_of_the_checkpoint_once(spec: FamilySpec, index: CheckpointIndex):
+    dims = spec.dims(index.config)
+    names = []
+    for rule in spec.megatron:
+        layers = range(dims.layers) if "{layer}" in rule.megatron else [0]
+        experts = range(dims.experts) if "{expert}" in rule.megatron else [0]
+        names += [name.format(layer=layer, expert=expert) for name in rule.hf for layer in layers for expert in experts]
+    assert sorted(names) == sorted(index.tensors)
+
+
+def test_every_name_of_the_table_can_be_told_from_the_others(spec: FamilySpec):
+    names = [name for rule in spec.megatron for name in (rule.megatron, *rule.aliases)]
+    assert len(names) == len(set(names))
+    assert all(set(re.findall(r"{(\w+)}", name)) <= {"layer", "expert"} for name in names)
+
+
+@pytest.mark.parametrize(("step", "dense", "expected"), [(1, [], (0, 1, 2, 3)), (2, [], (1, 3)), (1, [0, 2], (1, 3))])
+def test_moe_layers_are_where_the_stock_model_has_experts(step: int, dense: list[int], expected: tuple[int, ...], tmp_path: Path):
+    path = tiny_qwen3_moe(tmp_path / "moe", decoder_sparse_step=step, mlp_only_layers=dense)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert tuple(i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")) == expected
+    config = CheckpointIndex.open(path).config
+    assert family_of(config, "here").moe_layers(config) == expected
+
+
+@pytest.mark.parametrize("old_name", [True, False])
+def test_the_published_config_and_the_one_transformers_writes_mean_the_same(old_name: bool, tmp_path: Path):
+    config = dict(CheckpointIndex.open(tiny_qwen3_moe(tmp_path / "moe")).config)
+    experts = config.pop("num_local_experts")
+    theta = config.pop("rope_parameters")["rope_theta"]
+    config |= {"num_experts": experts, "rope_theta": theta} if old_name else {"num_local_experts": experts, "rope_theta": theta}
+    dims = FAMILIES["qwen3_moe"].dims(config)
+    assert (dims.experts, dims.rope_theta) == (8, 10_000.0)
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_the_router_is_that_of_the_stock_block(renormalise: bool, tmp_path: Path):
+    from megatron_moe2dense.surgery.routing import route
+
+    path = tiny_qwen3_moe(tmp_path / "moe", norm_topk_prob=renormalise, num_experts_per_tok=3)
+    config = CheckpointIndex.open(path).config
+    block = AutoModelForCausalLM.from_pretrained(path).model.layers[0].mlp
+    x_TD = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    _, gates, experts = block.gate(x_TD)
+    router = FAMILIES["qwen3_moe"].router
+    assert router is not None
+    routing = route(x_TD, block.gate.weight, router(config), 3)
+    assert routing.experts_TA.equal(experts)
+    torch.testing.assert_close(routing.gates_TA, gates)
+
+
+def test_the_dense_config_is_one_stock_transformers_reads_without_a_trace_of_experts(spec: FamilySpec, index: CheckpointIndex):
+    if spec.dense_config is None:
+        assert spec.experts is None
+        assert spec.dense_target is None
+        return
+    config = spec.dense_config(index.config, 96)
+    target = FAMILIES[str(spec.dense_target)]
+    assert family_of(config, "here") is target
+    loaded = AutoConfig.for_model(**config)
+    assert loaded.intermediate_size == 96
+    source, dense = spec.dims(index.config), target.dims(config)
+    assert dataclasses.replace(source, experts=0, active=0, expert_width=0, dense_width=96) == dense
+    stock = type(loaded)().to_dict()
+    known = {*stock, "architectures", "transformers_version", "torch_dtype"}
+    assert set(config) <= known, f"keys that mean nothing to a {target.name}: {sorted(set(config) - known)}"
+
+
+def qwen3_30b_a3b() -> dict[str, Any]:
+    """The public config.json of Qwen3-30B-A3B, without what no size depends on."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 151936,
+    }
+
+
+def test_qwen3_30b_a3b_becomes_the_papers_parameter_count():
+    spec = FAMILIES["qwen3_moe"]
+    dims = spec.dims(qwen3_30b_a3b())
+    assert spec.dense_config is not None
+    config = AutoConfig.for_model(**spec.dense_config(qwen3_30b_a3b(), dims.active * dims.expert_width))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert model.num_parameters() == 3_340_449_792
+    assert config.rope_parameters["rope_theta"] == 1e6
+
+
+def test_an_unsupported_or_incomplete_config_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="did you mean 'qwen3_moe'"):
+        family_of({"model_type": "qwen3_mow"}, "config.json")
+    with pytest.raises(UserError, match=r"docs/adding\.md"):
+        family_of({}, "config.json")
+    with pytest.raises(UserError, match="hidden_size"):
+        family_of({key: value for key, value in qwen3_30b_a3b().items() if key != "hidden_size"}, "config.json")
+    with pytest.raises(UserError, match="dense family"):
+        moe_family_of(CheckpointIndex.open(tiny_qwen3(tmp_path / "dense")).config, "config.json")
