@@ -34,7 +34,7 @@ setup(
         "tokenizers==0.23.3",
         "safetensors==0.8.0",
         "sentencepiece==0.2.3",
-        "pydantic>=2.8,<3",
+        "pydantic>=2.11,<3",
         "PyYAML>=6",
         "numpy>=1.26",
         "scipy>=1.11",

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe2dense.cli import COMMANDS
 from megatron_moe2dense.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,9 +138,10 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
 HEAVY = "assert not {'torch', 'transformers', 'megatron.core', 'matplotlib'} & set(sys.modules), sorted(sys.modules)"
 
 
-def test_help_of_every_command_imports_no_torch():
-    commands = [[], ["--help"], *([name, "--help"] for name in COMMANDS)]
-    result = _python(f"import sys\nfrom megatron_moe2dense.cli import main\nfor argv in {commands!r}: main(argv)\n{HEAVY}")
+def test_help_imports_no_torch():
+    result = _python(
+        f"import sys\nfrom megatron_moe2dense.cli import main\nfor argv in ([], ['--help'], ['data', '--help']): main(argv)\n{HEAVY}"
+    )
     assert result.returncode == 0, result.stderr
 
 

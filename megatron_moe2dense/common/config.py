@@ -6,7 +6,8 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +21,18 @@ from megatron_moe2dense.common.errors import UserError, did_you_mean
 class Config(BaseModel):
     """Base of all config blocks: frozen, strict types, unknown keys are errors; holds YAML types only."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    # By alias: a key whose name is a Python keyword (`global`) has one spelling in YAML, in what is printed and in messages.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, serialize_by_alias=True)
 
 
 C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class MethodNames:
+    """Marks a field (in its Annotated metadata) as a `{method: NAME, ...}` block. classes: the methods by name."""
+
+    classes: Callable[[], Mapping[str, type[Config]]]
 
 
 class BlockError(ValueError):
@@ -147,17 +156,17 @@ def _short(value: Any) -> str:
 
 def _known_keys(cls: type[BaseModel], loc: Sequence[Any]) -> list[str]:
     for part in loc:
-        field = cls.model_fields.get(str(part))
+        field = next((field for name, field in cls.model_fields.items() if part == (field.alias or name)), None)
         block = field and block_type(field.annotation)
         if block:
             cls = block
-    return list(cls.model_fields)
+    return [field.alias or name for name, field in cls.model_fields.items()]
 
 
 def block_type(annotation: Any) -> type[Config] | None:
     """The Config class inside an annotation such as `Block | None`, or None."""
     options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    for option in options:
+    for option in (getattr(option, "__origin__", option) if hasattr(option, "__metadata__") else option for option in options):
         if isinstance(option, type) and issubclass(option, Config):
             return option
     return None
@@ -170,19 +179,31 @@ def _is_union(annotation: Any) -> bool:
 def describe_keys(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """Rows (key path, type, default, description with unit) for `--help`, nested blocks flattened."""
     for name, field in cls.model_fields.items():
-        block = block_type(field.annotation)
-        if block and block.model_fields:
-            yield f"{prefix}{name}", "block", _default(field, block), _described(field)
-            yield from describe_keys(block, f"{prefix}{name}.")
+        path, block, methods = prefix + (field.alias or name), block_type(field.annotation), _methods(field)
+        if methods is not None:
+            yield path, "block", _default(field, block), _described(field)
+            yield f"{path}.method", "|".join(methods), "required", "which one; other keys of the block depend on it"
+            for method, method_class in methods.items():
+                rows = describe_keys(method_class, f"{path}.")
+                yield from ((*row[:3], f"{row[3]} (method: {method})") for row in rows)
+        elif block:
+            yield path, "block", _default(field, block), _described(field)
+            yield from describe_keys(block, f"{path}.")
         else:
-            yield f"{prefix}{name}", _type_name(field.annotation), _default(field, block), _described(field)
+            yield path, _type_name(field.annotation), _default(field, block), _described(field)
+
+
+def _methods(field: FieldInfo) -> Mapping[str, type[Config]] | None:
+    options = [field.annotation, *typing.get_args(field.annotation)]
+    marks = [*field.metadata, *(mark for option in options for mark in getattr(option, "__metadata__", ()))]
+    return next((mark.classes() for mark in marks if isinstance(mark, MethodNames)), None)
 
 
 def _default(field: FieldInfo, block: type[Config] | None) -> str:
     if field.is_required():
         return "required"
     if block:
-        return "" if field.default is not None else "null"
+        return "" if field.get_default(call_default_factory=True) is not None else "null"
     return yaml.safe_dump(field.get_default(call_default_factory=True), default_flow_style=True).split("\n")[0]
 
 

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BeforeValidator, PlainSerializer, ValidationError
 
-from megatron_moe2dense.common.config import BlockError, Config
+from megatron_moe2dense.common.config import BlockError, Config, MethodNames
 from megatron_moe2dense.common.errors import did_you_mean
 
 
@@ -57,6 +57,10 @@ class Registry(Generic[M]):
                 importlib.import_module(f"{self._package}.{module.name}")
             self._loaded = True
 
+    def classes(self) -> dict[str, type[M]]:
+        """All methods by name."""
+        return {name: self[name] for name in self}
+
     def __iter__(self) -> Iterator[str]:
         self._load()
         return iter(sorted(self._classes))
@@ -87,14 +91,15 @@ class Registry(Generic[M]):
         return {"method": method.method_name(), **method.model_dump(mode="json")}
 
     @property
-    def field(self) -> tuple[BeforeValidator, PlainSerializer]:
+    def field(self) -> tuple[BeforeValidator, PlainSerializer, MethodNames]:
         """What makes a config field take this registry's blocks: `score: Annotated[Scorer, *scorers.field]`."""
-        return BeforeValidator(self.build), PlainSerializer(self.dump)
+        return BeforeValidator(self.build), PlainSerializer(self.dump), MethodNames(self.classes)
 
     @property
-    def optional_field(self) -> tuple[BeforeValidator, PlainSerializer]:
+    def optional_field(self) -> tuple[BeforeValidator, PlainSerializer, MethodNames]:
         """As `field`, for a block that may be null: `group: Annotated[Grouper | None, *groupers.optional_field]`."""
         return (
             BeforeValidator(lambda block: None if block is None else self.build(block)),
             PlainSerializer(lambda method: None if method is None else self.dump(method)),
+            MethodNames(self.classes),
         )

@@ -167,3 +167,16 @@ def test_annotated_constraints_are_reported_with_the_found_value():
 
     with pytest.raises(UserError, match=r"share: .*less than or equal to 1 \(found 2\.5\)"):
         configs.build(Small, {"share": 2.5}, "here")
+
+
+def test_a_key_that_is_a_python_keyword_has_one_spelling_everywhere(tmp_path):
+    class Batch(Config):
+        global_: int = key(8, "sequences", alias="global")
+
+    class Run(Config):
+        batch: Batch = key(Batch(), "sizes")
+
+    assert configs.build(Run, {"batch": {"global": 3}}, "here").model_dump(mode="json") == {"batch": {"global": 3}}
+    assert [row[0] for row in configs.describe_keys(Run)] == ["batch", "batch.global"]
+    with pytest.raises(UserError, match=r"batch\.globl: unknown key \(found 3\); did you mean 'global'"):
+        configs.build(Run, {"batch": {"globl": 3}}, "here")

@@ -78,3 +78,18 @@ def test_the_same_name_twice_is_a_bug(shapes):
     assert list(shapes) == ["circle"]
     with pytest.raises(AssertionError, match="registered twice"):
         shapes.register("circle")(Circle)
+
+
+def test_help_names_the_methods_and_their_options(shapes):
+    class Optional(Config):
+        shape: Annotated[Shape, *shapes.field] | None = key(None, "what to draw")
+
+    class Nullable(Config):
+        shape: Annotated[Shape | None, *shapes.optional_field] = key(None, "what to draw")
+
+    for drawing, default in ((_config(shapes), ""), (Optional, "null"), (Nullable, "null")):
+        assert list(configs.describe_keys(drawing)) == [
+            ("shape", "block", default, "what to draw"),
+            ("shape.method", "circle", "required", "which one; other keys of the block depend on it"),
+            ("shape.radius", "float", "1.0", "half the width (method: circle)"),
+        ]
