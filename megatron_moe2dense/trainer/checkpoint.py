@@ -82,7 +82,7 @@ class Checkpointer:
 
     def load(self, path: Path, model: HeadlessGPT, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> dict[str, int]:
         """Restore everything from `path`; returns its progress. The parallel layout may differ from the one that saved."""
-        state = dist_checkpointing.load(self._state(model, optimizer, loading=True), str(path))
+        state: Any = dist_checkpointing.load(self._state(model, optimizer, loading=True), str(path))
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
@@ -91,5 +91,5 @@ class Checkpointer:
 
 def load_weights(path: Path, model: HeadlessGPT, groups: Groups) -> None:
     """Only the weights, for export."""
-    state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})}, str(path))
+    state: Any = dist_checkpointing.load({"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})}, str(path))
     model.load_state_dict(state["model"])

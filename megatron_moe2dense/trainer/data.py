@@ -123,5 +123,7 @@ def _dataset(prefix: str, config: DistillConfig, samples: int | None, vocab_size
         path_to_cache=str(Path(config.output) / "data_index"),
         mid_level_dataset_surplus=0.0,
     )
-    train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [samples, None, None], lambda: True, settings).build()
-    return train  # type: ignore[return-value]
+    sizes: Any = [samples, None, None]  # None: one pass over the text
+    train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, settings).build()
+    assert isinstance(train, GPTDataset)
+    return train

@@ -32,10 +32,8 @@ _MAY_CHANGE = ("parallel", "logging", "device", "overwrite")
 
 def run(config: DistillConfig) -> None:
     """Train; started again with the same config after a stop, continue from the last checkpoint."""
-    device = runtime.start(config.device)
-    try:
+    with runtime.session(config.device) as device, process_groups.initialized(config.parallel, config.train.seed) as groups:
         _claim_output(config)
-        groups = process_groups.initialize(config.parallel, config.train.seed)
         trainer, state = build(config, groups, device)
         trainer.fit(state)
         trainer.metrics.close()
@@ -43,9 +41,6 @@ def run(config: DistillConfig) -> None:
             write_manifest(Path(config.output), "finished", "distill", _dump(config), config_hash=_identity_hash(config), **vars(state))
             logger.info("finished: %d steps, %d tokens; weights in %s", state.step, state.tokens, latest(trainer.checkpointer.directory))
         dist.barrier()
-    finally:
-        process_groups.finalize()
-        runtime.stop()
 
 
 def dry_run(config: DistillConfig) -> dict[str, Any]:

@@ -27,11 +27,9 @@ def run(config: ExportConfig) -> None:
         UserError: no complete checkpoint at `checkpoint`; started with several processes.
     """
     source, content = _locate(config)
-    device = runtime.start("auto")
-    try:
+    with runtime.session("auto") as device, process_groups.initialized(ParallelConfig(), seed=0) as groups:
         if dist.get_world_size() > 1:
             raise UserError(f"{dist.get_world_size()} processes", "one process", "run export without torchrun")
-        groups = process_groups.initialize(ParallelConfig(), seed=0)
         dtype = _dtype(config, content)
         blueprint = models.Blueprint.of(content, str(source), dtype)
         model = models.build(blueprint, groups, device)
@@ -44,9 +42,6 @@ def run(config: ExportConfig) -> None:
             writer.finish(_with_dtype(content, dtype))
             copy_assets(source.parents[1] / "student", working)
         logger.info("exported %s to %s", source, config.output)
-    finally:
-        process_groups.finalize()
-        runtime.stop()
 
 
 def dry_run(config: ExportConfig) -> dict[str, Any]:

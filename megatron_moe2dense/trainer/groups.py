@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,8 +63,9 @@ class Groups:
         return self.is_last_stage and self.tensor_rank == 0 and self.data_rank == 0
 
 
-def initialize(parallel: ParallelConfig, seed: int) -> Groups:
-    """Make Megatron's process groups for this layout and seed its random states.
+@contextlib.contextmanager
+def initialized(parallel: ParallelConfig, seed: int) -> Iterator[Groups]:
+    """Megatron's process groups for this layout, with seeded random states; destroyed at the end.
 
     Raises:
         UserError: the number of processes does not fit the layout.
@@ -75,19 +78,16 @@ def initialize(parallel: ParallelConfig, seed: int) -> Groups:
             f"a multiple of tensor x pipeline x context = {model} whose stages hold whole groups of expert = {parallel.expert}",
             "start another number of processes (torchrun --nproc-per-node) or change `parallel`",
         )
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            parallel.tensor,
-            parallel.pipeline,
-            context_parallel_size=parallel.context,
-            expert_model_parallel_size=parallel.expert,
-            expert_tensor_parallel_size=1 if parallel.expert > 1 else parallel.tensor,
-        )
-    torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return Groups(ProcessGroupCollection.use_mpu_process_groups(), parallel)
-
-
-def finalize() -> None:
-    """Destroy Megatron's process groups."""
-    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        parallel.tensor,
+        parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1 if parallel.expert > 1 else parallel.tensor,
+    )
+    try:
+        torch.manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        yield Groups(ProcessGroupCollection.use_mpu_process_groups(), parallel)
+    finally:
+        parallel_state.destroy_model_parallel()

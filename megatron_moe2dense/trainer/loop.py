@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -86,8 +87,8 @@ class Trainer:
         self.scheduler.step(1)
         if not math.isfinite(result.means[0]):
             return result, None
-        _, grad_norm, _ = self.optimizer.step()
-        return result, float(grad_norm)
+        outcome: Any = self.optimizer.step()
+        return result, float(outcome[1])
 
     def evaluate(self, state: TrainState) -> None:
         """Held-out next-token loss and, with a teacher, KL(teacher || student), written as an eval row."""

@@ -75,7 +75,7 @@ def build(blueprint: Blueprint, groups: Groups, runtime: Runtime, **overrides: A
     config = transformer_config(blueprint, groups, runtime, **overrides)
     model = HeadlessGPT(
         config,
-        block_spec(config, runtime.transformer_engine),
+        block_spec(config, runtime.transformer_engine),  # type: ignore[arg-type] - Megatron takes block submodules too
         padded_vocabulary(blueprint.dims.vocab_size),
         blueprint.dims.max_positions,
         pre_process=groups.is_first_stage,

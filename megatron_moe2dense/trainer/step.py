@@ -39,7 +39,7 @@ class StepLoss:
     tokens: int
 
 
-def teacher_pass(models: Models, batches: list[Batch], groups: Groups) -> list[Tensor]:
+def teacher_pass(models: Models, batches: list[Batch]) -> list[Tensor]:
     """The teacher's final hidden states [S, B, D] of every micro-batch on the last stage, an empty list elsewhere."""
     if models.teacher is None:
         return []
@@ -49,7 +49,7 @@ def teacher_pass(models: Models, batches: list[Batch], groups: Groups) -> list[T
         return model(batch.tokens, batch.positions, None), lambda hidden, non_loss_data: hidden  # noqa: ARG005
 
     with torch.no_grad():
-        return _schedule(forward, models.teacher, batches, groups, forward_only=True, collect_non_loss_data=True)
+        return _schedule(forward, models.teacher, batches, forward_only=True, collect_non_loss_data=True)
 
 
 def student_pass(models: Models, losses: Sequence[Loss], batches: list[Batch], groups: Groups, forward_only: bool = False) -> StepLoss:
@@ -57,14 +57,14 @@ def student_pass(models: Models, losses: Sequence[Loss], batches: list[Batch], g
 
     Only the first of `losses` is trained; the others are reported.
     """
-    hidden_of_teacher = iter(teacher_pass(models, batches, groups))
+    hidden_of_teacher = iter(teacher_pass(models, batches))
 
     def forward(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(batches)
         return model(batch.tokens, batch.positions, None), lambda hidden: _loss(models, losses, hidden, (batch, hidden_of_teacher))
 
     model = models.student if forward_only else models.wrapped
-    sums = _schedule(forward, model, batches, groups, forward_only=forward_only)
+    sums = _schedule(forward, model, batches, forward_only=forward_only)
     return _reduce(sums, len(losses), groups)
 
 
@@ -83,7 +83,7 @@ def _loss(models: Models, losses: Sequence[Loss], hidden: Tensor, against: tuple
     return totals[0], count.to(torch.int), torch.stack([*totals, count]).detach().double()
 
 
-def _schedule(forward: Callable[..., Any], model: torch.nn.Module, batches: list[Batch], groups: Groups, **options: Any) -> list[Tensor]:
+def _schedule(forward: Callable[..., Any], model: torch.nn.Module, batches: list[Batch], **options: Any) -> list[Tensor]:
     batch_size, length = batches[0].tokens.shape
     run = get_forward_backward_func()
     return run(

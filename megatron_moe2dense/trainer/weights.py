@@ -73,5 +73,4 @@ def unload(model: HeadlessGPT, blueprint: Blueprint) -> Iterator[tuple[str, Tens
         if table.is_copy(name):
             continue
         entry = table.entry(name)
-        for hf_name, tensor in zip(entry.hf, split(entry.rule.kind, parameter.detach(), blueprint.dims), strict=True):
-            yield hf_name, tensor
+        yield from zip(entry.hf, split(entry.rule.kind, parameter.detach(), blueprint.dims), strict=True)

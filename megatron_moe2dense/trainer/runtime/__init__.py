@@ -1,19 +1,20 @@
 """What differs between GPU (NCCL, Transformer Engine, Apex) and CPU (gloo, plain PyTorch), chosen once, here.
 
-`start` must run before any model is built: on a machine without CUDA it teaches Megatron-Core to live on the CPU.
+`session` must be entered before any model is built: on a machine without CUDA it teaches Megatron-Core to live on the CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
@@ -31,8 +32,11 @@ class Runtime:
     transformer_engine: bool
 
 
-def start(device: Literal["auto", "cpu", "cuda"]) -> Runtime:
+@contextlib.contextmanager
+def session(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Runtime]:
     """Prepare Megatron-Core for the device and join the process group (torchrun's, or one of a single process).
+
+    A process group that exists already is used and left in place.
 
     Raises:
         UserError: `device: cuda` without a GPU; `device: cpu` with one (Megatron-Core would use it all the same).
@@ -43,7 +47,7 @@ def start(device: Literal["auto", "cpu", "cuda"]) -> Runtime:
     if device == "cpu" and available:
         raise UserError("device: cpu on a machine with a GPU", "device: auto", "hide the GPUs with CUDA_VISIBLE_DEVICES= to train on CPU")
     runtime = _gpu() if available else _cpu()
-    _join(runtime.backend)
+    joined = _join(runtime.backend)
     logger.info(
         "runtime: %s, %s, %d processes, %s kernels",
         runtime.device.type,
@@ -51,7 +55,11 @@ def start(device: Literal["auto", "cpu", "cuda"]) -> Runtime:
         dist.get_world_size(),
         "Transformer Engine" if runtime.transformer_engine else "plain PyTorch",
     )
-    return runtime
+    try:
+        yield runtime
+    finally:
+        if joined:
+            dist.destroy_process_group()
 
 
 def _gpu() -> Runtime:
@@ -66,17 +74,12 @@ def _cpu() -> Runtime:
     return Runtime(torch.device("cpu"), "gloo", transformer_engine=False)
 
 
-def _join(backend: str) -> None:
+def _join(backend: str) -> bool:
+    """True when this call made the process group."""
     if dist.is_initialized():
-        return
+        return False
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=_TIMEOUT)
-        return
-    store = Path(tempfile.mkdtemp(prefix="moe2dense_")) / "store"
-    dist.init_process_group(backend, store=dist.FileStore(str(store), 1), rank=0, world_size=1)
-
-
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    return True

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 _CPU = torch.device("cpu")
-_FACTORIES = (
-    "tensor zeros ones empty full arange rand randn randint linspace as_tensor eye randperm empty_like zeros_like ones_like full_like"
-).split()
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "linspace", "as_tensor", "eye")
+_FACTORIES += ("randperm", "empty_like", "zeros_like", "ones_like", "full_like")
 
 
 class _Proxy(types.ModuleType):

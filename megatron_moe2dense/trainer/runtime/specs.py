@@ -19,7 +19,8 @@ def block_spec(config: TransformerConfig, transformer_engine: bool) -> Transform
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization=config.normalization)
     first = get_transformer_layer_offset(config)
     numbers = range(first, first + get_num_layers_to_build(config))
-    return TransformerBlockSubmodules(layer_specs=[_local_layer(config, number) for number in numbers], layer_norm=RMSNorm)
+    norm: Any = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[_local_layer(config, number) for number in numbers], layer_norm=norm)
 
 
 def _local_layer(config: TransformerConfig, number: int) -> Any:
@@ -32,7 +33,7 @@ def _local_layer(config: TransformerConfig, number: int) -> Any:
             normalization=config.normalization,
         )
     )
-    layer = spec.submodules
+    layer: Any = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = SdpaCoreAttention

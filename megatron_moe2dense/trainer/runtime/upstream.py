@@ -88,8 +88,8 @@ def distributed_optimizer_with_torch_adam() -> None:
         return
 
     def state_dict_with_state(self: Any) -> Any:
-        adam = getattr(self, "optimizer", None)
-        for group in adam.param_groups if adam is not None else ():
+        adam: Any = self.optimizer
+        for group in adam.param_groups:
             for shard in group["params"]:
                 if not adam.state.get(shard):
                     zeros = torch.zeros_like(shard)
@@ -108,8 +108,8 @@ def distributed_optimizer_with_torch_adam() -> None:
             if name in tensors and name != "step":
                 value.copy_(tensors[name])
 
-    def load_with_own_steps(self: Any, state: Any) -> None:
-        load_state_dict(self, state)
+    def load_with_own_steps(self: Any, state_dict: Any) -> None:
+        load_state_dict(self, state_dict)
         for entry in self.optimizer.state.values():
             if torch.is_tensor(entry.get("step")):
                 entry["step"] = entry["step"].clone()
