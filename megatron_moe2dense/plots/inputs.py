@@ -1,0 +1,114 @@
+"""Recognises what a path holds by its content: metrics, records, ranking, plan or statistics."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from megatron_moe2dense.common import records
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.outputs import read_json
+
+Kind = Literal["metrics", "records", "ranking", "plan", "statistics"]
+_FILES = ("metrics.jsonl", "records.jsonl", "ranking.json", "plan.json", "stats.safetensors")
+_COUNT = re.compile(r"layers\.(\d+)\.selected_count$")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One recognised file. label: for legends, the folder's name. content: rows of a .jsonl, the object of a .json, or
+    {layer: share of the tokens that select each expert, [E]} of statistics."""
+
+    kind: Kind
+    label: str
+    path: Path
+    content: Any
+
+
+def read_inputs(paths: Sequence[str]) -> list[Input]:
+    """Every file named, and every known file in the directories named, in order.
+
+    Raises:
+        UserError: a path that is missing, holds nothing known, is empty, or is read twice.
+    """
+    found: list[Input] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = [path / name for name in _FILES if (path / name).exists()]
+            if not files:
+                raise UserError(f"{path} holds nothing to plot", f"a directory with {', '.join(_FILES)}", "check the path")
+        else:
+            files = [path]
+        found += [_read(file) for file in files]
+    seen = [item.path.resolve() for item in found]
+    twice = [path for path in seen if seen.count(path) > 1]
+    if twice:
+        raise UserError(f"{twice[0]} is named twice", "each input once", "remove one of them")
+    return _distinct(found)
+
+
+def _read(path: Path) -> Input:
+    label = path.resolve().parent.name if path.name in _FILES else path.stem
+    if path.suffix == ".jsonl":
+        kind, content = _rows(path)
+    elif path.suffix == ".json":
+        kind, content = _object(path)
+    elif path.suffix == ".safetensors":
+        kind, content = "statistics", _shares(path)
+    else:
+        kind, content = None, None
+    if kind is None:
+        raise UserError(f"{path}: nothing known", f"the content of one of {', '.join(_FILES)}", "name outputs of `moe2dense`")
+    return Input(kind, label, path, content)
+
+
+def _rows(path: Path) -> tuple[Kind | None, list[dict[str, Any]]]:
+    rows = records.read(path)
+    if not rows:
+        raise UserError(f"{path} has no rows", "rows to plot", "wait for the first row, or leave the file out")
+    if all(isinstance(row, dict) and isinstance(row.get("metrics"), dict) and "model" in row for row in rows):
+        return "records", rows
+    if all(isinstance(row, dict) and {"step", "tokens"} <= row.keys() and ("loss" in row or "eval_loss" in row) for row in rows):
+        return "metrics", rows
+    return None, rows
+
+
+def _object(path: Path) -> tuple[Kind | None, Any]:
+    content = read_json(path, "a ranking.json or plan.json")
+    layers = content.get("layers") if isinstance(content, dict) else None
+    if not isinstance(layers, list) or not layers or not all(isinstance(layer, dict) for layer in layers):
+        return None, content
+    if all({"layer", "experts", "scores", "selected_fraction"} <= layer.keys() for layer in layers):
+        return "ranking", content
+    if all({"layer", "experts", "group_of", "scales"} <= layer.keys() for layer in layers):
+        return "plan", content
+    return None, content
+
+
+def _shares(path: Path) -> dict[int, np.ndarray]:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: {error}", "the statistics of `moe2dense calibrate`", "check the path, or calibrate again") from None
+    layers = sorted(int(match[1]) for match in map(_COUNT.match, tensors) if match)
+    missing = [i for i in layers if f"layers.{i}.tokens" not in tensors]
+    if not layers or missing:
+        raise UserError(f"{path} has no selected_count with its tokens", "statistics with selected_count", "calibrate with statistics=all")
+    return {i: tensors[f"layers.{i}.selected_count"] / tensors[f"layers.{i}.tokens"] for i in layers}
+
+
+def _distinct(items: list[Input]) -> list[Input]:
+    """Labels made distinct inside a kind: by the parent folder's name where two folders are called the same."""
+
+    def label(item: Input) -> str:
+        same = [other for other in items if other.kind == item.kind and other.label == item.label]
+        return item.label if len(same) == 1 else f"{item.path.resolve().parent.parent.name}/{item.label}"
+
+    return [Input(item.kind, label(item), item.path, item.content) for item in items]
