@@ -44,7 +44,7 @@ def calibrate(source: MoeSource, windows_BS: np.ndarray, names: tuple[str, ...],
 
     def observe(layer: int, x_TD: torch.Tensor, router_ED: torch.Tensor, experts: Experts) -> torch.Tensor:
         outputs = []
-        for chunk_TD in x_TD.split(chunk_tokens(experts)):
+        for chunk_TD in x_TD.split(_chunk(source, x_TD.device)):
             routing = route(chunk_TD, router_ED, source.router, source.dims.active)
             observation = Observation(chunk_TD, routing, experts, names)
             stats = LayerStats({name: value.cpu().numpy() for name, value in observation.sums().items()})
@@ -70,6 +70,10 @@ def _require_finite(hidden: list[torch.Tensor], source: MoeSource) -> None:
             "finite hidden states on the calibration text",
             "use dtype=float32, and check that config.json belongs to the weights",
         )
+
+
+def _chunk(source: MoeSource, device: torch.device) -> int:
+    return chunk_tokens(source.dims.experts, max(2 * source.dims.expert_width, source.dims.hidden_size), device)
 
 
 def _compute(config: CalibrateConfig) -> Compute:
@@ -105,7 +109,7 @@ def dry_run(config: CalibrateConfig) -> dict[str, Any]:
     per_token = 2 * rest + len(source.layers) * 2 * run_experts * expert_params
     per_token += len(source.layers) * 2 * dims.experts**2 * dims.hidden_size * ("gram" in names)
     element = compute.dtype.itemsize
-    layer_bytes = dims.experts * expert_params * element
+    per_expert_token = (2 * dims.expert_width + dims.hidden_size) * element
     sums = sum(int(np.prod(STATISTICS[name].shape(dims.experts, dims.hidden_size))) for name in names) * 8
     return {
         "source": {"family": source.spec.name, "layers": len(source.layers), "experts": dims.experts, "active": dims.active},
@@ -115,8 +119,8 @@ def dry_run(config: CalibrateConfig) -> dict[str, Any]:
         "writes": {config.output: sums * len(source.layers)},
         "flops": per_token * windows_BS.size,
         "memory_bytes": {
-            "one layer": layer_bytes,
+            "experts of one layer": dims.experts * expert_params * element,
             "hidden states (cpu)": windows_BS.size * dims.hidden_size * element,
-            "expert outputs of a chunk": 4 * 2**26 if every else compute.batch * windows_BS.shape[1] * dims.active * dims.hidden_size,
+            "expert outputs of a chunk": _chunk(source, compute.device) * per_expert_token * run_experts,
         },
     }

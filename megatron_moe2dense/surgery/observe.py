@@ -10,14 +10,15 @@ from megatron_moe2dense.surgery.experts import Experts
 from megatron_moe2dense.surgery.routing import Routing
 from megatron_moe2dense.surgery.stats import STATISTICS
 
-# Elements of the largest temporary tensor of one chunk: 256 MiB in float32.
-_CHUNK_ELEMENTS = 2**26
+# Elements of the largest temporary tensor of one chunk, where that leaves tokens enough for a GEMM. On the CPU 8 MiB in
+# float32: larger ones go back to the system after every chunk, and page faults then cost more than the arithmetic.
+_CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
+_CHUNK_TOKENS = 256
 
 
-def chunk_tokens(experts: Experts) -> int:
-    """How many tokens a chunk may have so that the outputs of all experts stay within the budget."""
-    count, width, hidden = experts.gate_up_EWD.shape
-    return max(1, _CHUNK_ELEMENTS // (count * max(width, hidden)))
+def chunk_tokens(experts: int, widest: int, device: torch.device) -> int:
+    """How many tokens a chunk has, so that the outputs of all experts stay small. widest: the larger of 2*I and D."""
+    return max(_CHUNK_TOKENS, _CHUNK_ELEMENTS.get(device.type, 2**27) // (experts * widest))
 
 
 class Observation:
