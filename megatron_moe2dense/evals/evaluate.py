@@ -28,10 +28,13 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Context:
-    """What all models of a run share: the teacher, and the loaded lm-eval tasks."""
+    """What all models of a run share: the teacher, the loaded lm-eval tasks, the windows of the perplexity and of the KL
+    where it has its own (int64 [N, S])."""
 
     teacher: Loaded | None
     tasks: Tasks | None
+    nll_NS: np.ndarray | None
+    kl_NS: np.ndarray | None
 
 
 def run(config: EvalConfig) -> None:
@@ -46,7 +49,7 @@ def run(config: EvalConfig) -> None:
     _check_vocabularies(indices, teacher_index)
     for index in indices.values() if config.harness else ():
         require_tokenizer(index.directory)
-    _windows(config, indices)
+    nll_NS, kl_NS = _windows(config, indices)
     done = _done(config, indices)
     tasks = load_tasks(config.harness) if config.harness else None
     teacher = Loaded("teacher", load_model(teacher_index, device, config.dtype)) if teacher_index else None
@@ -57,7 +60,7 @@ def run(config: EvalConfig) -> None:
         # The teacher among the models is not loaded twice.
         known = teacher is not None and teacher_index is not None and teacher_index.directory.resolve() == index.directory.resolve()
         model = teacher.model if known and teacher is not None else load_model(index, device, config.dtype)
-        records.append(Path(config.output), _record(config, Loaded(label, model), index, Context(teacher, tasks)))
+        records.append(Path(config.output), _record(config, Loaded(label, model), index, Context(teacher, tasks, nll_NS, kl_NS)))
         del model
     print(_table(records.read(Path(config.output))))
 
@@ -139,7 +142,7 @@ def _done(config: EvalConfig, indices: dict[str, CheckpointIndex], keep: bool = 
 
 def _record(config: EvalConfig, subject: Loaded, index: CheckpointIndex, context: Context) -> dict[str, Any]:
     start = time.perf_counter()
-    metrics, tokens = _quality(config, subject, index, context.teacher)
+    metrics, tokens = _quality(config, subject, context)
     if config.harness and context.tasks:
         metrics["harness"] = accuracies(subject.model, index.directory, config.harness, context.tasks)
         metrics["accuracy"] = {task: values["acc"] for task, values in metrics["harness"].items() if "acc" in values}
@@ -156,12 +159,11 @@ def _record(config: EvalConfig, subject: Loaded, index: CheckpointIndex, context
     }
 
 
-def _quality(config: EvalConfig, subject: Loaded, index: CheckpointIndex, teacher: Loaded | None) -> tuple[dict[str, Any], int]:
+def _quality(config: EvalConfig, subject: Loaded, context: Context) -> tuple[dict[str, Any], int]:
     """The metrics on token windows and the positions predicted for them; a second pass where the KL has its own data."""
-    if config.perplexity is None:
+    teacher, nll_NS, kl_NS = context.teacher, context.nll_NS, context.kl_NS
+    if nll_NS is None:
         return {}, 0
-    nll_NS, kl_NS = _windows(config, {subject.name: index})
-    assert nll_NS is not None, "a perplexity block has data"
     first = measure(subject, nll_NS, _batch_windows(config, nll_NS), None if kl_NS is not None else teacher)
     metrics: dict[str, Any] = {"nll": first.nll, "perplexity": first.perplexity}
     if teacher is None:

@@ -54,7 +54,7 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     """Write `<name>.png` (150 dots an inch) and `<name>.svg`; returns their paths."""
     paths = [directory / f"{name}.png", directory / f"{name}.svg"]
     figure.savefig(paths[0], dpi=150)
-    figure.savefig(paths[1], metadata={"Date": None})
+    figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
     return paths
 
 
