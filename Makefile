@@ -22,16 +22,17 @@ format: .venv/.installed-dev
 bench: .venv/.installed-dev  ## one line a figure: name value unit goal
 	@set -e; for script in benchmarks/*.py; do OMP_NUM_THREADS=1 $(BIN)/python "$$script"; done
 
+# --no-compile: bytecode of the few modules that are imported is made then, not that of all 12,000 files.
 # A GPU machine's own torch build goes in first (docs/operations.md); one that is already there is kept.
 .venv/.torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q --no-compile torch==2.13.0
 	touch $@
 
 .venv/.installed-train-plot: setup.py .venv/.torch
-	$(BIN)/python -m pip install -q -e '.[train,plot]'
+	$(BIN)/python -m pip install -q --no-compile -e '.[train,plot]'
 	touch $@
 
 .venv/.installed-dev: setup.py .venv/.torch
-	$(BIN)/python -m pip install -q -e '.[train,plot,eval,dev]'
+	$(BIN)/python -m pip install -q --no-compile -e '.[train,plot,eval,dev]'
 	touch $@ .venv/.installed-train-plot

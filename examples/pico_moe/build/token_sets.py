@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     tokenizer = Tokenizer.from_file(str(options.tokenizer / "tokenizer.json"))
     train, heldout = (
-        {file.stem: documents(file, tokenizer) for file in sorted((options.corpora / part).glob("*.jsonl"))} for part in ("train", "heldout")
+        {file.stem: documents(file, tokenizer) for file in sorted((options.corpora / part).glob("*.jsonl"))}
+        for part in ("train", "heldout")
     )
     options.output.mkdir(parents=True, exist_ok=True)
     write(options.output / "train.jsonl", [line for kind in train.values() for line, _ in kind])
