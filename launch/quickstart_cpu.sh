@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# The whole path on the embedded example, on two CPU cores: a really trained MoE becomes a distilled dense model.
+# Run it through `make quickstart`, which installs what it needs. Everything is written to out/quickstart.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bin=.venv/bin
+moe2dense=$bin/moe2dense
+configs=yaml_configs/quickstart
+out=out/quickstart
+export GLOO_SOCKET_IFNAME=lo PYTHONWARNINGS=ignore  # one machine; Megatron warns of each GPU library it does not find
+started=$SECONDS
+say() { printf '\n[%3d s] %s\n' $((SECONDS - started)) "$*"; }
+
+rm -rf "$out"
+
+say "1/8 inspect: what is in the checkpoint"
+$moe2dense inspect examples/pico_moe/model
+
+say "2/8 calibrate: statistics of every expert, one layer in memory at a time"
+$moe2dense calibrate $configs/calibrate.yaml
+
+say "3/8 score: rank the experts"
+$moe2dense score $configs/score.yaml
+
+say "4/8 convert: keep 4 of 32 experts, concatenate them into one dense FFN (three ways of choosing)"
+$moe2dense convert $configs/convert.yaml
+$moe2dense convert $configs/convert.yaml output=$out/dense_sf score.method=sf
+$moe2dense convert $configs/convert.yaml output=$out/dense_random score.method=random
+
+say "5/8 distill: Megatron-Core student and teacher, two processes"
+OMP_NUM_THREADS=1 $bin/torchrun --nproc-per-node 2 --master-addr 127.0.0.1 --master-port "${MASTER_PORT:-29517}" \
+    -m megatron_moe2dense distill $configs/distill.yaml
+
+say "6/8 export: trainer checkpoint to a Hugging Face checkpoint"
+$moe2dense export checkpoint=$out/distill output=$out/export
+
+say "7/8 eval and plot"
+$moe2dense eval $configs/eval.yaml
+$moe2dense plot $configs/plot.yaml
+
+say "8/8 generate: the exported model through stock transformers"
+$bin/python launch/generate.py $out/export "The meaning of the word"
+
+say "done: records, figures and models are in $out"
