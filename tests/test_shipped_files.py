@@ -105,7 +105,8 @@ def test_the_method_in_the_documents_registers_and_scores():
     assert code
     use = (
         "from megatron_moe2dense.surgery.stats import LayerStats\n"
-        "stats = LayerStats({'tokens': np.array(4.0), 'selected_norm_sum': np.array([2.0, 9.0, 0.0]), 'selected_count': np.array([2.0, 3.0, 0.0])})\n"
+        "stats = LayerStats({'tokens': np.array(4.0), 'selected_norm_sum': np.array([2.0, 9.0, 0.0]), "
+        "'selected_count': np.array([2.0, 3.0, 0.0])})\n"
         "built = scorers.build({'method': 'mean_norm', 'power': 2.0})\n"
         "selection = built.select(stats, 2)\n"
         "assert list(selection.experts_K) == [1, 0], selection\n"
