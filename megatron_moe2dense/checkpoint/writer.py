@@ -53,9 +53,18 @@ class CheckpointWriter:
         count = len(self._shards)
         names = ["model.safetensors"] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         for number, name in enumerate(names, 1):
-            self._part(number).replace(self._directory / name)
+            _readable(self._part(number)).replace(self._directory / name)
         if count > 1:
             weight_map = {tensor: name for name, shard in zip(names, self._shards, strict=True) for tensor in shard}
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
             write_json(self._directory / "model.safetensors.index.json", index)
         write_json(self._directory / "config.json", config)
+
+
+def _readable(path: Path) -> Path:
+    """safetensors 0.8 creates files only their owner can read; give them the mode any new file gets."""
+    sibling = path.with_name(path.name + ".mode")
+    sibling.touch()
+    path.chmod(sibling.stat().st_mode)
+    sibling.unlink()
+    return path

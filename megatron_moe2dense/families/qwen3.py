@@ -17,8 +17,8 @@ QWEN3_FFN = FfnTensors(
 
 # Everything but the FFN: the same in Qwen3 and Qwen3-MoE.
 QWEN3_TRUNK = (
-    MegatronRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), split=0),
-    MegatronRule("output_layer.weight", ("lm_head.weight",), split=0),
+    MegatronRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), kind="vocab", split=0),
+    MegatronRule("output_layer.weight", ("lm_head.weight",), kind="vocab", split=0),
     MegatronRule("decoder.final_layernorm.weight", ("model.norm.weight",)),
     MegatronRule(
         _MEGATRON + "input_layernorm.weight",
@@ -39,6 +39,12 @@ QWEN3_TRUNK = (
         (_HF + "post_attention_layernorm.weight",),
         aliases=(_MEGATRON + "mlp.linear_fc1.layer_norm_weight",),
     ),
+)
+
+
+QWEN3_FFN_RULES = (
+    MegatronRule(_MEGATRON + "mlp.linear_fc1.weight", (QWEN3_FFN.gate, QWEN3_FFN.up), kind="gate_up", split=0),
+    MegatronRule(_MEGATRON + "mlp.linear_fc2.weight", (QWEN3_FFN.down,), split=1),
 )
 
 
@@ -82,10 +88,6 @@ QWEN3 = FamilySpec(
     architecture="Qwen3ForCausalLM",
     dims=qwen3_dims,
     ffn=QWEN3_FFN,
-    megatron=(
-        *QWEN3_TRUNK,
-        MegatronRule(_MEGATRON + "mlp.linear_fc1.weight", (QWEN3_FFN.gate, QWEN3_FFN.up), kind="gate_up", split=0),
-        MegatronRule(_MEGATRON + "mlp.linear_fc2.weight", (QWEN3_FFN.down,), split=1),
-    ),
+    megatron=(*QWEN3_TRUNK, *QWEN3_FFN_RULES),
     megatron_config=qwen3_megatron_config,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megatron_moe2dense.families.qwen3 import QWEN3_FFN, QWEN3_TRUNK, qwen3_dims, qwen3_megatron_config
+from megatron_moe2dense.families.qwen3 import QWEN3_FFN, QWEN3_FFN_RULES, QWEN3_TRUNK, qwen3_dims, qwen3_megatron_config
 from megatron_moe2dense.families.spec import Dims, ExpertTensors, FamilySpec, HfConfig, MegatronRule, Router
 
 _EXPERT = "model.layers.{layer}.mlp.experts.{expert}."
@@ -69,6 +69,7 @@ QWEN3_MOE = FamilySpec(
     ffn=QWEN3_FFN,
     megatron=(
         *QWEN3_TRUNK,
+        *QWEN3_FFN_RULES,  # of layers without experts
         MegatronRule(_MEGATRON + "router.weight", (_ROUTER,)),
         MegatronRule(
             _MEGATRON + "experts.local_experts.{expert}.linear_fc1.weight",

@@ -73,13 +73,14 @@ class MegatronRule:
         plain    one tensor, the same layout
         qkv      q, k, v -> per KV group [q heads of the group; k; v] along axis 0
         gate_up  gate, up -> [gate; up] along axis 0, each split by tensor parallelism on its own
+        vocab    one tensor with a row per vocabulary entry, padded with zero rows in Megatron
     split: the axis that tensor parallelism splits, None when replicated; "expert" splits follow the expert-TP group.
     aliases: names of the same tensor under other layer specs (Transformer Engine fuses norms into linears).
     """
 
     megatron: str
     hf: tuple[str, ...]
-    kind: Literal["plain", "qkv", "gate_up"] = "plain"
+    kind: Literal["plain", "qkv", "gate_up", "vocab"] = "plain"
     split: int | None = None
     aliases: tuple[str, ...] = ()
 

@@ -13,7 +13,7 @@ from megatron_moe2dense.checkpoint.assets import copy_assets
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
-from megatron_moe2dense.common.outputs import claim, config_hash, read_json, write_json, write_manifest
+from megatron_moe2dense.common.outputs import MANIFEST, Status, claim, config_hash, read_json, write_json, write_manifest
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import optim, runtime, teacher, weights
@@ -38,7 +38,7 @@ def run(config: DistillConfig) -> None:
         trainer.fit(state)
         trainer.metrics.close()
         if dist.get_rank() == 0:
-            write_manifest(Path(config.output), "finished", "distill", _dump(config), config_hash=_identity_hash(config), **vars(state))
+            _write_manifest(config, "finished", **vars(state))
             logger.info("finished: %d steps, %d tokens; weights in %s", state.step, state.tokens, latest(trainer.checkpointer.directory))
         dist.barrier()
 
@@ -76,7 +76,7 @@ def _claim_output(config: DistillConfig) -> None:
         try:
             output = Path(config.output)
             claim(output, output, _identity(config), config.overwrite)
-            write_manifest(output, "unfinished", "distill", _dump(config), config_hash=_identity_hash(config))
+            _write_manifest(config, "unfinished")
             student = Path(config.student)
             (output / "student").mkdir(exist_ok=True)
             content = read_json(student / "config.json", "the student's Hugging Face directory with its config.json")
@@ -87,6 +87,14 @@ def _claim_output(config: DistillConfig) -> None:
     dist.broadcast_object_list(problem)
     if problem[0] is not None:
         raise problem[0]
+
+
+def _write_manifest(config: DistillConfig, status: Status, **facts: int) -> None:
+    """The run's manifest; the plan that made the student stays known through to the export."""
+    made_by = Path(config.student) / MANIFEST
+    plan_hash = read_json(made_by, "the student's manifest").get("plan_hash") if made_by.exists() else None
+    facts_of_run = {"config_hash": _identity_hash(config), "plan_hash": plan_hash, **facts}
+    write_manifest(Path(config.output), status, "distill", _dump(config), **facts_of_run)
 
 
 def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Trainer, TrainState]:

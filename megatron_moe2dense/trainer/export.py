@@ -12,7 +12,7 @@ from megatron_moe2dense.checkpoint.assets import copy_assets
 from megatron_moe2dense.checkpoint.writer import CheckpointWriter
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
-from megatron_moe2dense.common.outputs import output_directory, read_json
+from megatron_moe2dense.common.outputs import MANIFEST, output_directory, read_json
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime, weights
@@ -34,7 +34,8 @@ def run(config: ExportConfig) -> None:
         blueprint = models.Blueprint.of(content, str(source), dtype)
         model = models.build(blueprint, groups, device)
         load_weights(source, model, groups)
-        facts = {"checkpoint": str(source), "step": step_of(source)}
+        manifest = read_json(source.parents[1] / MANIFEST, "the manifest of the run")
+        facts = {"step": step_of(source), "plan_hash": manifest.get("plan_hash")}
         with output_directory(Path(config.output), "export", config.model_dump(mode="json"), **facts) as working:
             writer = CheckpointWriter(working)
             for name, tensor in weights.unload(model, blueprint):

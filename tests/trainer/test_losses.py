@@ -12,7 +12,9 @@ from megatron_moe2dense.trainer.losses.shards import VocabShard
 from tests.helpers.distributed import launch
 
 
-def case(scale: float = 3.0, vocab: int = 40, columns: int = 40, temperature: float = 1.0, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def case(
+    scale: float = 3.0, vocab: int = 40, columns: int = 40, temperature: float = 1.0, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(int(scale) + vocab)
     student, teacher = (torch.randn(7, columns, generator=generator).mul(scale).to(dtype) for _ in range(2))
     # padding columns hold garbage that must not matter

@@ -1,0 +1,69 @@
+"""Hugging Face -> Megatron-Core -> Hugging Face is the identity, and both sides compute the same logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.trainer import groups as process_groups
+from megatron_moe2dense.trainer import model as models
+from megatron_moe2dense.trainer import runtime, weights
+from megatron_moe2dense.trainer.config import ParallelConfig
+from megatron_moe2dense.trainer.groups import Groups
+from megatron_moe2dense.trainer.runtime import Runtime
+from tests.helpers.distributed import ROOT
+from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe
+
+PICO = ROOT / "examples/pico_moe/model"
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "qwen3_moe": lambda path: tiny_qwen3_moe(path, dtype="bfloat16"),
+    "qwen3_moe, not renormalised": lambda path: tiny_qwen3_moe(path, norm_topk_prob=False),
+    "qwen3_moe, dense layers between": lambda path: tiny_qwen3_moe(path, mlp_only_layers=[1]),
+    "qwen3_moe, sharded": lambda path: tiny_qwen3_moe(path, max_shard_size="200KB"),
+    "qwen3": lambda path: tiny_qwen3(path, dtype="bfloat16"),
+    "qwen3, tied": lambda path: tiny_qwen3(path, tie_word_embeddings=True),
+    "qwen3, padded vocabulary": lambda path: tiny_qwen3(path, vocab_size=200),
+    "pico_moe": lambda path: PICO,  # noqa: ARG005
+}
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[tuple[Groups, Runtime]]:
+    with runtime.session("cpu") as device, process_groups.initialized(ParallelConfig(), seed=0) as groups:
+        yield groups, device
+
+
+def load(directory: Path, place: tuple[Groups, Runtime], dtype: torch.dtype) -> tuple[models.HeadlessGPT, models.Blueprint]:
+    blueprint = models.Blueprint.of(CheckpointIndex.open(directory).config, str(directory), dtype)
+    model = models.build(blueprint, *place).eval()
+    weights.load(model, blueprint, place[0], directory)
+    return model, blueprint
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_there_and_back_is_the_identity(name: str, tmp_path: Path, place: tuple[Groups, Runtime]):
+    directory = MAKERS[name](tmp_path / "model")
+    source = {key: tensor for file in directory.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    found = dict(weights.unload(*load(directory, place, next(iter(source.values())).dtype)))
+    assert found.keys() == source.keys()
+    for key, tensor in source.items():
+        assert found[key].dtype == tensor.dtype
+        assert torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)), key
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_logits_equal_stock_transformers(name: str, tmp_path: Path, place: tuple[Groups, Runtime]):
+    directory = MAKERS[name](tmp_path / "model")
+    model, blueprint = load(directory, place, torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokens = torch.randint(0, blueprint.dims.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model.logits(model(tokens, torch.arange(64).expand(2, -1), None)).transpose(0, 1)
+        expected = stock(input_ids=tokens).logits
+    assert (logits[..., : blueprint.dims.vocab_size] - expected).abs().max() < 1e-4
