@@ -35,10 +35,11 @@ def draw_picture() -> Figure:
     return figure
 
 
-def _box(axes: Axes, place: tuple[float, float, float, float], face: str, edge: str, line: float = 0.8, radius: float = 6) -> None:
+def _box(axes: Axes, place: tuple[float, float, float, float], colours: tuple[str, str], line: float = 0.8, radius: float = 6) -> None:
+    """A rounded box at (x, y, width, height); colours: (face, edge)."""
     x, y, width, height = place
     shape = f"round,pad=0,rounding_size={radius}"
-    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, facecolor=face, edgecolor=edge, linewidth=line))
+    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, facecolor=colours[0], edgecolor=colours[1], linewidth=line))
 
 
 def _text(axes: Axes, x: float, y: float, text: str, size: float = 6.6, **options: object) -> None:
@@ -50,7 +51,7 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], col
 
 
 def _panel(axes: Axes, x: float, width: float, title: str, note: str) -> None:
-    _box(axes, (x, 20, width, 380), _PANEL, "#E3E6EB", radius=12)
+    _box(axes, (x, 20, width, 380), (_PANEL, "#E3E6EB"), radius=12)
     _text(axes, x + width / 2, 44, title, 8.6, weight="bold")
     _text(axes, x + width / 2, 381, note, 6.2, color=_MUTED)
 
@@ -66,7 +67,7 @@ def _stage(axes: Axes, x: float, verb: str, what: str) -> None:
 def _moe_block(axes: Axes) -> None:
     _panel(axes, 20, 376, "MoE block", "8 experts, the router runs 2 for each token")
     middle = 208.0
-    _box(axes, (148, 68, 120, 30), "white", _LINE)
+    _box(axes, (148, 68, 120, 30), ("white", _LINE))
     _text(axes, middle, 83, "router", weight="bold")
     _text(axes, 62, 83, "token x", 6.4, color=_MUTED)
     _arrow(axes, (92, 83), (147, 83))
@@ -76,12 +77,12 @@ def _moe_block(axes: Axes) -> None:
         _arrow(axes, (middle, 98), (x + 16.5, 139), colour or "#D3D8DF", 1.6 if colour else 0.6)
         _expert(axes, x, 142, colour, number)
         _arrow(axes, (x + 16.5, 270), (middle + (x + 16.5 - middle) * 0.08, 314), colour or "#D3D8DF", 1.6 if colour else 0.6)
-    _box(axes, (132, 316, 152, 34), "white", _LINE)
+    _box(axes, (132, 316, 152, 34), ("white", _LINE))
     _text(axes, middle, 333, "Σ weight · expert(x)")
 
 
 def _expert(axes: Axes, x: float, y: float, colour: str | None, number: int) -> None:
-    _box(axes, (x, y, 33, 126), _SOFT[colour] if colour else _GREY, colour or _LINE, 1.4 if colour else 0.6)
+    _box(axes, (x, y, 33, 126), (_SOFT[colour], colour) if colour else (_GREY, _LINE), 1.4 if colour else 0.6)
     for row in range(3):  # gate, up, down
         axes.add_patch(Rectangle((x + 6, y + 10 + 28 * row), 21, 20, facecolor=colour or "#CDD3DB", edgecolor="none"))
     _text(axes, x + 16.5, y + 110, f"E{number}", 6.6, weight="bold" if colour else "normal", color=colour or _MUTED)
@@ -91,7 +92,7 @@ def _kept_experts(axes: Axes) -> None:
     _panel(axes, 510, 206, "Kept experts", "2 of 8 kept in this layer")
     for i, (number, colour) in enumerate(_KEPT.items()):
         x = 532 + 88 * i
-        _box(axes, (x, 76, 74, 270), _SOFT[colour], colour, 1.4)
+        _box(axes, (x, 76, 74, 270), (_SOFT[colour], colour), 1.4)
         for row, name in enumerate(("gate", "up", "down")):
             axes.add_patch(Rectangle((x + 11, 92 + 72 * row), 52, 56, facecolor=colour, edgecolor="none"))
             _text(axes, x + 37, 120 + 72 * row, name, 6.6, color="white", weight="bold")
@@ -107,7 +108,7 @@ def _dense_ffn(axes: Axes) -> None:
         _slices(axes, (left, 100, 132, 62), ["", ""])
         _text(axes, left + 66, 174, name, 6.6, weight="bold")
         _arrow(axes, (left + 66, 183), (middle + (-14 if left < middle - 66 else 14), 206))
-    _box(axes, (middle - 70, 200, 140, 28), "white", _LINE)
+    _box(axes, (middle - 70, 200, 140, 28), ("white", _LINE))
     _text(axes, middle, 214.5, "act(gate x) · (up x)", 6.2)
     _arrow(axes, (middle - 10, 228), (middle - 10, 250))
     _slices(axes, (middle - 120, 252, 220, 54), [_ALPHA, _ALPHA])

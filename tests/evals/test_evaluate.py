@@ -48,7 +48,7 @@ def test_rows_hold_metrics_plan_config_and_versions(root, tmp_path, capsys):
     assert teacher["plan_hash"] is None
     assert student["plan_hash"] == "abc"
     assert student["config"] == wanted.model_dump(mode="json")
-    assert {"torch", "transformers", "megatron_moe2dense"} <= set(student["versions"])
+    assert {"torch", "transformers", "megatron_moe2dense", "lm-eval"} <= set(student["versions"])
     table = capsys.readouterr().out
     assert f"{student['metrics']['perplexity']:.4f}" in table
     assert "KL(teacher||model) [nats]" in table
