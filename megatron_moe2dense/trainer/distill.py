@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ _MAY_CHANGE = ("parallel", "logging", "device", "overwrite")
 def run(config: DistillConfig) -> None:
     """Train; started again with the same config after a stop, continue from the last checkpoint."""
     with runtime.session(config.device) as device, process_groups.initialized(config.parallel, config.train.seed) as groups:
-        _claim_output(config)
+        claim_output(config)
         trainer, state = build(config, groups, device)
         trainer.fit(state)
         trainer.metrics.close()
@@ -44,14 +43,25 @@ def run(config: DistillConfig) -> None:
 
 
 def dry_run(config: DistillConfig) -> dict[str, Any]:
-    """Steps, tokens and parameters of the run, from configs alone."""
-    facts: dict[str, Any] = {"steps": config.steps(), "tokens": config.steps() * config.batch.global_ * config.data.sequence_length}
+    """Steps, tokens, parameters, FLOPs (6 per student and 2 per active teacher parameter and token) and bytes of model state.
+
+    The bytes are those of all processes together without activations: weights, float32 gradients, Adam's moments and, in bfloat16, master
+    weights of the student; weights of the teacher.
+    """
+    half = config.dtype == "bfloat16"
+    tokens = config.steps() * config.batch.global_ * config.data.sequence_length
+    per_parameter = {"student": (6, 2 + 4 + 4 + 8 if half else 4 + 4 + 8), "teacher": (2, 2 if half else 4)}
+    facts: dict[str, Any] = {"steps": config.steps(), "tokens": tokens, "flops": 0, "memory_bytes": {}}
     for name, directory in (("student", config.student), ("teacher", config.teacher)):
         if directory is None:
             continue
         content = read_json(Path(directory) / "config.json", "a Hugging Face directory with a config.json")
         blueprint = models.Blueprint.of(content, directory, getattr(torch, config.dtype))
-        facts[name] = {"directory": directory, "family": blueprint.family.name, **dataclasses.asdict(blueprint.dims)}
+        total, active = models.count_parameters(blueprint)
+        flops, nbytes = per_parameter[name]
+        facts[name] = {"directory": directory, "family": blueprint.family.name, "parameters": total, "active_parameters": active}
+        facts["flops"] += flops * active * tokens
+        facts["memory_bytes"][name] = nbytes * total
     facts["reads"] = [path for path in (config.data.path, config.data.validation, config.student, config.teacher) if path]
     facts["writes"] = [f"{config.output}/checkpoints", f"{config.output}/metrics.jsonl"]
     return facts
@@ -69,7 +79,7 @@ def _identity(config: DistillConfig) -> dict[str, Any]:
     return {name: value for name, value in _dump(config).items() if name not in _MAY_CHANGE}
 
 
-def _claim_output(config: DistillConfig) -> None:
+def claim_output(config: DistillConfig) -> None:
     """Rank 0 takes the output directory and puts the student's config and tokenizer into it; errors reach every rank."""
     problem: list[UserError | None] = [None]
     if dist.get_rank() == 0:

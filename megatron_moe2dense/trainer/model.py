@@ -72,7 +72,7 @@ def build(blueprint: Blueprint, groups: Groups, runtime: Runtime, **overrides: A
         UserError: the model does not divide over the parallel layout.
     """
     _check_layout(blueprint.dims, groups)
-    config = transformer_config(blueprint, groups, runtime, **overrides)
+    config = TransformerConfig(**{**transformer_fields(blueprint, groups, runtime), **overrides})
     model = HeadlessGPT(
         config,
         block_spec(config, runtime.transformer_engine),  # type: ignore[arg-type] - Megatron takes block submodules too
@@ -88,8 +88,8 @@ def build(blueprint: Blueprint, groups: Groups, runtime: Runtime, **overrides: A
     return model.to(device=runtime.device, dtype=blueprint.dtype)
 
 
-def transformer_config(blueprint: Blueprint, groups: Groups, runtime: Runtime, **overrides: Any) -> TransformerConfig:
-    """Megatron's config for this model, layout and device."""
+def transformer_fields(blueprint: Blueprint, groups: Groups, runtime: Runtime) -> dict[str, Any]:
+    """The fields of Megatron's TransformerConfig for this model, layout and device."""
     dims, parallel = blueprint.dims, groups.parallel
     family = dict(blueprint.family.megatron_config(blueprint.config))
     fields: dict[str, Any] = {
@@ -119,7 +119,7 @@ def transformer_config(blueprint: Blueprint, groups: Groups, runtime: Runtime, *
     }
     if dims.experts:
         fields |= _moe_fields(blueprint, groups, runtime)
-    return TransformerConfig(**{**fields, **overrides})
+    return fields
 
 
 def _device_fields(runtime: Runtime) -> dict[str, Any]:
@@ -150,6 +150,18 @@ def _moe_fields(blueprint: Blueprint, groups: Groups, runtime: Runtime) -> dict[
         "moe_permute_fusion": runtime.transformer_engine,
         "expert_tensor_parallel_size": 1 if groups.parallel.expert > 1 else groups.parallel.tensor,
     }
+
+
+def count_parameters(blueprint: Blueprint) -> tuple[int, int]:
+    """Parameters of the whole model and those active per token, in matrices (norms are left out), from its sizes."""
+    dims = blueprint.dims
+    moe_layers = len(blueprint.family.moe_layers(blueprint.config))
+    attention = dims.hidden_size * dims.head_dim * 2 * (dims.heads + dims.kv_heads)
+    dense = (dims.layers - moe_layers) * 3 * dims.hidden_size * dims.dense_width
+    expert = moe_layers * 3 * dims.hidden_size * dims.expert_width
+    vocabulary = dims.vocab_size * dims.hidden_size * (1 if dims.tied_embeddings else 2)
+    rest = dims.layers * attention + dense + vocabulary + moe_layers * dims.hidden_size * dims.experts
+    return rest + expert * dims.experts, rest + expert * dims.active
 
 
 def _check_layout(dims: Dims, groups: Groups) -> None:

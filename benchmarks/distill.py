@@ -1,0 +1,109 @@
+"""Distillation speed on the example: this trainer over a hand-written transformers loop doing the same, in one process and one run.
+
+Prints lines `name value unit goal`. Both sides: the same teacher, student, micro-batch, optimizer and threads, float32, timed in turns.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_moe2dense.common.config import build
+from megatron_moe2dense.common.outputs import read_json, write_json
+from megatron_moe2dense.families import FAMILIES
+from megatron_moe2dense.tokens.indexed import TokenFile
+from megatron_moe2dense.trainer import distill, runtime
+from megatron_moe2dense.trainer import groups as process_groups
+from megatron_moe2dense.trainer.config import DistillConfig
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples/pico_moe"
+LENGTH, MICRO, STEPS, ROUNDS = 256, 8, 2, 5
+
+
+def dense_student(folder: Path) -> Path:
+    """A random dense model of the shape that `convert` gives the example's teacher."""
+    content = read_json(EXAMPLE / "model/config.json", "the example's config")
+    family = FAMILIES[content["model_type"]]
+    dims = family.dims(content)
+    assert family.dense_config is not None
+    write_json(folder / "config.json", family.dense_config(content, dims.active * dims.expert_width))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder
+
+
+def plain_loop(student_dir: Path) -> Callable[[], None]:
+    """The loop one writes by hand: full logits, torch's kl_div and AdamW."""
+    student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32).train()
+    teacher = AutoModelForCausalLM.from_pretrained(EXAMPLE / "model", dtype=torch.float32).eval()
+    adam = torch.optim.AdamW(student.parameters(), lr=1e-4, betas=(0.9, 0.95))
+    stream = torch.from_numpy(TokenFile.open(str(EXAMPLE / "tokens/distill")).tokens[: 64 * MICRO * LENGTH].astype("int64"))
+    batches = iter(stream.view(-1, MICRO, LENGTH))
+
+    def step() -> None:
+        tokens = next(batches)
+        with torch.no_grad():
+            target = teacher(input_ids=tokens).logits.log_softmax(-1).flatten(0, 1)
+        logits = student(input_ids=tokens).logits.log_softmax(-1).flatten(0, 1)
+        torch.nn.functional.kl_div(logits, target, log_target=True, reduction="batchmean").backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    """Time both in turns; the ratio of each round is independent of how fast the machine is at that moment."""
+    with tempfile.TemporaryDirectory() as folder:
+        student = dense_student(Path(folder) / "student")
+        settings = {
+            "student": str(student),
+            "teacher": str(EXAMPLE / "model"),
+            "output": f"{folder}/run",
+            "data": {"path": str(EXAMPLE / "tokens/distill"), "sequence_length": LENGTH},
+            "batch": {"micro": MICRO, "global": MICRO},
+            "train": {"steps": 1 + STEPS * ROUNDS, "save_every": 10_000},
+            "dtype": "float32",
+        }
+        config = build(DistillConfig, settings, "the benchmark")
+        with runtime.session("auto") as device, process_groups.initialized(config.parallel, 0) as groups:
+            distill.claim_output(config)
+            trainer, state = distill.build(config, groups, device)
+            loss = config.resolved_loss()
+
+            def ours() -> None:
+                trainer.step(state, loss)
+                state.step += 1
+
+            plain = plain_loop(student)
+            ratios, speeds = [], []
+            for step in (ours, plain):
+                step()
+            for _ in range(ROUNDS):
+                seconds = [time_of(step) for step in (ours, plain)]
+                ratios.append(seconds[1] / seconds[0])
+                speeds.append(STEPS * MICRO * LENGTH / seconds[0])
+    print(f"distill_speed_over_transformers_loop {statistics.median(ratios):.2f} ratio >=1.0")
+    print(f"distill_tokens_per_second {statistics.median(speeds):.0f} tokens/s -")
+
+
+def time_of(step: Callable[[], None]) -> float:
+    """Seconds of STEPS calls."""
+    started = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
