@@ -26,26 +26,6 @@ def flat_weights(expert: int) -> np.ndarray:
     return np.random.default_rng(expert).normal(size=30).astype(np.float32)
 
 
-@pytest.fixture(params=list(groupers))
-def grouper(request: pytest.FixtureRequest) -> Grouper:
-    return groupers[request.param]()
-
-
-@pytest.mark.parametrize(("keep", "groups"), [(3, 2), (7, 3), (10, 1), (10, 9)])
-def test_every_group_has_members_and_every_kept_expert_a_group(grouper: Grouper, keep: int, groups: int):
-    stats = random_stats(0)
-    selection = scorers["sf"]().select(stats, keep)
-    first, second = (grouper.group(selection, flat_weights, stats, groups) for _ in range(2))
-    assert first.group_of_K.shape == (keep,)
-    assert set(first.group_of_K.tolist()) == set(range(groups))
-    assert first.group_of_K.tolist() == second.group_of_K.tolist()
-
-
-def test_round_robin_goes_back_and_forth():
-    grouping = groupers["round_robin"]().group(Selection(np.arange(8), np.ones(8)), flat_weights, random_stats(0), 3)
-    assert grouping.group_of_K.tolist() == [0, 1, 2, 2, 1, 0, 0, 1]
-
-
 def stats_of_gates(gate_sum: list[float], tokens: float) -> LayerStats:
     return LayerStats({"tokens": np.array([tokens]), "gate_sum": np.array(gate_sum)})
 

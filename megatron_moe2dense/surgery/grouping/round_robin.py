@@ -11,7 +11,7 @@ from megatron_moe2dense.surgery.types import FlatWeights, Grouper, Grouping, Sel
 
 @groupers.register("round_robin")
 class RoundRobin(Grouper):
-    """Score rank r joins group r mod G, odd rounds in reverse (snake), so that groups hold equal shares of the score."""
+    """The expert of rank r (best first) joins group r mod G, odd rounds in reverse (snake): groups hold like shares of the score."""
 
     def needs(self) -> tuple[str, ...]:
         """The statistics it reads: none."""

@@ -1,0 +1,96 @@
+"""k-means on the experts' weights: name (paper), rule (ours)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_moe2dense.surgery.grouping import groupers
+from megatron_moe2dense.surgery.stats import LayerStats
+from megatron_moe2dense.surgery.types import FlatWeights, Grouper, Grouping, Selection
+
+_TILE_BYTES = 512 * 1024**2  # of weights held at once, twice: 2 x 27 experts of Qwen3-30B-A3B
+_COLUMNS = 65536  # products are summed in float32 over this many weights, in float64 beyond
+_ROUNDS = 100
+
+
+@groupers.register("weight_cluster")
+class WeightCluster(Grouper):
+    """k-means on the flattened [gate; up; down] of each kept expert, L2-normalised, seeded with the G best experts.
+
+    A cluster that loses its last member takes the point farthest from its own centre.
+    """
+
+    def needs(self) -> tuple[str, ...]:
+        """The statistics it reads: none."""
+        return ()
+
+    def group(self, selection: Selection, weights: FlatWeights, stats: LayerStats, groups: int) -> Grouping:  # noqa: ARG002
+        """`groups` clusters."""
+        return Grouping(kernel_kmeans(weight_cosine(selection.experts_K.tolist(), weights), groups), groups)
+
+
+def weight_cosine(experts: list[int], weights: FlatWeights) -> np.ndarray:
+    """[K, K] inner products of the normalised weights, float64. Two tiles of at most 512 MB (or one expert each) are in memory."""
+    tile = max(1, _TILE_BYTES // weights(experts[0]).nbytes)
+    starts = range(0, len(experts), tile)
+    gram_KK = np.zeros((len(experts), len(experts)))
+    for i in starts:
+        one = _tile(experts[i : i + tile], weights)
+        for j in starts:
+            if j >= i:
+                other = one if j == i else _tile(experts[j : j + tile], weights)
+                block = _products(one, other)
+                gram_KK[i : i + tile, j : j + tile], gram_KK[j : j + tile, i : i + tile] = block, block.T
+    return gram_KK
+
+
+def _tile(experts: list[int], weights: FlatWeights) -> np.ndarray:
+    first = weights(experts[0])
+    rows = np.empty((len(experts), len(first)), first.dtype)
+    for row, expert in zip(rows, experts, strict=True):
+        row[:] = weights(expert)
+        norm = np.sqrt(np.square(row, dtype=np.float64).sum())
+        row /= norm if norm > 0 else 1.0
+    return rows
+
+
+def _products(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    total = np.zeros((len(one), len(other)))
+    for start in range(0, one.shape[1], _COLUMNS):
+        total += one[:, start : start + _COLUMNS] @ other[:, start : start + _COLUMNS].T
+    return total
+
+
+def kernel_kmeans(gram_KK: np.ndarray, groups: int) -> np.ndarray:
+    """group_of_K of k-means on K points known by their inner products; the same as k-means on the points themselves.
+
+    ||x_i - mean of g||^2 = x_i.x_i - 2 mean_j x_i.x_j + mean_jk x_j.x_k. The first `groups` points are the first centres; ties
+    go to the lower group; stops when nothing changes, or after 100 rounds.
+    """
+    distance_KG = _distances(gram_KK, np.eye(len(gram_KK))[:groups])
+    group_of_K = np.full(len(gram_KK), -1)
+    for _ in range(_ROUNDS):
+        nearest_K = _fill_empty(distance_KG.argmin(axis=1), distance_KG)
+        if (nearest_K == group_of_K).all():
+            break
+        group_of_K = nearest_K
+        member_GK = (group_of_K == np.arange(groups)[:, None]).astype(float)
+        distance_KG = _distances(gram_KK, member_GK / member_GK.sum(axis=1, keepdims=True))
+    return group_of_K
+
+
+def _distances(gram_KK: np.ndarray, weight_GK: np.ndarray) -> np.ndarray:
+    """[K, G]: squared distances to centres that are weighted means of the points."""
+    toward_KG = gram_KK @ weight_GK.T
+    return np.diag(gram_KK)[:, None] - 2 * toward_KG + np.einsum("gk,kg->g", weight_GK, toward_KG)
+
+
+def _fill_empty(group_of_K: np.ndarray, distance_KG: np.ndarray) -> np.ndarray:
+    filled_K = group_of_K.copy()
+    own_K = distance_KG[np.arange(len(filled_K)), filled_K]
+    for group in range(distance_KG.shape[1]):
+        if not (filled_K == group).any():
+            alone_K = np.bincount(filled_K, minlength=distance_KG.shape[1])[filled_K] == 1
+            farthest = int(np.where(alone_K, -np.inf, own_K).argmax())
+            filled_K[farthest], own_K[farthest] = group, 0.0
+    return filled_K
