@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +143,10 @@ def brute_force(m_EE: np.ndarray, keep: int) -> list[int]:
     return chosen
 
 
-@pytest.mark.parametrize("importance", ["acp", "sf", "mp", "reap"])
+POINTWISE = [name for name in scorers if issubclass(scorers[name], PointwiseScorer)]
+
+
+@pytest.mark.parametrize("importance", POINTWISE)
 @pytest.mark.parametrize("seed", range(5))
 def test_d_optimal_equals_greedy_by_log_determinants(importance: str, seed: int):
     stats = random_stats(seed)
@@ -150,6 +154,31 @@ def test_d_optimal_equals_greedy_by_log_determinants(importance: str, seed: int)
     m = np.sqrt(np.outer(scores, scores)) * stats["gram"] / T
     for keep in (1, 3, E):
         assert DOptimal(importance=importance).select(stats, keep).experts_K.tolist() == brute_force(m, keep)
+
+
+@pytest.mark.parametrize("importance", POINTWISE)
+def test_d_optimal_reads_what_its_importance_reads_and_the_gram(importance: str):
+    block = scorers.build({"method": "d_optimal", "importance": importance})
+    assert set(block.needs()) == {*scorers[importance]().needs(), "gram"}
+    declared = LayerStats({name: random_stats(0).sums[name] for name in ("tokens", *block.needs())})
+    expected = scorers[importance]().scores(random_stats(0))
+    assert block.select(declared, 4).scores_E.tolist() == expected.tolist()
+
+
+def test_256_experts_keep_128_in_well_under_a_second_and_as_by_log_determinants():
+    rng = np.random.default_rng(0)
+    f = rng.normal(size=(256, 300)) + 2 * rng.normal(size=300)
+    weight = rng.random(256)
+    m = np.sqrt(np.outer(weight, weight)) * (f @ f.T) / 300
+    start = time.perf_counter()
+    kept = greedy_log_det(m, 128).tolist()
+    assert time.perf_counter() - start < 0.5
+    ridge = np.trace(m) / 256 / 128 * np.eye(256)
+    for step in (0, 1, 7, 40, 90, 127):  # every candidate at some steps; all steps take benchmarks/d_optimal.py seconds
+        rest = [e for e in range(256) if e not in kept[:step]]
+        sets = np.array([[*kept[:step], e] for e in rest])
+        gains = np.linalg.slogdet((m + ridge)[sets[:, :, None], sets[:, None, :]])[1]
+        assert rest[int(gains.argmax())] == kept[step]
 
 
 def test_d_optimal_avoids_the_expert_that_repeats_another():
