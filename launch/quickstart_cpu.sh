@@ -8,7 +8,8 @@ bin=.venv/bin
 moe2dense=$bin/moe2dense
 configs=yaml_configs/quickstart
 out=out/quickstart
-export GLOO_SOCKET_IFNAME=lo PYTHONWARNINGS=ignore  # one machine; Megatron warns of each GPU library it does not find
+# One machine, no GPU even where there is one; Megatron warns of each GPU library it does not find.
+export GLOO_SOCKET_IFNAME=lo CUDA_VISIBLE_DEVICES="" PYTHONWARNINGS=ignore
 started=$SECONDS
 say() { printf '\n[%3d s] %s\n' $((SECONDS - started)) "$*"; }
 
