@@ -52,8 +52,18 @@ class ScoreConfig(Config):
     statistics: str = key(..., "output directory of `moe2dense calibrate`")
     keep: int | None = key(None, "experts to keep in each layer; null: the router's top-k", "experts", gt=0)
     score: Annotated[Scorer, *scorers.field] = key({"method": "do_acp"}, "scoring method")
+    compare: bool | list[str] = key(
+        True, "overlap of the kept sets with other scoring methods; true: the seven of docs/method.md, or a list of ids"
+    )
     output: str | None = key(None, "file to write; null: <statistics>/ranking.json")
     overwrite: bool = key(False, "replace an existing file")
+
+    @field_validator("compare")
+    @classmethod
+    def _known_methods(cls, value: bool | list[str]) -> bool | list[str]:
+        for name in value if isinstance(value, list) else ():
+            scorers[name]  # ValueError with a suggestion
+        return value
 
 
 class ConvertConfig(Config):

@@ -5,18 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import write_json
 from megatron_moe2dense.common.table import render
+from megatron_moe2dense.surgery.compare import compare_methods, compared_scorers, comparison_table, label, routing_kept, set_effective_rank
 from megatron_moe2dense.surgery.config import ScoreConfig
 from megatron_moe2dense.surgery.scoring import scorers
 from megatron_moe2dense.surgery.stats import CalibratedStats, LayerStats
 from megatron_moe2dense.surgery.types import Scorer
 
 FORMAT = 1
-_SHOWN = 8
+_SHOWN = 6
 
 
 def run(config: ScoreConfig) -> None:
@@ -28,9 +27,16 @@ def run(config: ScoreConfig) -> None:
     output = _output(config)
     if output.exists() and not config.overwrite:
         raise UserError(f"{output} exists", "a path that does not exist yet", "choose another output or add overwrite=true")
-    ranking = rank(CalibratedStats.open(config.statistics), config.score, config.keep)
+    statistics = CalibratedStats.open(config.statistics)
+    ranking = rank(statistics, config.score, config.keep)
+    methods, left_out = compared_scorers(config.score, config.compare, statistics)
+    ranking["comparison"] = compare_methods(methods, statistics, ranking["keep"]) if methods else None
     write_json(output, ranking)
-    print(table(ranking))
+    print(table(ranking, label(config.score)))
+    if ranking["comparison"] is not None:
+        print(f"\n{comparison_table(ranking['comparison'])}")
+    if left_out:
+        print(f"not compared, their statistics were not collected: {', '.join(left_out)}")
     print(f"\n{output}: {ranking['keep']} of {ranking['source']['experts']} experts in {len(ranking['layers'])} layers")
 
 
@@ -50,44 +56,33 @@ def rank(statistics: CalibratedStats, scorer: Scorer, keep: int | None) -> dict[
 
 def _rank_layer(layer: int, stats: LayerStats, scorer: Scorer, keep: int) -> dict[str, Any]:
     selection = scorer.select(stats, keep)
-    count_E, gram_EE = stats.sums.get("selected_count"), stats.sums.get("gram")
+    count_E = stats.sums.get("selected_count")
     return {
         "layer": layer,
         "experts": selection.experts_K.tolist(),
         "scores": selection.scores_E.tolist(),
         "selected_fraction": None if count_E is None else (count_E / stats.tokens).tolist(),
-        "effective_rank": None if gram_EE is None else effective_rank(gram_EE[np.ix_(selection.experts_K, selection.experts_K)]),
+        "routing_kept": routing_kept(stats, selection.experts_K),
+        "effective_rank": set_effective_rank(stats, selection.experts_K),
     }
 
 
-def effective_rank(gram_KK: np.ndarray) -> float:
-    """exp(entropy of the normalised eigenvalues): how many directions a set of experts really spans, 1..K; 0 for a zero matrix."""
-    values = np.clip(np.linalg.eigvalsh(gram_KK), 0.0, None)
-    if values.sum() == 0:
-        return 0.0
-    shares = values[values > 0] / values.sum()
-    return float(np.exp(-(shares * np.log(shares)).sum()))
-
-
-def table(ranking: dict[str, Any]) -> str:
-    """The best experts of each layer (up to 8), one row each: number, score, share of tokens; the set's effective rank."""
+def table(ranking: dict[str, Any], name: str) -> str:
+    """One row a layer: effective rank of the kept set, share of the router's choices it holds, its best experts (up to 6)."""
     rows = []
     for layer in ranking["layers"]:
-        for place, expert in enumerate(layer["experts"][:_SHOWN]):
-            fraction = layer["selected_fraction"]
-            rows.append(
-                [
-                    str(layer["layer"]) if place == 0 else "",
-                    place + 1,
-                    expert,
-                    float(layer["scores"][expert]),
-                    None if fraction is None else 100 * fraction[expert],
-                    f"{layer['effective_rank']:.2f}" if place == 0 and layer["effective_rank"] is not None else "",
-                ]
-            )
-    method = ranking["score"]["method"]
-    rank_of_kept = f"effective rank of the {ranking['keep']} kept"
-    return render(["layer", "rank", "expert", f"score ({method})", "tokens that select it [%]", rank_of_kept], rows)
+        share, rank_of_kept, experts = layer["routing_kept"], layer["effective_rank"], layer["experts"]
+        best = "  ".join(f"{expert} ({layer['scores'][expert]:.3g})" for expert in experts[:_SHOWN])
+        more = f"  and {len(experts) - _SHOWN} more" if len(experts) > _SHOWN else ""
+        rows.append(
+            [
+                layer["layer"],
+                "-" if rank_of_kept is None else f"{rank_of_kept:.2f}",
+                "-" if share is None else f"{100 * share:.1f}",
+                best + more,
+            ]
+        )
+    return render(["layer", "effective rank", "routing kept [%]", f"experts best first: number ({name})"], rows)
 
 
 def _output(config: ScoreConfig) -> Path:
@@ -98,9 +93,11 @@ def dry_run(config: ScoreConfig) -> dict[str, Any]:
     """What would be read and written."""
     statistics = CalibratedStats.open(config.statistics)
     statistics.require(config.score.needs())
+    compared, _ = compared_scorers(config.score, config.compare, statistics)
     return {
         "source": statistics.source,
         "layers": len(statistics.layers),
+        "compared": list(compared),
         "reads": {str(statistics.directory): sum(v.nbytes for s in statistics.layers.values() for v in s.sums.values())},
         "writes": {str(_output(config)): len(statistics.layers) * statistics.source["experts"] * 48},
     }

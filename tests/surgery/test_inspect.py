@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from megatron_moe2dense.cli import main
-from megatron_moe2dense.surgery.score import effective_rank
+from megatron_moe2dense.surgery.compare import effective_rank
 from megatron_moe2dense.surgery.stats import CalibratedStats
 from tests.helpers.tiny_models import tiny_qwen3
 
@@ -67,7 +67,8 @@ def test_the_ranking_holds_what_the_table_shows(statistics: Path, tmp_path: Path
         eigenvalues = np.linalg.eigvalsh(stats["gram"][np.ix_(layer["experts"], layer["experts"])])
         shares = eigenvalues / eigenvalues.sum()
         assert layer["effective_rank"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-9)
-        assert f"{frequency.max():.4f}" in text
+        assert f"{frequency.argmax()} ({frequency.max():.3g})" in text
+        assert layer["routing_kept"] == pytest.approx(np.sort(frequency)[-3:].sum() / frequency.sum())
 
 
 def test_the_ranking_goes_beside_the_statistics_by_default(moe: Path, tokens: str, tmp_path: Path):
@@ -95,7 +96,7 @@ def test_dry_runs_write_nothing(moe: Path, statistics: Path, tmp_path: Path, cap
 
 
 def test_configs_statistics_scores_and_plans_need_no_torch():
-    modules = ["config", "stats", "types", "plan", "score", "grouping", "scaling"]
+    modules = ["config", "stats", "types", "plan", "score", "compare", "grouping", "scaling"]
     code = "import sys\n" + "\n".join(f"import megatron_moe2dense.surgery.{m}" for m in modules)
     code += "\nfrom megatron_moe2dense.surgery.scoring import scorers\nlist(scorers)\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
