@@ -24,8 +24,8 @@ Status = Literal["unfinished", "finished"]
 
 
 def config_hash(config: dict[str, Any]) -> str:
-    """A short hash of a resolved config; `overwrite` says nothing about the content and is left out."""
-    content = {name: value for name, value in config.items() if name != "overwrite"}
+    """A short hash of a resolved config; `overwrite` and `memory_budget` say nothing about the content and are left out."""
+    content = {name: value for name, value in config.items() if name not in ("overwrite", "memory_budget")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -126,7 +126,7 @@ def claim(output: Path, working: Path, config: dict[str, Any], overwrite: bool) 
     Raises:
         UserError: a finished output, foreign files, or an unfinished run of another config is in the way.
     """
-    found, foreign = _unfinished_hash(working), _holds_foreign_files(working)
+    found, foreign = _unfinished_hash(working, working != output), _holds_foreign_files(working)
     if output.exists() and not overwrite and not (working == output and found is not None):
         what = "is a finished output" if (output / MANIFEST).exists() else "exists"
         raise UserError(f"{output} {what}", "a path that does not exist yet", "choose another output or add overwrite=true")
@@ -160,11 +160,12 @@ def _holds_foreign_files(working: Path) -> bool:
     return MANIFEST not in names and bool(names - {MANIFEST + ".tmp"})
 
 
-def _unfinished_hash(working: Path) -> str | None:
+def _unfinished_hash(working: Path, complete_too: bool) -> str | None:
+    """Hash of the config that `working` belongs to. complete_too: also where it was complete and only not yet in its place."""
     if not (working / MANIFEST).exists():
         return None
     content = _manifest(working / MANIFEST, "the manifest of an unfinished run, or nothing")
-    return content["config_hash"] if content.get("status") == "unfinished" else None
+    return content["config_hash"] if complete_too or content.get("status") == "unfinished" else None
 
 
 @contextlib.contextmanager
