@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.errors import UserError
@@ -22,9 +21,18 @@ _COUNT = re.compile(r"layers\.(\d+)\.selected_count$")
 
 
 @dataclass(frozen=True)
+class Statistics:
+    """What figures need of stats.safetensors, by layer number. shares: of the tokens, that select each expert, [E].
+    grams: inner products of the experts' outputs, [E, E]; empty when they were not collected."""
+
+    shares: dict[int, np.ndarray]
+    grams: dict[int, np.ndarray]
+
+
+@dataclass(frozen=True)
 class Input:
     """One recognised file. label: for legends, the folder's name. content: rows of a .jsonl, the object of a .json, or
-    {layer: share of the tokens that select each expert, [E]} of statistics."""
+    Statistics."""
 
     kind: Kind
     label: str
@@ -61,7 +69,7 @@ def _read(path: Path) -> Input:
     elif path.suffix == ".json":
         kind, content = _object(path)
     elif path.suffix == ".safetensors":
-        kind, content = "statistics", _shares(path)
+        kind, content = "statistics", _statistics(path)
     else:
         kind, content = None, None
     if kind is None:
@@ -92,16 +100,19 @@ def _object(path: Path) -> tuple[Kind | None, Any]:
     return None, content
 
 
-def _shares(path: Path) -> dict[int, np.ndarray]:
+def _statistics(path: Path) -> Statistics:
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="numpy") as file:
+            names = set(file.keys())
+            layers = sorted(int(match[1]) for match in map(_COUNT.match, names) if match)
+            if not layers or any(f"layers.{i}.tokens" not in names for i in layers):
+                found = f"{path} has no selected_count with its tokens"
+                raise UserError(found, "statistics with selected_count", "calibrate with statistics=all")
+            shares = {i: file.get_tensor(f"layers.{i}.selected_count") / file.get_tensor(f"layers.{i}.tokens") for i in layers}
+            grams = {i: file.get_tensor(f"layers.{i}.gram") for i in layers if f"layers.{i}.gram" in names}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: {error}", "the statistics of `moe2dense calibrate`", "check the path, or calibrate again") from None
-    layers = sorted(int(match[1]) for match in map(_COUNT.match, tensors) if match)
-    missing = [i for i in layers if f"layers.{i}.tokens" not in tensors]
-    if not layers or missing:
-        raise UserError(f"{path} has no selected_count with its tokens", "statistics with selected_count", "calibrate with statistics=all")
-    return {i: tensors[f"layers.{i}.selected_count"] / tensors[f"layers.{i}.tokens"] for i in layers}
+    return Statistics(shares, grams)
 
 
 def _distinct(items: list[Input]) -> list[Input]:

@@ -17,6 +17,7 @@ from megatron_moe2dense.plots.config import PlotConfig
 from megatron_moe2dense.plots.curves import training_curves
 from megatron_moe2dense.plots.experts import expert_scores, plan_map, share_map
 from megatron_moe2dense.plots.inputs import Input, read_inputs
+from megatron_moe2dense.plots.spectra import cosine_maps, gram_spectra, score_spectra
 from megatron_moe2dense.plots.style import save, style
 from megatron_moe2dense.plots.usage import specialisation, use_by_kind
 
@@ -68,6 +69,7 @@ def figures(inputs: list[Input]) -> dict[str, Drawing]:
     for item, end in _named(by_kind.get("ranking", [])):
         layers = item.content["layers"]
         drawings["expert_scores" + end] = partial(expert_scores, item.content)
+        drawings["score_spectra" + end] = partial(score_spectra, item.content)
         shares = {layer["layer"]: layer["selected_fraction"] for layer in layers}
         if all(share is not None for share in shares.values()):  # null where calibration left selected_count out
             drawings["expert_use" + end] = partial(share_map, shares, {layer["layer"]: layer["experts"] for layer in layers})
@@ -75,11 +77,15 @@ def figures(inputs: list[Input]) -> dict[str, Drawing]:
         drawings["plan" + end] = partial(plan_map, item.content)
     statistics = by_kind.get("statistics", [])
     if len(statistics) > 1:
-        kinds = {item.label: item.content for item in statistics}
+        kinds = {item.label: item.content.shares for item in statistics}
         drawings["use_by_kind"] = partial(use_by_kind, kinds)
         drawings["specialisation"] = partial(specialisation, kinds)
     for item in statistics if len(statistics) == 1 else ():
-        drawings["selection_share"] = partial(share_map, item.content, {})
+        drawings["selection_share"] = partial(share_map, item.content.shares, {})
+    for item, end in _named(statistics):
+        if item.content.grams:
+            drawings["gram_spectra" + end] = partial(gram_spectra, item.content.grams)
+            drawings["gram_cosines" + end] = partial(cosine_maps, item.content.grams)
     return drawings
 
 

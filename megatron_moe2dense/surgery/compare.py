@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_moe2dense.common.spectrum import effective_rank
 from megatron_moe2dense.common.table import render
 from megatron_moe2dense.surgery.scoring import METHODS, scorers
 from megatron_moe2dense.surgery.stats import CalibratedStats, LayerStats
@@ -79,15 +80,6 @@ def routing_kept(stats: LayerStats, experts_K: np.ndarray) -> float | None:
     """Share of the router's choices that fall on a set of experts, 0..1; None without selected_count."""
     count_E = stats.sums.get("selected_count")
     return None if count_E is None else float(count_E[experts_K].sum() / count_E.sum())
-
-
-def effective_rank(gram_KK: np.ndarray) -> float:
-    """exp(entropy of the normalised eigenvalues): how many directions a set of experts really spans, 1..K; 0 for a zero matrix."""
-    values = np.clip(np.linalg.eigvalsh(gram_KK), 0.0, None)
-    if values.sum() == 0:
-        return 0.0
-    shares = values[values > 0] / values.sum()
-    return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ def everything(tmp_path_factory) -> Path:
 
 def test_every_kind_of_input_gives_its_figures_and_their_paths_are_printed(everything, tmp_path, capsys):
     main(["plot", f"records=[{everything}]", f"output={tmp_path / 'figures'}"])
-    names = ["training", "quality", "expert_scores", "expert_use", "plan", "selection_share"]
+    names = ["training", "quality", "expert_scores", "score_spectra", "expert_use", "plan", "selection_share"]
     wanted = [str(tmp_path / "figures" / f"{name}.{suffix}") for name in names for suffix in ("png", "svg")]
     assert capsys.readouterr().out.split() == wanted
     for path in map(Path, wanted):
@@ -59,7 +59,7 @@ def test_a_ranking_without_token_shares_has_scores_alone(tmp_path):
         layer["selected_fraction"] = None
     (tmp_path / "ranking.json").write_text(json.dumps(content))
     facts = plot.dry_run(PlotConfig(records=[str(tmp_path)], output="f"))
-    assert facts["writes"] == ["f/expert_scores.png", "f/expert_scores.svg"]
+    assert facts["writes"] == [f"f/{name}.{suffix}" for name in ("expert_scores", "score_spectra") for suffix in ("png", "svg")]
 
 
 def test_an_existing_output_is_refused_unless_overwritten(everything, tmp_path):

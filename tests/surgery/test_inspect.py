@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from megatron_moe2dense.cli import main
-from megatron_moe2dense.surgery.compare import effective_rank
+from megatron_moe2dense.common.spectrum import effective_rank
 from megatron_moe2dense.surgery.stats import CalibratedStats
 from tests.helpers.tiny_models import tiny_qwen3
 
