@@ -185,7 +185,7 @@ def _parameters(index: CheckpointIndex) -> int:
 def _active_parameters(index: CheckpointIndex) -> int:
     """Parameters a token goes through: of E routed experts only the A selected ones, where the family is known."""
     spec, total = FAMILIES.get(str(index.config.get("model_type"))), _parameters(index)
-    if spec is None or spec.experts is None:
+    if spec is None:
         return total
     dims = spec.dims(index.config)
     idle = (dims.experts - dims.active) * 3 * dims.hidden_size * dims.expert_width

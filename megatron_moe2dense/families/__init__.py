@@ -9,13 +9,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moe2dense.common.errors import UserError, did_you_mean
+from megatron_moe2dense.families.layout import FfnTensors, MoeTensors
 from megatron_moe2dense.families.qwen3 import QWEN3
 from megatron_moe2dense.families.qwen3_moe import QWEN3_MOE
-from megatron_moe2dense.families.spec import Dims, ExpertTensors, FamilySpec, FfnTensors, MegatronRule, Router
+from megatron_moe2dense.families.spec import ClampedSwiglu, Dims, FamilySpec, GroupLimit, MegatronRule, Router
 
 FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (QWEN3_MOE, QWEN3)}
 
-__all__ = ["FAMILIES", "Dims", "ExpertTensors", "FamilySpec", "FfnTensors", "MegatronRule", "Router", "family_of", "moe_family_of"]
+__all__ = [
+    "FAMILIES",
+    "ClampedSwiglu",
+    "Dims",
+    "FamilySpec",
+    "FfnTensors",
+    "GroupLimit",
+    "MegatronRule",
+    "MoeTensors",
+    "Router",
+    "family_of",
+    "moe_family_of",
+]
 
 
 def family_of(config: Mapping[str, Any], where: str) -> FamilySpec:
@@ -41,7 +54,8 @@ def family_of(config: Mapping[str, Any], where: str) -> FamilySpec:
 def moe_family_of(config: Mapping[str, Any], where: str) -> FamilySpec:
     """As `family_of`, but a family without experts is a UserError too."""
     spec = family_of(config, where)
-    if spec.experts is None:
-        moe = [name for name, other in FAMILIES.items() if other.experts is not None]
-        raise UserError(f"{where}: {spec.name} is a dense family", f"a MoE: {', '.join(moe)}", "point to the MoE checkpoint")
+    if not spec.moe_layers(config):
+        moe = [name for name, other in FAMILIES.items() if other.moe]
+        found = "without a layer of experts" if spec.moe else "is a dense family"
+        raise UserError(f"{where}: {spec.name} {found}", f"a MoE: {', '.join(moe)}", "point to the MoE checkpoint")
     return spec

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_moe2dense.families.spec import Dims, FamilySpec, FfnTensors, HfConfig, MegatronRule
+from megatron_moe2dense.families.layout import mlp
+from megatron_moe2dense.families.spec import Dims, FamilySpec, HfConfig, MegatronRule
 
 _HF = "model.layers.{layer}."
 _MEGATRON = "decoder.layers.{layer}."
 
-QWEN3_FFN = FfnTensors(
-    gate=_HF + "mlp.gate_proj.weight",
-    up=_HF + "mlp.up_proj.weight",
-    down=_HF + "mlp.down_proj.weight",
-)
+QWEN3_FFN = mlp(_HF + "mlp.")
 
 # Everything but the FFN: the same in Qwen3 and Qwen3-MoE.
 QWEN3_TRUNK = (
@@ -43,7 +40,7 @@ QWEN3_TRUNK = (
 
 
 QWEN3_FFN_RULES = (
-    MegatronRule(_MEGATRON + "mlp.linear_fc1.weight", (QWEN3_FFN.gate, QWEN3_FFN.up), kind="gate_up", split=0),
+    MegatronRule(_MEGATRON + "mlp.linear_fc1.weight", QWEN3_FFN.gate_up, kind="gate_up", split=0),
     MegatronRule(_MEGATRON + "mlp.linear_fc2.weight", (QWEN3_FFN.down,), split=1),
 )
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from megatron_moe2dense.families.layout import MoeTensors, fused, mlp
 from megatron_moe2dense.families.qwen3 import QWEN3_FFN, QWEN3_FFN_RULES, QWEN3_TRUNK, qwen3_dims, qwen3_megatron_config
-from megatron_moe2dense.families.spec import Dims, ExpertTensors, FamilySpec, HfConfig, MegatronRule, Router
+from megatron_moe2dense.families.spec import Dims, FamilySpec, HfConfig, MegatronRule, Router
 
-_EXPERT = "model.layers.{layer}.mlp.experts.{expert}."
+_BLOCK = "model.layers.{layer}.mlp."
 _MEGATRON = "decoder.layers.{layer}.mlp."
-_ROUTER = "model.layers.{layer}.mlp.gate.weight"
-
-EXPERTS = ExpertTensors(
-    gate=_EXPERT + "gate_proj.weight",
-    up=_EXPERT + "up_proj.weight",
-    down=_EXPERT + "down_proj.weight",
-)
+_ROUTER = _BLOCK + "gate.weight"
+_EXPERTS = mlp(_BLOCK + "experts.{expert}.")
 
 # Keys of a Qwen3MoeConfig that mean nothing to a dense Qwen3Config.
 _MOE_KEYS = (
@@ -43,7 +39,7 @@ def _dims(config: HfConfig) -> Dims:
 
 
 def _router(config: HfConfig) -> Router:
-    return Router(weight=_ROUTER, score="softmax", renormalize=bool(config.get("norm_topk_prob", False)))
+    return Router(score="softmax", renormalize=bool(config.get("norm_topk_prob", False)))
 
 
 def _moe_layers(config: HfConfig) -> tuple[int, ...]:
@@ -73,22 +69,22 @@ QWEN3_MOE = FamilySpec(
         MegatronRule(_MEGATRON + "router.weight", (_ROUTER,)),
         MegatronRule(
             _MEGATRON + "experts.local_experts.{expert}.linear_fc1.weight",
-            (EXPERTS.gate, EXPERTS.up),
+            _EXPERTS.gate_up,
             kind="gate_up",
             split=0,
             aliases=(_MEGATRON + "experts.linear_fc1.weight{expert}",),
         ),
         MegatronRule(
             _MEGATRON + "experts.local_experts.{expert}.linear_fc2.weight",
-            (EXPERTS.down,),
+            (_EXPERTS.down,),
             split=1,
             aliases=(_MEGATRON + "experts.linear_fc2.weight{expert}",),
         ),
     ),
     megatron_config=_megatron_config,
+    moe=(MoeTensors(_BLOCK, _ROUTER, _EXPERTS), MoeTensors(_BLOCK, _ROUTER, fused(_BLOCK + "experts."))),
     moe_layers=_moe_layers,
     router=_router,
-    experts=EXPERTS,
     dense_target="qwen3",
     dense_config=_dense_config,
 )

@@ -1,4 +1,4 @@
-"""What a model family is: sizes, router, expert tensors, dense target and the Megatron-Core name table."""
+"""What a model family is: sizes, router, where its tensors stand, dense target and the Megatron-Core name table."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_moe2dense.families.layout import FfnTensors, MoeTensors
+
 HfConfig = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes of one model, read from its config.json. `experts == 0` means a dense model."""
+    """Sizes of one model, read from its config.json. `experts == 0` means a dense model.
+
+    head_dim: width of a query head. shared_width: of all shared experts of a layer together.
+    """
 
     hidden_size: int
     layers: int
@@ -27,41 +32,38 @@ class Dims:
     experts: int = 0
     active: int = 0
     expert_width: int = 0
+    shared_width: int = 0
+
+
+@dataclass(frozen=True)
+class GroupLimit:
+    """Experts may come from the `used` best of `groups` equal blocks of experts only.
+
+    rank_by: a block's rank is its best score, or the sum of its two best.
+    """
+
+    groups: int
+    used: int
+    rank_by: Literal["best", "two_best"]
 
 
 @dataclass(frozen=True)
 class Router:
-    """How a MoE layer routes. gates = score over the selected experts [renormalised] * scaling.
+    """How a MoE layer routes: score over all experts, the best `active` (scores plus the correction where the family has one,
+    within the group limit), gates = score of the selected experts [renormalised] * scaling."""
 
-    weight: tensor name template of the router matrix [E, D].
-    """
-
-    weight: str
     score: Literal["softmax", "sigmoid"]
     renormalize: bool
     scaling: float = 1.0
+    limit: GroupLimit | None = None
 
 
 @dataclass(frozen=True)
-class FfnTensors:
-    """Name templates (`{layer}`) of a dense gated FFN: gate and up [F, D], down [D, F]."""
+class ClampedSwiglu:
+    """h = min(gate, limit) * sigmoid(alpha * min(gate, limit)) * (clamp(up, -limit, limit) + 1)."""
 
-    gate: str
-    up: str
-    down: str
-
-
-@dataclass(frozen=True)
-class ExpertTensors:
-    """Name templates (`{layer}`, `{expert}`) of one expert: gate and up [I, D], down [D, I].
-
-    module: the stock transformers module of the whole MoE block inside a decoder layer (e.g. `mlp`).
-    """
-
-    gate: str
-    up: str
-    down: str
-    module: str = "mlp"
+    alpha: float
+    limit: float
 
 
 @dataclass(frozen=True)
@@ -85,26 +87,42 @@ class MegatronRule:
     aliases: tuple[str, ...] = ()
 
 
+def _no_layers(_config: HfConfig) -> tuple[int, ...]:
+    return ()
+
+
+def _nothing_added(_config: HfConfig) -> dict[str, tuple[int, ...]]:
+    return {}
+
+
 @dataclass(frozen=True)
 class FamilySpec:
     """One model family. Callables take the content of config.json and return plain data.
 
     architecture: class name of the stock transformers causal LM.
-    router, experts: None for a dense family; moe_layers: numbers of the layers with experts.
-    ffn: names of the dense FFN tensors, for dense layers of the family.
-    dense_target: family name of the dense result. dense_config(config, width): its config.json.
+    ffn: the dense FFN: of layers without experts, and what a conversion to this family writes.
     megatron: the name table. megatron_config(config): TransformerConfig fields the family needs, as plain data
-    (activation by its name).
+        (activation by its name). Both None: the trainer does not know the family.
+    moe: where the MoE blocks stand, one entry for each layout found on disk; empty for a dense family.
+    moe_layers(config): numbers of the layers with experts. router(config): how they route.
+    module: the stock module of the whole MoE block inside a decoder layer. returns_scores: it returns (output, scores).
+    clamped_swiglu: None when act(gate) * up with the config's hidden_act.
+    dense_target: family name of the dense result. dense_config(config, width): its config.json.
+    added(config): tensors the dense class has and the source lacks, name templates with their shapes; written as zeros.
     """
 
     name: str
     architecture: str
     dims: Callable[[HfConfig], Dims]
     ffn: FfnTensors
-    megatron: tuple[MegatronRule, ...]
-    megatron_config: Callable[[HfConfig], dict[str, Any]]
-    moe_layers: Callable[[HfConfig], tuple[int, ...]] = field(default=lambda _config: ())
+    megatron: tuple[MegatronRule, ...] | None = None
+    megatron_config: Callable[[HfConfig], dict[str, Any]] | None = None
+    moe: tuple[MoeTensors, ...] = ()
+    moe_layers: Callable[[HfConfig], tuple[int, ...]] = field(default=_no_layers)
     router: Callable[[HfConfig], Router] | None = None
-    experts: ExpertTensors | None = None
+    module: str = "mlp"
+    returns_scores: bool = False
+    clamped_swiglu: Callable[[HfConfig], ClampedSwiglu] | None = None
     dense_target: str | None = None
     dense_config: Callable[[HfConfig, int], dict[str, Any]] | None = None
+    added: Callable[[HfConfig], dict[str, tuple[int, ...]]] = field(default=_nothing_added)

@@ -13,11 +13,11 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import output_directory
 from megatron_moe2dense.common.progress import progress
 from megatron_moe2dense.surgery.config import CalibrateConfig
-from megatron_moe2dense.surgery.experts import Experts
+from megatron_moe2dense.surgery.experts import MoeWeights
 from megatron_moe2dense.surgery.observe import Observation, chunk_tokens
 from megatron_moe2dense.surgery.routing import route
 from megatron_moe2dense.surgery.source import MoeSource
-from megatron_moe2dense.surgery.stats import STATISTICS, STATS_FILE, LayerStats, chosen_statistics, save_stats
+from megatron_moe2dense.surgery.stats import SHARED_GATE_STATISTICS, STATISTICS, STATS_FILE, LayerStats, chosen_statistics, save_stats
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
 from megatron_moe2dense.tokens.indexed import windows
 
@@ -42,11 +42,14 @@ def calibrate(source: MoeSource, windows_BS: np.ndarray, names: tuple[str, ...],
     """The statistics `names` of every MoE layer, by layer number."""
     sums: dict[int, LayerStats] = {}
 
-    def observe(layer: int, x_TD: torch.Tensor, router_ED: torch.Tensor, experts: Experts) -> torch.Tensor:
+    if source.tensors.shared_gate is not None:
+        names = (*names, *SHARED_GATE_STATISTICS)
+
+    def observe(layer: int, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
         outputs = []
         for chunk_TD in x_TD.split(_chunk(source, x_TD.device)):
-            routing = route(chunk_TD, router_ED, source.router, source.dims.active)
-            observation = Observation(chunk_TD, routing, experts, names)
+            routing = route(chunk_TD, weights.router, source.router, source.dims.active)
+            observation = Observation(chunk_TD, routing, weights, names)
             stats = LayerStats({name: value.cpu().numpy() for name, value in observation.sums().items()})
             sums[layer] = sums[layer] + stats if layer in sums else stats
             outputs.append(observation.output())

@@ -3,6 +3,7 @@ Everything outside the MoE blocks is copied bit for bit."""
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from megatron_moe2dense.checkpoint.writer import CheckpointWriter
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import output_directory
 from megatron_moe2dense.common.progress import progress
-from megatron_moe2dense.families import FAMILIES, FfnTensors
+from megatron_moe2dense.families import FAMILIES, FamilySpec
 from megatron_moe2dense.surgery.config import ConvertConfig
-from megatron_moe2dense.surgery.densify import ReadExpert, densify, pad_width
+from megatron_moe2dense.surgery.densify import densify, pad_width
+from megatron_moe2dense.surgery.packing import finite_tensors, read_ffn, write_ffn
 from megatron_moe2dense.surgery.plan import ConversionPlan, Methods, make_plan
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import CalibratedStats
@@ -85,66 +87,78 @@ def _require_fit(config: ConvertConfig, plan: ConversionPlan, source: MoeSource)
 
 def _flat_weights(source: MoeSource, reader: CheckpointReader, layer: int) -> FlatWeights:
     def read(expert: int) -> np.ndarray:
-        return torch.cat([reader.finite(name).float().flatten() for name in source.expert_names(layer, expert)]).numpy()
+        ffn = read_ffn(finite_tensors(reader), source.tensors.experts, layer, expert)
+        return torch.cat([part.float().flatten() for part in (ffn.gate_FD, ffn.up_FD, ffn.down_DF)]).numpy()
 
     return read
 
 
 def dense_width(source: MoeSource, groups: int) -> int:
-    """F of the result: G * I, or the width of the family's own dense layers where that is larger (the rest is zero)."""
+    """F of the result: G * I and the shared experts, or the width of the family's own dense layers where that is larger (the rest is
+    zero)."""
     dims = source.dims
     has_dense_layers = len(source.layers) < dims.layers
-    return max(groups * dims.expert_width, dims.dense_width if has_dense_layers else 0)
+    return max(groups * dims.expert_width + dims.shared_width, dims.dense_width if has_dense_layers else 0)
 
 
 def dense_size(source: MoeSource, groups: int) -> tuple[int, int]:
     """Parameters and bytes of the dense result with `groups` slices."""
-    replaced = {name for layer in range(source.dims.layers) for name in _replaced(source, layer)}
-    kept = [info for name, info in source.index.tensors.items() if name not in replaced]
-    ffn = source.dims.layers * 3 * source.dims.hidden_size * dense_width(source, groups)
-    gate = source.index.tensors[source.expert_names(source.layers[0], 0)[0]]
-    element = gate.nbytes // int(np.prod(gate.shape))
-    return sum(int(np.prod(info.shape)) for info in kept) + ffn, sum(info.nbytes for info in kept) + ffn * element
+    gone, tensors = _gone(source), source.index.tensors
+    kept = [info for name, info in tensors.items() if name not in gone]
+    ffn, layout = _target(source).ffn, source.tensors.experts
+    made = [ffn.shapes(layer, source.dims.hidden_size, dense_width(source, groups)) for layer in range(source.dims.layers)]
+    values = sum(prod(shape) for layer in [*made, _added(source)] for shape in layer.values())
+    gate = tensors[layout.names(source.layers[0])[0]]
+    element = 2 if layout.mxfp4 else gate.nbytes // prod(gate.shape)
+    return sum(prod(info.shape) for info in kept) + values, sum(info.nbytes for info in kept) + values * element
 
 
-def _ffn_names(templates: FfnTensors, layer: int) -> list[str]:
-    return [template.format(layer=layer) for template in (templates.gate, templates.up, templates.down)]
+def _target(source: MoeSource) -> FamilySpec:
+    assert source.spec.dense_target is not None, "a MoE family names its dense target"
+    return FAMILIES[source.spec.dense_target]
 
 
-def _replaced(source: MoeSource, layer: int) -> list[str]:
-    """The tensors of a layer that its dense FFN takes the place of."""
-    return source.block_names(layer) if layer in source.layers else _ffn_names(source.spec.ffn, layer)
+def _gone(source: MoeSource) -> set[str]:
+    """The tensors that the dense FFNs take the place of, and those of layers the stock model does not have."""
+    dense = [name for layer in range(source.dims.layers) if layer not in source.layers for name in source.spec.ffn.names(layer)]
+    return {name for layer in source.layers for name in source.block_names(layer)} | {*dense, *source.beyond_layers()}
+
+
+def _added(source: MoeSource) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that the dense class has beyond the source's; they are zero."""
+    templates = source.spec.added(source.index.config)
+    return {name.format(layer=layer): shape for layer in range(source.dims.layers) for name, shape in templates.items()}
 
 
 def write_dense(source: MoeSource, reader: CheckpointReader, plan: ConversionPlan, directory: Path) -> None:
     """Write the dense checkpoint of `plan` and the tokenizer files into `directory`."""
-    assert source.spec.dense_target is not None, "a MoE family names its dense target"
     assert source.spec.dense_config is not None, "a MoE family gives its dense config"
-    target, width = FAMILIES[source.spec.dense_target], dense_width(source, plan.groups)
+    target, width, gone = _target(source), dense_width(source, plan.groups), _gone(source)
     plans = {layer.layer: layer for layer in plan.layers}
-    replaced = {name for layer in range(source.dims.layers) for name in _replaced(source, layer)}
     writer = CheckpointWriter(directory)
     for name in source.index.tensors:
-        if name not in replaced:
+        if name not in gone:
             writer.add(name, reader.tensor(name))
+    dtype = torch.float32
     for layer in progress(range(source.dims.layers), "convert", unit="layer"):
         ffn = pad_width(_layer_ffn(source, reader, layer, plans.get(layer)), width)
-        for name, tensor in zip(_ffn_names(target.ffn, layer), (ffn.gate_FD, ffn.up_FD, ffn.down_DF), strict=True):
+        dtype = ffn.gate_FD.dtype
+        for name, tensor in write_ffn(target.ffn, layer, ffn):
             writer.add(name, tensor)
+    for name, shape in _added(source).items():
+        writer.add(name, torch.zeros(shape, dtype=dtype))
     writer.finish(source.spec.dense_config(source.index.config, width))
     copy_assets(source.index.directory, directory)
 
 
 def _layer_ffn(source: MoeSource, reader: CheckpointReader, layer: int, plan: LayerPlan | None) -> DenseFfn:
+    read, tensors = finite_tensors(reader), source.tensors
     if plan is None:
-        return DenseFfn(*(reader.tensor(name) for name in _ffn_names(source.spec.ffn, layer)))
+        return read_ffn(read, source.spec.ffn, layer)
     for name in source.block_names(layer):  # experts that are not kept too: their MoE is the teacher of the next stage
         reader.finite(name)
-    return densify(plan, _reader_of(source, reader, layer))
-
-
-def _reader_of(source: MoeSource, reader: CheckpointReader, layer: int) -> ReadExpert:
-    return lambda expert: tuple(reader.tensor(name) for name in source.expert_names(layer, expert))
+    shared = None if tensors.shared is None else read_ffn(read, tensors.shared, layer)
+    return densify(plan, lambda expert: read_ffn(read, tensors.experts, layer, expert), shared)
 
 
 def dry_run(config: ConvertConfig) -> dict[str, Any]:

@@ -1,37 +1,79 @@
 """Experts and a layer's plan to one dense FFN (method.md sections 0, 4, 5): groups stacked along the neuron axis, the factor of
-each group folded into its down projection."""
+each group folded into its down projection and bias, shared experts behind them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 
 from megatron_moe2dense.surgery.merge import weighted_mean
 from megatron_moe2dense.surgery.types import DenseFfn, LayerPlan
 
-# expert number -> its gate [I, D], up [I, D] and down [D, I], in the dtype of the source
-ReadExpert = Callable[[int], tuple[torch.Tensor, ...]]
+# expert number -> its weights, in the dtype of the source
+ReadExpert = Callable[[int], DenseFfn]
 
 
-def densify(plan: LayerPlan, read: ReadExpert) -> DenseFfn:
-    """The dense FFN of one layer, F = G * I. Merging and scaling compute in float64 and round once to the source's dtype."""
-    gates, ups, downs = [], [], []
-    for group, scale in enumerate(plan.scales):
-        members = [i for i, of in enumerate(plan.group_of) if of == group]
-        weights = [plan.merge_weights[i] for i in members]
-        gate, up, down = zip(*(read(plan.experts[i]) for i in members), strict=True)
-        gates.append(weighted_mean(gate, weights).to(gate[0].dtype))
-        ups.append(weighted_mean(up, weights).to(up[0].dtype))
-        downs.append((weighted_mean(down, weights).double() * scale).to(down[0].dtype))
-    return DenseFfn(torch.cat(gates), torch.cat(ups), torch.cat(downs, dim=1))
+def densify(plan: LayerPlan, read: ReadExpert, shared: DenseFfn | None = None) -> DenseFfn:
+    """The dense FFN of one layer, F = G * I and the neurons of the shared experts. Merging and scaling compute in float64 and round
+    once to the source's dtype; the down bias is sum_g alpha_g bias_g."""
+    slices = [_scaled(_merge(plan, group, read), scale) for group, scale in enumerate(plan.scales)]
+    if shared is not None:
+        slices.append(_scaled(shared, plan.shared_scale))
+    biases = [ffn.down_bias_D for ffn in slices if ffn.down_bias_D is not None]
+    return DenseFfn(
+        gate_FD=torch.cat([ffn.gate_FD for ffn in slices]),
+        up_FD=torch.cat([ffn.up_FD for ffn in slices]),
+        down_DF=torch.cat([ffn.down_DF for ffn in slices], dim=1),
+        gate_bias_F=_joined([ffn.gate_bias_F for ffn in slices]),
+        up_bias_F=_joined([ffn.up_bias_F for ffn in slices]),
+        down_bias_D=torch.stack(biases).sum(0).to(slices[0].gate_FD.dtype) if biases else None,
+    )
+
+
+def _scaled(ffn: DenseFfn, scale: float) -> DenseFfn:
+    """down times `scale`, rounded to the dtype of gate; the down bias, which is still to be summed, stays in float64."""
+    bias = None if ffn.down_bias_D is None else ffn.down_bias_D.double() * scale
+    return replace(ffn, down_DF=(ffn.down_DF.double() * scale).to(ffn.gate_FD.dtype), down_bias_D=bias)
+
+
+def _merge(plan: LayerPlan, group: int, read: ReadExpert) -> DenseFfn:
+    """The mean expert of one group: gate and up rounded to the source's dtype, what is still to be scaled in float64."""
+    members = [i for i, of in enumerate(plan.group_of) if of == group]
+    weights = [plan.merge_weights[i] for i in members]
+    experts = [read(plan.experts[i]) for i in members]
+    dtype = experts[0].gate_FD.dtype
+
+    def mean(name: str) -> torch.Tensor | None:
+        tensors = [getattr(expert, name) for expert in experts]
+        if tensors[0] is None:
+            return None
+        total = weighted_mean(tensors, weights)
+        return total if name.startswith("down") else total.to(dtype)
+
+    merged: dict[str, Any] = {field.name: mean(field.name) for field in fields(DenseFfn)}
+    return DenseFfn(**merged)
+
+
+def _joined(biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [bias for bias in biases if bias is not None]
+    return torch.cat(present) if present else None
 
 
 def pad_width(ffn: DenseFfn, width: int) -> DenseFfn:
-    """The same function with `width` neurons: the added ones have zero weights, so they add exactly nothing."""
+    """The same function with `width` neurons: the added ones have zero weights and biases, so they add exactly nothing."""
     rows = width - len(ffn.gate_FD)
     if rows == 0:
         return ffn
     below, beside = (0, 0, 0, rows), (0, rows)
     pad = torch.nn.functional.pad
-    return DenseFfn(pad(ffn.gate_FD, below), pad(ffn.up_FD, below), pad(ffn.down_DF, beside))
+    return replace(
+        ffn,
+        gate_FD=pad(ffn.gate_FD, below),
+        up_FD=pad(ffn.up_FD, below),
+        down_DF=pad(ffn.down_DF, beside),
+        gate_bias_F=None if ffn.gate_bias_F is None else pad(ffn.gate_bias_F, beside),
+        up_bias_F=None if ffn.up_bias_F is None else pad(ffn.up_bias_F, beside),
+    )

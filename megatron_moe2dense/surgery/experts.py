@@ -1,4 +1,4 @@
-"""The experts of one layer: loading them, and running all of them, or the selected ones, on tokens."""
+"""The MoE block of one layer: loading router, experts and shared experts, and running them on tokens."""
 
 from __future__ import annotations
 
@@ -6,54 +6,127 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
-from megatron_moe2dense.surgery.routing import Routing
+from megatron_moe2dense.families import ClampedSwiglu
+from megatron_moe2dense.surgery.packing import finite_tensors, read_ffn
+from megatron_moe2dense.surgery.routing import RouterWeights, Routing
 from megatron_moe2dense.surgery.source import MoeSource
+from megatron_moe2dense.surgery.types import DenseFfn
 
-Activation = Callable[[torch.Tensor], torch.Tensor]
+# gate and up projections to the input of the down projection
+Gating = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def gating(source: MoeSource, config: PretrainedConfig) -> Gating:
+    """The family's gating; act(gate) * up with the config's hidden_act unless it says otherwise."""
+    if source.spec.clamped_swiglu is not None:
+        return _clamped(source.spec.clamped_swiglu(source.index.config))
+    activation = ACT2FN[config.hidden_act]
+    return lambda gate, up: activation(gate) * up
+
+
+def _clamped(swiglu: ClampedSwiglu) -> Gating:
+    def apply(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate = gate.clamp(max=swiglu.limit)
+        return (up.clamp(-swiglu.limit, swiglu.limit) + 1) * (gate * torch.sigmoid(gate * swiglu.alpha))
+
+    return apply
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Stacked weights of E gated FFNs; `gate_up` holds gate rows, then up rows. f_e(x) = down(act(gate x) * up x)."""
+    """Stacked weights of E gated FFNs; `gate_up` holds gate rows, then up rows. f_e(x) = down(gating(gate x, up x)), each
+    projection with its bias where the family has them."""
 
     gate_up_EWD: torch.Tensor
     down_EDI: torch.Tensor
-    activation: Activation
+    gating: Gating
+    gate_up_bias_EW: torch.Tensor | None = None
+    down_bias_ED: torch.Tensor | None = None
 
     def all_outputs(self, x_TD: torch.Tensor) -> torch.Tensor:
         """f_ETD: every expert on every token, gates not applied. One GEMM for all gate and up projections."""
         experts, width, hidden = self.gate_up_EWD.shape
         projected_TEW = (x_TD @ self.gate_up_EWD.view(experts * width, hidden).T).view(-1, experts, width)
-        gate_TEI, up_TEI = projected_TEW.chunk(2, dim=-1)
-        return torch.bmm((self.activation(gate_TEI) * up_TEI).transpose(0, 1), self.down_EDI.transpose(1, 2))
+        if self.gate_up_bias_EW is not None:
+            projected_TEW += self.gate_up_bias_EW
+        f_ETD = torch.bmm(self.gating(*projected_TEW.chunk(2, dim=-1)).transpose(0, 1), self.down_EDI.transpose(1, 2))
+        return f_ETD if self.down_bias_ED is None else f_ETD.add_(self.down_bias_ED[:, None])
 
     def selected_outputs(self, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
         """f_TAD: the selected experts of each token, gates not applied."""
         f_TAD = x_TD.new_empty(*routing.experts_TA.shape, x_TD.shape[1])
         for expert in routing.experts_TA.unique().tolist():
             token, place = torch.where(routing.experts_TA == expert)
-            gate, up = (x_TD[token] @ self.gate_up_EWD[expert].T).chunk(2, dim=-1)
-            f_TAD[token, place] = (self.activation(gate) * up) @ self.down_EDI[expert].T
+            projected = x_TD[token] @ self.gate_up_EWD[expert].T
+            if self.gate_up_bias_EW is not None:
+                projected += self.gate_up_bias_EW[expert]
+            output = self.gating(*projected.chunk(2, dim=-1)) @ self.down_EDI[expert].T
+            f_TAD[token, place] = output if self.down_bias_ED is None else output + self.down_bias_ED[expert]
         return f_TAD
 
 
-def load_experts(
-    source: MoeSource, reader: CheckpointReader, layer: int, activation: Activation, like: torch.Tensor
-) -> tuple[torch.Tensor, Experts]:
-    """Router matrix [E, D] (float32 at least) and experts of one layer, on the device and in the dtype of `like`.
+@dataclass(frozen=True)
+class SharedExperts:
+    """The experts every token goes through, as one FFN; gate_1D: their own sigmoid gate, where the family has one."""
+
+    ffn: DenseFfn
+    gating: Gating
+    gate_1D: torch.Tensor | None
+
+    def outputs(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """s_TD without the gate, and the gate [T, 1]."""
+        s_TD = self.gating(x_TD @ self.ffn.gate_FD.T, x_TD @ self.ffn.up_FD.T) @ self.ffn.down_DF.T
+        return s_TD, None if self.gate_1D is None else torch.sigmoid(x_TD @ self.gate_1D.T)
+
+
+@dataclass(frozen=True)
+class MoeWeights:
+    """One MoE block on the compute device."""
+
+    router: RouterWeights
+    experts: Experts
+    shared: SharedExperts | None
+
+
+def load_moe(source: MoeSource, reader: CheckpointReader, layer: int, gate: Gating, like: torch.Tensor) -> MoeWeights:
+    """The MoE block of one layer on the device and in the dtype of `like`, the router in float32 at least.
 
     Raises:
         UserError: a tensor holds a NaN or infinite value.
     """
-    dims = source.dims
+    dims, tensors, read = source.dims, source.tensors, finite_tensors(reader)
     gate_up_EWD = like.new_empty(dims.experts, 2 * dims.expert_width, dims.hidden_size)
     down_EDI = like.new_empty(dims.experts, dims.hidden_size, dims.expert_width)
+    has_biases = tensors.experts.down_bias is not None
+    gate_up_bias_EW = like.new_empty(gate_up_EWD.shape[:2]) if has_biases else None
+    down_bias_ED = like.new_empty(down_EDI.shape[:2]) if has_biases else None
     for expert in range(dims.experts):
-        gate, up, down = (reader.finite(name) for name in source.expert_names(layer, expert))
-        gate_up_EWD[expert, : dims.expert_width] = gate
-        gate_up_EWD[expert, dims.expert_width :] = up
-        down_EDI[expert] = down
-    router_ED = reader.finite(source.router_name(layer)).to(like.device, torch.promote_types(like.dtype, torch.float32))
-    return router_ED, Experts(gate_up_EWD, down_EDI, activation)
+        ffn = read_ffn(read, tensors.experts, layer, expert)
+        gate_up_EWD[expert, : dims.expert_width] = ffn.gate_FD
+        gate_up_EWD[expert, dims.expert_width :] = ffn.up_FD
+        down_EDI[expert] = ffn.down_DF
+        if gate_up_bias_EW is not None and down_bias_ED is not None:
+            assert ffn.gate_bias_F is not None, "a layout with biases has all of them"
+            assert ffn.up_bias_F is not None, "a layout with biases has all of them"
+            assert ffn.down_bias_D is not None, "a layout with biases has all of them"
+            gate_up_bias_EW[expert] = torch.cat((ffn.gate_bias_F, ffn.up_bias_F))
+            down_bias_ED[expert] = ffn.down_bias_D
+    exact = torch.promote_types(like.dtype, torch.float32)
+    names = (tensors.router, tensors.router_bias, tensors.correction)
+    router = (None if name is None else reader.finite(name.format(layer=layer)).to(like.device, exact) for name in names)
+    experts = Experts(gate_up_EWD, down_EDI, gate, gate_up_bias_EW, down_bias_ED)
+    return MoeWeights(RouterWeights(*router), experts, _load_shared(source, reader, layer, gate, like))  # type: ignore[arg-type]
+
+
+def _load_shared(source: MoeSource, reader: CheckpointReader, layer: int, gate: Gating, like: torch.Tensor) -> SharedExperts | None:
+    tensors = source.tensors
+    if tensors.shared is None:
+        return None
+    ffn = read_ffn(finite_tensors(reader), tensors.shared, layer)
+    on_device = DenseFfn(ffn.gate_FD.to(like), ffn.up_FD.to(like), ffn.down_DF.to(like))
+    own_gate = None if tensors.shared_gate is None else reader.finite(tensors.shared_gate.format(layer=layer)).to(like)
+    return SharedExperts(on_device, gate, own_gate)

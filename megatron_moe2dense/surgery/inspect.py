@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections import Counter
-from math import prod
 from typing import Any
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.checkpoint.mxfp4 import stored_values
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.table import render
-from megatron_moe2dense.families import FamilySpec, family_of
+from megatron_moe2dense.families import family_of
 from megatron_moe2dense.surgery.config import InspectConfig
 from megatron_moe2dense.surgery.convert import dense_size, dense_width
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.types import check_keep
 
-# Part of a tensor by its Megatron name: the name table of a family already says what every tensor is.
-_PARTS = {
-    "embedding.": "embeddings",
-    "output_layer.": "embeddings",
-    "self_attention.": "attention",
-    "router.": "router",
-    "experts.": "experts",
-}
+# Part of a tensor outside the MoE blocks by what its name holds, in every family.
+_PARTS = {".self_attn.": "attention", "embed_tokens.": "embeddings", "lm_head.": "embeddings"}
 
 
 def run(config: InspectConfig) -> None:
@@ -47,7 +40,8 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     """All facts. Parameters are counts, bytes as stored."""
     index = CheckpointIndex.open(config.source)
     spec = family_of(index.config, str(index.directory / "config.json"))
-    parameters, nbytes = _parts(index, spec)
+    source = MoeSource.open(config.source) if spec.moe_layers(index.config) else None
+    parameters, nbytes = _parts(index, source)
     facts = {
         "source": str(index.directory),
         "family": spec.name,
@@ -56,15 +50,14 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "bytes": {"total": index.nbytes, **nbytes},
         "fingerprint": index.fingerprint(),
     }
-    if spec.experts is None:
+    if source is None:
         if config.keep is not None:
             raise UserError(f"keep={config.keep} for a dense {spec.name} model", "a MoE model", "drop --keep")
         return facts
-    return {**facts, **_moe_facts(config, parameters)}
+    return {**facts, **_moe_facts(config, source, parameters)}
 
 
-def _moe_facts(config: InspectConfig, parameters: dict[str, int]) -> dict[str, Any]:
-    source = MoeSource.open(config.source)
+def _moe_facts(config: InspectConfig, source: MoeSource, parameters: dict[str, int]) -> dict[str, Any]:
     dims = source.dims
     keep = config.keep or dims.active
     check_keep(keep, dims.experts)
@@ -83,25 +76,26 @@ def _moe_facts(config: InspectConfig, parameters: dict[str, int]) -> dict[str, A
     }
 
 
-def _parts(index: CheckpointIndex, spec: FamilySpec) -> tuple[dict[str, int], dict[str, int]]:
-    """Parameters and bytes by part: experts, attention, embeddings, router, other."""
-    rules = [(re.compile(_pattern(name)), _part(rule.megatron)) for rule in spec.megatron for name in rule.hf]
-    order = ("experts", "attention", "embeddings", "router", "other")
+def _parts(index: CheckpointIndex, source: MoeSource | None) -> tuple[dict[str, int], dict[str, int]]:
+    """Parameters and bytes by part: experts, shared experts, attention, embeddings, router, other."""
+    order = ("experts", "shared experts", "attention", "embeddings", "router", "other")
     parameters: Counter[str] = Counter(dict.fromkeys(order, 0))
     nbytes: Counter[str] = Counter(dict.fromkeys(order, 0))
+    in_blocks = {} if source is None else _block_parts(source)
     for name, info in index.tensors.items():
-        part = next((part for pattern, part in rules if pattern.fullmatch(name)), "other")
-        parameters[part] += prod(info.shape)
+        part = in_blocks.get(name) or next((part for text, part in _PARTS.items() if text in name), "other")
+        parameters[part] += stored_values(info)
         nbytes[part] += info.nbytes
     return dict(parameters), dict(nbytes)
 
 
-def _pattern(template: str) -> str:
-    return re.sub(r"\\{(layer|expert)\\}", r"\\d+", re.escape(template))
-
-
-def _part(megatron_name: str) -> str:
-    return next((part for text, part in _PARTS.items() if text in megatron_name), "other")
+def _block_parts(source: MoeSource) -> dict[str, str]:
+    dims, tensors, parts = source.dims, source.tensors, {}
+    for layer in source.layers:
+        parts |= dict.fromkeys(tensors.router_shapes(layer, dims.hidden_size, dims.experts), "router")
+        parts |= dict.fromkeys(tensors.shared_shapes(layer, dims.hidden_size, dims.shared_width), "shared experts")
+        parts |= dict.fromkeys(tensors.experts.shapes(layer, dims.hidden_size, dims.expert_width, dims.experts), "experts")
+    return parts
 
 
 def _readable(facts: dict[str, Any]) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from megatron_moe2dense.surgery.experts import Experts
+from megatron_moe2dense.surgery.experts import MoeWeights
 from megatron_moe2dense.surgery.routing import Routing
-from megatron_moe2dense.surgery.stats import STATISTICS
+from megatron_moe2dense.surgery.stats import SHARED_GATE_STATISTICS, STATISTICS
 
 # Elements of the largest temporary tensor of one chunk, where that leaves tokens enough for a GEMM. On the CPU 8 MiB in
 # float32: larger ones go back to the system after every chunk, and page faults then cost more than the arithmetic.
@@ -24,13 +24,15 @@ def chunk_tokens(experts: int, widest: int, device: torch.device) -> int:
 class Observation:
     """What one chunk gives: routing, the outputs of the selected experts and, where a statistic needs it, of all."""
 
-    def __init__(self, x_TD: torch.Tensor, routing: Routing, experts: Experts, names: Iterable[str]):
+    def __init__(self, x_TD: torch.Tensor, routing: Routing, weights: MoeWeights, names: Iterable[str]):
         self._names = tuple(names)
+        experts = weights.experts
+        self._s_TD, self._shared_gate_T1 = (None, None) if weights.shared is None else weights.shared.outputs(x_TD)
         self._routing = routing
         self._selected_TE = torch.zeros_like(routing.probs_TE, dtype=torch.float64).scatter_(1, routing.experts_TA, 1.0)
         self._probs_TE = routing.probs_TE.double()
         self._f_ETD: torch.Tensor | None = None
-        if any(STATISTICS[name].every_expert for name in self._names):
+        if any(name in STATISTICS and STATISTICS[name].every_expert for name in self._names):
             self._f_ETD = experts.all_outputs(x_TD)
             token_T1 = torch.arange(len(x_TD), device=x_TD.device)[:, None]
             self._f_TAD = self._f_ETD[routing.experts_TA, token_T1]
@@ -38,9 +40,12 @@ class Observation:
             self._f_TAD = experts.selected_outputs(x_TD, routing)
 
     def output(self) -> torch.Tensor:
-        """y_TD = sum over the selected experts of gate times output: what the stock block returns."""
+        """y_TD = sum over the selected experts of gate times output, and the shared experts: what the stock block returns."""
         gates_TA1 = self._routing.gates_TA.to(self._f_TAD.dtype)[..., None]
-        return (gates_TA1 * self._f_TAD).sum(1)
+        y_TD = (gates_TA1 * self._f_TAD).sum(1)
+        if self._s_TD is None:
+            return y_TD
+        return y_TD + (self._s_TD if self._shared_gate_T1 is None else self._shared_gate_T1 * self._s_TD)
 
     def sums(self) -> dict[str, torch.Tensor]:
         """The chosen statistics of this chunk, float64."""
@@ -97,9 +102,24 @@ class Observation:
         """p_i(t) p_j(t)."""
         return self._probs_TE.T @ self._probs_TE
 
+    def shared_square_sum(self) -> torch.Tensor:
+        """||s(t)||_2^2."""
+        return self._shared_squares_T().sum()[None]
+
+    def shared_gated_square_sum(self) -> torch.Tensor:
+        """h(t) ||s(t)||_2^2."""
+        assert self._shared_gate_T1 is not None, "collected where the shared experts have a gate"
+        return (self._shared_gate_T1[:, 0].double() * self._shared_squares_T()).sum()[None]
+
+    def _shared_squares_T(self) -> torch.Tensor:
+        assert self._s_TD is not None, "collected where there are shared experts"
+        return self._s_TD.to(torch.promote_types(self._s_TD.dtype, torch.float32)).square().sum(1, dtype=torch.float64)
+
     def _every_expert(self) -> torch.Tensor:
         assert self._f_ETD is not None, "a statistic of every expert is marked so in the table"
         return self._f_ETD
 
 
-_SUMS: dict[str, Callable[[Observation], torch.Tensor]] = {name: getattr(Observation, name) for name in STATISTICS}
+_SUMS: dict[str, Callable[[Observation], torch.Tensor]] = {
+    name: getattr(Observation, name) for name in (*STATISTICS, *SHARED_GATE_STATISTICS)
+}

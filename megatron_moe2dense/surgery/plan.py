@@ -92,8 +92,8 @@ class ConversionPlan:
 
 
 def _read_layer(row: dict[str, Any]) -> LayerPlan:
-    lists = {name: tuple(value) for name, value in row.items() if name != "layer"}
-    return LayerPlan(layer=row["layer"], **lists)
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    return LayerPlan(**fields)
 
 
 def _check_layer(layer: LayerPlan, keep: int, groups: int) -> None:
@@ -117,7 +117,17 @@ def plan_layer(layer: int, stats: LayerStats, methods: Methods, weights: FlatWei
         group_of=tuple(grouping.group_of_K.tolist()),
         merge_weights=tuple(merge_weights(selection, grouping).tolist()),
         scales=tuple(scales_G.tolist()),
+        shared_scale=shared_scale(stats),
     )
+
+
+def shared_scale(stats: LayerStats) -> float:
+    """The factor of the shared experts: 1, or, for a sigmoid gate h(t) of their own, the constant a that minimises
+    sum_t ||h(t) s(t) - a s(t)||^2 = sum_t (h(t) - a)^2 ||s(t)||^2 (ours)."""
+    if "shared_square_sum" not in stats.sums:
+        return 1.0
+    gated, total = float(stats["shared_gated_square_sum"][0]), float(stats["shared_square_sum"][0])
+    return gated / total if total > 0 else 1.0
 
 
 def _best_first(grouping: Grouping) -> Grouping:

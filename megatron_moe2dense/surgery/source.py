@@ -9,22 +9,23 @@ from typing import Any
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families import Dims, ExpertTensors, FamilySpec, Router, moe_family_of
+from megatron_moe2dense.families import Dims, FamilySpec, MoeTensors, Router, moe_family_of
 
 
 @dataclass(frozen=True)
 class MoeSource:
-    """An opened MoE checkpoint. layers: numbers of the layers with experts."""
+    """An opened MoE checkpoint. tensors: where its MoE blocks stand. layers: numbers of the layers with experts."""
 
     index: CheckpointIndex
     spec: FamilySpec
     dims: Dims
     router: Router
+    tensors: MoeTensors
     layers: tuple[int, ...]
 
     @classmethod
     def open(cls, directory: str | Path) -> MoeSource:
-        """Read headers and check router and expert tensors against config.json.
+        """Read headers and check the tensors of the MoE blocks against config.json.
 
         Raises:
             UserError: no supported MoE, damaged files, tensors missing, unknown or of another shape.
@@ -32,16 +33,12 @@ class MoeSource:
         index = CheckpointIndex.open(directory)
         spec = moe_family_of(index.config, str(index.directory / "config.json"))
         assert spec.router is not None, "a family with experts has a router"
-        source = cls(index, spec, spec.dims(index.config), spec.router(index.config), spec.moe_layers(index.config))
+        layers = spec.moe_layers(index.config)
+        tensors = _layout(index, spec, layers[0])
+        source = cls(index, spec, spec.dims(index.config), spec.router(index.config), tensors, layers)
         for layer in source.layers:
             source._check_layer(layer)
         return source
-
-    @property
-    def experts(self) -> ExpertTensors:
-        """Name templates of the experts."""
-        assert self.spec.experts is not None, "moe_family_of returned a family without experts"
-        return self.spec.experts
 
     @cached_property
     def fingerprint(self) -> str:
@@ -60,37 +57,49 @@ class MoeSource:
 
     def layer_prefix(self, layer: int) -> str:
         """What the names of all tensors of a layer begin with."""
-        return self.experts.gate.partition("{layer}.")[0] + f"{layer}."
+        return self.tensors.block.partition("{layer}.")[0] + f"{layer}."
 
     def block_prefix(self, layer: int) -> str:
         """What the names of all tensors of the layer's MoE block begin with."""
-        return self.layer_prefix(layer) + self.experts.module + "."
-
-    def router_name(self, layer: int) -> str:
-        """The router matrix."""
-        return self.router.weight.format(layer=layer)
-
-    def expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
-        """The gate, up and down tensors of one expert."""
-        gate, up, down = (t.format(layer=layer, expert=expert) for t in (self.experts.gate, self.experts.up, self.experts.down))
-        return gate, up, down
+        return self.tensors.block.format(layer=layer)
 
     def block_names(self, layer: int) -> list[str]:
-        """All tensors of the layer's MoE block that the family knows."""
-        names = [name for expert in range(self.dims.experts) for name in self.expert_names(layer, expert)]
-        return [self.router_name(layer), *names]
+        """All tensors of the layer's MoE block."""
+        return list(self.block_shapes(layer))
+
+    def block_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """All tensors of the layer's MoE block, with the shapes that config.json implies."""
+        dims, tensors = self.dims, self.tensors
+        return {
+            **tensors.router_shapes(layer, dims.hidden_size, dims.experts),
+            **tensors.experts.shapes(layer, dims.hidden_size, dims.expert_width, dims.experts),
+            **tensors.shared_shapes(layer, dims.hidden_size, dims.shared_width),
+        }
+
+    def beyond_layers(self) -> list[str]:
+        """Tensors of layers the stock model does not run (multi-token prediction): no part of the dense result."""
+        stem = self.layer_prefix(0).removesuffix("0.")
+        numbers = {name: name.removeprefix(stem).partition(".")[0] for name in self.index.tensors if name.startswith(stem)}
+        return [name for name, number in numbers.items() if int(number) >= self.dims.layers]
 
     def _check_layer(self, layer: int) -> None:
-        hidden, width = self.dims.hidden_size, self.dims.expert_width
-        self.index.require_shape(self.router_name(layer), (self.dims.experts, hidden))
-        for expert in range(self.dims.experts):
-            for name, shape in zip(self.expert_names(layer, expert), ((width, hidden), (width, hidden), (hidden, width)), strict=True):
-                self.index.require_shape(name, shape)
-        known, prefix = set(self.block_names(layer)), self.block_prefix(layer)
+        known = self.block_shapes(layer)
+        for name, shape in known.items():
+            self.index.require_shape(name, shape)
+        prefix = self.block_prefix(layer)
         unknown = sorted(name for name in self.index.tensors if name.startswith(prefix) and name not in known)
         if unknown:
             raise UserError(
                 f"{self.index.directory}: {unknown[0]} ({len(unknown)} such tensors in layer {layer})",
-                f"only router and {self.dims.experts} experts in a MoE block of {self.spec.name}",
+                f"only router, {self.dims.experts} experts and shared experts in a MoE block of {self.spec.name}, as config.json says",
                 "check that config.json and the weights are of the same model",
             )
+
+
+def _layout(index: CheckpointIndex, spec: FamilySpec, layer: int) -> MoeTensors:
+    """The family's layout whose router and first expert are there; the first one (whose absence is then told) when none is."""
+    for tensors in spec.moe:
+        names = [tensors.router.format(layer=layer), *tensors.experts.names(layer)]
+        if all(name in index.tensors for name in names):
+            return tensors
+    return spec.moe[0]

@@ -49,6 +49,15 @@ STATISTICS: dict[str, Statistic] = {
     )
 }
 
+# Collected as well, always, where the shared experts have a sigmoid gate h of their own; s is their output without it.
+SHARED_GATE_STATISTICS: dict[str, Statistic] = {
+    row.name: row
+    for row in (
+        Statistic("shared_gated_square_sum", "", "h(t) ||s(t)||_2^2"),
+        Statistic("shared_square_sum", "", "||s(t)||_2^2"),
+    )
+}
+
 
 @dataclass(frozen=True)
 class LayerStats:
@@ -139,7 +148,7 @@ def _check(path: Path, layer: int, stats: LayerStats, experts: int) -> None:
     for name, value in stats.sums.items():
         if not np.isfinite(value).all():
             raise UserError(f"{path}: {name} of layer {layer} has NaN or infinite values", "finite sums", "run calibrate again")
-        if STATISTICS[name].letters.startswith("E") and value.shape[0] != experts:
+        if name in STATISTICS and STATISTICS[name].letters.startswith("E") and value.shape[0] != experts:
             found = f"{path}: {name} of layer {layer} has shape {list(value.shape)}"
             raise UserError(found, f"{experts} experts, as its moe2dense.json says", "run calibrate again")
     if stats.tokens <= 0:

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.activations import ACT2FN
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
-from megatron_moe2dense.surgery.experts import Experts, load_experts
+from megatron_moe2dense.surgery.experts import MoeWeights, gating, load_moe
 from megatron_moe2dense.surgery.source import MoeSource
 
-# Called once per forward of a MoE layer with (layer number, x_TD, router_ED, experts); returns the block's output [T, D].
-MoeForward = Callable[[int, torch.Tensor, torch.Tensor, Experts], torch.Tensor]
+# Called once per forward of a MoE layer with (layer number, x_TD, weights of the block); returns the block's output [T, D].
+MoeForward = Callable[[int, torch.Tensor, MoeWeights], torch.Tensor]
 
 
 class _Recorder(nn.Module):
@@ -40,13 +39,13 @@ class _Recorder(nn.Module):
 class _MoeBlock(nn.Module):
     """Our MoE block in the place of the stock one."""
 
-    def __init__(self, layer: int, router_ED: torch.Tensor, experts: Experts, forward: MoeForward):
+    def __init__(self, layer: int, weights: MoeWeights, forward: MoeForward, returns_scores: bool):
         super().__init__()
-        self._layer, self._router_ED, self._experts, self._forward = layer, router_ED, experts, forward
+        self._layer, self._weights, self._forward, self._returns_scores = layer, weights, forward, returns_scores
 
-    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        y_TD = self._forward(self._layer, x_BSD.reshape(-1, x_BSD.shape[-1]), self._router_ED, self._experts)
-        return y_TD.view_as(x_BSD)
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
+        y_BSD = self._forward(self._layer, x_BSD.reshape(-1, x_BSD.shape[-1]), self._weights).view_as(x_BSD)
+        return (y_BSD, None) if self._returns_scores else y_BSD  # decoder layers ignore the scores
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class StreamedModel:
     def __init__(self, source: MoeSource, reader: CheckpointReader, compute: Compute):
         self._source, self._reader, self._compute = source, reader, compute
         config = AutoConfig.from_pretrained(source.index.directory)
-        self._activation = ACT2FN[config.hidden_act]
+        self._gating = gating(source, config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=compute.dtype)
         self._base: Any = model.eval().base_model
@@ -119,11 +118,11 @@ class StreamedModel:
         source = self._source
         if number in source.layers:
             like = torch.empty(0, dtype=self._compute.dtype, device=self._compute.device)
-            router_ED, experts = load_experts(source, self._reader, number, self._activation, like)
-            setattr(layer, source.experts.module, _MoeBlock(number, router_ED, experts, moe_forward))
+            weights = load_moe(source, self._reader, number, self._gating, like)
+            setattr(layer, source.spec.module, _MoeBlock(number, weights, moe_forward, source.spec.returns_scores))
         self._materialise(layer, source.layer_prefix(number))
 
     def _release(self, number: int, layer: Any) -> None:
         layer.to("meta")
         if number in self._source.layers:
-            setattr(layer, self._source.experts.module, nn.Identity())
+            setattr(layer, self._source.spec.module, nn.Identity())

@@ -38,23 +38,28 @@ class Grouping:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one MoE layer becomes: kept experts best first [K], their groups [K], weights inside the group [K] and the
-    factor of each group's down projection [G]."""
+    """What one MoE layer becomes: kept experts best first [K], their groups [K], weights inside the group [K], the factor of
+    each group's down projection [G] and that of the shared experts (no effect where the family has none)."""
 
     layer: int
     experts: tuple[int, ...]
     group_of: tuple[int, ...]
     merge_weights: tuple[float, ...]
     scales: tuple[float, ...]
+    shared_scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class DenseFfn:
-    """A dense gated FFN: gate_FD, up_FD, down_DF, in the dtype of the source."""
+    """A gated FFN, an expert as well as the dense result: gate_FD, up_FD, down_DF and biases where the family has them, in the
+    dtype of the source."""
 
     gate_FD: torch.Tensor
     up_FD: torch.Tensor
     down_DF: torch.Tensor
+    gate_bias_F: torch.Tensor | None = None
+    up_bias_F: torch.Tensor | None = None
+    down_bias_D: torch.Tensor | None = None
 
 
 class Scorer(Method):

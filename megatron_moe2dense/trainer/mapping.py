@@ -32,6 +32,7 @@ class NameTable:
     def __init__(self, family: FamilySpec, dims: Dims, first_layer: int = 0, first_expert: int = 0):
         self._offsets = {"layer": first_layer, "expert": first_expert}
         self._tied = dims.tied_embeddings
+        assert family.megatron is not None, "Blueprint.of takes families with a Megatron table"
         self._patterns = [(_pattern(name), rule) for rule in family.megatron for name in (rule.megatron, *rule.aliases)]
         self._embedding = next(rule for rule in family.megatron if rule.megatron == _EMBEDDING)
 

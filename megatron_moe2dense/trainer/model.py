@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families import Dims, FamilySpec, family_of
+from megatron_moe2dense.families import FAMILIES, Dims, FamilySpec, family_of
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses.shards import VocabShard
 from megatron_moe2dense.trainer.runtime import Runtime
@@ -38,8 +38,11 @@ class Blueprint:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: str, dtype: torch.dtype) -> Blueprint:
-        """Read a Hugging Face config; UserError for an unknown family."""
+        """Read a Hugging Face config; UserError for an unknown family, or one without a Megatron-Core name table."""
         family = family_of(config, where)
+        if family.megatron is None or family.megatron_config is None:
+            known = [name for name, other in FAMILIES.items() if other.megatron is not None]
+            raise UserError(f"{where}: {family.name}, which the trainer can not build", f"one of {', '.join(known)}", "use another model")
         return cls(config, family, family.dims(config), dtype)
 
 
@@ -91,6 +94,7 @@ def build(blueprint: Blueprint, groups: Groups, runtime: Runtime, **overrides: A
 def transformer_fields(blueprint: Blueprint, groups: Groups, runtime: Runtime) -> dict[str, Any]:
     """The fields of Megatron's TransformerConfig for this model, layout and device."""
     dims, parallel = blueprint.dims, groups.parallel
+    assert blueprint.family.megatron_config is not None, "Blueprint.of takes families with a Megatron table"
     family = dict(blueprint.family.megatron_config(blueprint.config))
     fields: dict[str, Any] = {
         "num_layers": dims.layers,

@@ -159,7 +159,7 @@ import os, sys
 from megatron_moe2dense.cli import main
 from megatron_moe2dense.surgery import convert
 densify = convert.densify
-convert.densify = lambda plan, read: os._exit(9) if plan.layer == 2 else densify(plan, read)
+convert.densify = lambda plan, *rest: os._exit(9) if plan.layer == 2 else densify(plan, *rest)
 main(sys.argv[1:])
 """
 

@@ -99,7 +99,7 @@ def test_a_plan_read_and_written_is_the_same_file(plan_file: Path, tmp_path: Pat
     assert content["score"] == {"method": "do_acp"}
     assert content["group"] == {"method": "round_robin"}
     assert content["scale"] == {"method": "uniform"}
-    assert set(content["layers"][0]) == {"layer", "experts", "group_of", "merge_weights", "scales"}
+    assert set(content["layers"][0]) == {"layer", "experts", "group_of", "merge_weights", "scales", "shared_scale"}
 
 
 def test_the_plan_hash_names_the_model_not_the_methods(plan_file: Path):

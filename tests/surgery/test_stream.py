@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.surgery.experts import MoeWeights
 from megatron_moe2dense.surgery.observe import Observation
 from megatron_moe2dense.surgery.routing import route
 from megatron_moe2dense.surgery.source import MoeSource
@@ -24,8 +25,8 @@ def streamed(path: Path, statistic: str) -> list[torch.Tensor]:
     """Hidden states before layer 0 and after each layer, [5, 24, D], with batches of two windows."""
     source = MoeSource.open(path)
 
-    def forward(layer: int, x_TD: torch.Tensor, router_ED: torch.Tensor, experts: Any) -> torch.Tensor:
-        return Observation(x_TD, route(x_TD, router_ED, source.router, source.dims.active), experts, [statistic]).output()
+    def forward(layer: int, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
+        return Observation(x_TD, route(x_TD, weights.router, source.router, source.dims.active), weights, [statistic]).output()
 
     with CheckpointReader(source.index) as reader:
         model = StreamedModel(source, reader, Compute(torch.device("cpu"), torch.float32, 2))
@@ -53,7 +54,7 @@ def test_streamed_hidden_states_and_logits_equal_the_stock_model(config: dict[st
 def test_only_one_layer_is_in_memory(tmp_path: Path):
     source = MoeSource.open(tiny_qwen3_moe(tmp_path / "moe"))
 
-    def forward(layer: int, x_TD: torch.Tensor, router_ED: torch.Tensor, experts: Any) -> torch.Tensor:
+    def forward(layer: int, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
         resident = {name.split(".")[1] for name, p in model._base.named_parameters() if name.startswith("layers") and not p.is_meta}
         resident |= {str(i) for i, other in enumerate(model._layers) if any(not p.is_meta for p in other.parameters())}
         assert resident == {str(layer)}
