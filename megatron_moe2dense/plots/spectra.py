@@ -39,7 +39,7 @@ def gram_spectra(grams: Mapping[int, np.ndarray]) -> Figure:
     for number in numbers:
         shares = eigenvalue_shares(grams[number])
         shown = np.where(shares > _FLOOR, 100 * shares, np.nan)
-        left.plot(np.arange(1, experts + 1), shown, color=colours.to_rgba(number), linewidth=1.2)
+        left.plot(np.arange(1, experts + 1), shown, color=colours.to_rgba(np.array(number)), linewidth=1.2)
     left.set_yscale("log")
     left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     left.set_xlabel("eigenvalue, largest first [rank]")
