@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_moe2dense.surgery.align import aligned
 from megatron_moe2dense.surgery.merge import weighted_mean
 from megatron_moe2dense.surgery.types import DenseFfn, LayerPlan
 
@@ -44,6 +45,8 @@ def _merge(plan: LayerPlan, group: int, read: ReadExpert) -> DenseFfn:
     members = [i for i, of in enumerate(plan.group_of) if of == group]
     weights = [plan.merge_weights[i] for i in members]
     experts = [read(plan.experts[i]) for i in members]
+    if plan.align == "hungarian":
+        experts = aligned(experts)
     dtype = experts[0].gate_FD.dtype
 
     def mean(name: str) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from megatron_moe2dense.surgery.grouping import groupers
 from megatron_moe2dense.surgery.scaling import scalers
 from megatron_moe2dense.surgery.scoring import scorers
 from megatron_moe2dense.surgery.stats import CalibratedStats, LayerStats
-from megatron_moe2dense.surgery.types import FlatWeights, Grouper, Grouping, LayerPlan, Scaler, Scorer, Selection
+from megatron_moe2dense.surgery.types import Align, FlatWeights, Grouper, Grouping, LayerPlan, Scaler, Scorer, Selection
 
 FORMAT = 1
 
@@ -101,6 +101,7 @@ def _check_layer(layer: LayerPlan, keep: int, groups: int) -> None:
     assert len(layer.group_of) == len(layer.merge_weights) == keep, f"layer {layer.layer}: group_of and merge_weights need {keep} entries"
     assert set(layer.group_of) == set(range(groups)), f"layer {layer.layer}: groups are not 0..{groups - 1}"
     assert len(layer.scales) == groups, f"layer {layer.layer}: {groups} scales are needed"
+    assert layer.align in get_args(Align), f"layer {layer.layer}: align is {layer.align!r}"
 
 
 def plan_layer(layer: int, stats: LayerStats, methods: Methods, weights: FlatWeights) -> LayerPlan:
@@ -118,6 +119,7 @@ def plan_layer(layer: int, stats: LayerStats, methods: Methods, weights: FlatWei
         merge_weights=tuple(merge_weights(selection, grouping).tolist()),
         scales=tuple(scales_G.tolist()),
         shared_scale=shared_scale(stats),
+        align="none" if methods.grouper is None else methods.grouper.align,
     )
 
 

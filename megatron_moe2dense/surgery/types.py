@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from megatron_moe2dense.common.config import key
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.registry import Method
 from megatron_moe2dense.surgery.stats import LayerStats
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # expert number -> its weights [gate; up; down] flattened to one float32 vector, read when called
 FlatWeights = Callable[[int], np.ndarray]
+Align = Literal["none", "hungarian"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Grouping:
 @dataclass(frozen=True)
 class LayerPlan:
     """What one MoE layer becomes: kept experts best first [K], their groups [K], weights inside the group [K], the factor of
-    each group's down projection [G] and that of the shared experts (no effect where the family has none)."""
+    each group's down projection [G] and that of the shared experts (no effect where the family has none); how neurons are
+    aligned before a group is merged (no effect on a group of one)."""
 
     layer: int
     experts: tuple[int, ...]
@@ -47,6 +50,7 @@ class LayerPlan:
     merge_weights: tuple[float, ...]
     scales: tuple[float, ...]
     shared_scale: float = 1.0
+    align: Align = "none"
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ class PointwiseScorer(Scorer):
 
 class Grouper(Method):
     """Joins K kept experts into G groups (method.md section 3). Deterministic; not called when K == G."""
+
+    align: Align = key("none", "hungarian: match the neurons of a group's experts to those of its best one before they are merged")
 
     @abstractmethod
     def needs(self) -> tuple[str, ...]:

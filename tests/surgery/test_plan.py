@@ -97,9 +97,9 @@ def test_a_plan_read_and_written_is_the_same_file(plan_file: Path, tmp_path: Pat
     assert content["format"] == 1
     assert (content["family"], content["keep"], content["groups"]) == ("qwen3_moe", 4, 2)
     assert content["score"] == {"method": "do_acp"}
-    assert content["group"] == {"method": "round_robin"}
+    assert content["group"] == {"method": "round_robin", "align": "none"}
     assert content["scale"] == {"method": "uniform"}
-    assert set(content["layers"][0]) == {"layer", "experts", "group_of", "merge_weights", "scales", "shared_scale"}
+    assert set(content["layers"][0]) == {"layer", "experts", "group_of", "merge_weights", "scales", "shared_scale", "align"}
 
 
 def test_the_plan_hash_names_the_model_not_the_methods(plan_file: Path):
@@ -119,6 +119,8 @@ def broken(data: dict, change: str) -> None:
         layer["experts"][0] = layer["experts"][1]
     elif change == "group":
         layer["group_of"] = [0, 0, 0, 0]
+    elif change == "align":
+        layer["align"] = "roughly"
     elif change == "unknown":
         data["colour"] = "red"
     elif change == "expert":
@@ -129,7 +131,7 @@ def broken(data: dict, change: str) -> None:
         data["source"]["fingerprint"] = "0" * 64
 
 
-@pytest.mark.parametrize("change", ["format", "missing", "twice", "group", "unknown", "expert", "layers", "source"])
+@pytest.mark.parametrize("change", ["format", "missing", "twice", "group", "align", "unknown", "expert", "layers", "source"])
 def test_a_plan_that_does_not_hold_together_is_refused(
     change: str, plan_file: Path, moe: Path, tmp_path: Path, user_error: Callable[..., str]
 ):
