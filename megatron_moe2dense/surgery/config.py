@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import field_validator, model_validator
 
 from megatron_moe2dense.common.config import Config, key
+from megatron_moe2dense.common.sizes import Bytes
 from megatron_moe2dense.surgery.grouping import groupers
 from megatron_moe2dense.surgery.scaling import scalers
 from megatron_moe2dense.surgery.scoring import scorers
@@ -70,7 +71,7 @@ class ConvertConfig(Config):
     """`moe2dense convert`: from statistics and methods, or from a plan.json that an earlier run wrote."""
 
     source: str = key(..., "Hugging Face checkpoint directory of the MoE")
-    output: str = key(..., "directory to write the dense checkpoint and plan.json to")
+    output: str | None = key(None, "directory to write the dense checkpoint and plan.json to; required without outputs")
     statistics: str | None = key(None, "output directory of `moe2dense calibrate`; required without a plan, only checked with one")
     keep: int | None = key(None, "experts to keep in each layer; null: groups", "experts", gt=0)
     groups: int | None = key(None, "slices of the dense FFN, each as wide as one expert; null: the router's top-k", "slices", gt=0)
@@ -78,18 +79,30 @@ class ConvertConfig(Config):
     group: Annotated[Grouper | None, *groupers.optional_field] = key(None, "grouping method; only for keep > groups")
     scale: Annotated[Scaler | None, *scalers.optional_field] = key(None, "scaling method; uniform without a plan")
     plan: str | None = key(None, "plan.json that takes the place of score, group and scale")
+    outputs: dict[str, str] | None = key(
+        None, "several outputs in one pass over the source, {directory: plan.json, ...}; takes the place of output and plan", min_length=1
+    )
+    memory_budget: Bytes = key("4GiB", "memory for layers in the making and waiting writes; the plan needs a part of it", "bytes", gt=0)
     overwrite: bool = key(False, "replace an existing output")
 
     @model_validator(mode="before")
     @classmethod
     def _default_methods(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("plan") is None:
+        if isinstance(data, dict) and data.get("plan") is None and data.get("outputs") is None:
             return {"score": {"method": "do_acp"}, "scale": {"method": "uniform"}, **data}
         return data
 
     @model_validator(mode="after")
     def _plan_or_methods(self) -> ConvertConfig:
         methods = {"score": self.score, "group": self.group, "scale": self.scale}
+        if (self.output is None) == (self.outputs is None):
+            raise ValueError("output or outputs must be given, one of the two")
+        if self.outputs is not None:
+            others = {**methods, "plan": self.plan, "keep": self.keep, "groups": self.groups}
+            given = [name for name, value in others.items() if value is not None]
+            if given:
+                raise ValueError(f"outputs and {', '.join(given)} are both given: each output has its own plan; drop one side")
+            return self
         if self.plan is not None:
             given = [name for name, method in methods.items() if method is not None]
             if given:
@@ -99,3 +112,9 @@ class ConvertConfig(Config):
         if missing:
             raise ValueError(f"without a plan, {' and '.join(missing)} must be given")
         return self
+
+    def jobs(self) -> list[ConvertConfig]:
+        """The conversions to do, each as a run of its own would have it: an output is the same whichever way it is made."""
+        if self.outputs is None:
+            return [self]
+        return [self.model_copy(update={"output": to, "plan": plan, "outputs": None}) for to, plan in self.outputs.items()]

@@ -3,46 +3,56 @@ Everything outside the MoE blocks is copied bit for bit."""
 
 from __future__ import annotations
 
-from math import prod
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_moe2dense.checkpoint.assets import copy_assets
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
-from megatron_moe2dense.checkpoint.writer import CheckpointWriter
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.common.outputs import output_directory
-from megatron_moe2dense.common.progress import progress
-from megatron_moe2dense.families import FAMILIES, FamilySpec
+from megatron_moe2dense.common.outputs import MANIFEST, config_hash, output_directory, read_manifest
 from megatron_moe2dense.surgery.config import ConvertConfig
-from megatron_moe2dense.surgery.densify import densify, pad_width
-from megatron_moe2dense.surgery.packing import finite_tensors, read_ffn, write_ffn
+from megatron_moe2dense.surgery.layout import dense_size, dense_width, making_bytes
+from megatron_moe2dense.surgery.packing import finite_tensors, read_ffn
 from megatron_moe2dense.surgery.plan import ConversionPlan, Methods, make_plan
+from megatron_moe2dense.surgery.rewrite import DenseOutput, write_dense
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import CalibratedStats
-from megatron_moe2dense.surgery.types import DenseFfn, FlatWeights, LayerPlan
-
-PLAN_FILE = "plan.json"
+from megatron_moe2dense.surgery.types import FlatWeights
 
 
 def run(config: ConvertConfig) -> None:
-    """Write the dense checkpoint and plan.json.
+    """Write the dense checkpoint and plan.json, or several of them in one pass over the source.
 
     Raises:
-        UserError: source, statistics, plan and methods do not fit each other; a NaN expert; the output exists.
+        UserError: source, statistics, plan and methods do not fit each other; a NaN expert; an output exists.
     """
     source = MoeSource.open(config.source)
     with CheckpointReader(source.index) as reader:
-        plan = resolve_plan(config, source, reader)
-        facts = {"source": source.facts(), "plan_hash": plan.hash()}
-        with output_directory(Path(config.output), "convert", config.model_dump(mode="json"), **facts) as working:
-            write_dense(source, reader, plan, working)
-            plan.write(working / PLAN_FILE)
-    parameters, nbytes = dense_size(source, plan.groups)
-    print(f"{config.output}: {parameters:,} parameters, {nbytes / 1e6:,.1f} MB, plan {plan.hash()}")
+        jobs = [(job, resolve_plan(job, source, reader)) for job in config.jobs()]
+        pending = [(job, plan) for job, plan in jobs if not _is_done(job, source, plan)]
+        with ExitStack() as stack:
+            outputs = []
+            for job, plan in pending if len(jobs) > 1 and pending else jobs:
+                facts = {"source": source.facts(), "plan_hash": plan.hash()}
+                directory = output_directory(Path(str(job.output)), "convert", job.model_dump(mode="json"), **facts)
+                outputs.append(DenseOutput(plan, stack.enter_context(directory)))
+            write_dense(source, reader, outputs, config.memory_budget)
+    for job, plan in jobs:
+        parameters, nbytes = dense_size(source, plan.groups)
+        print(f"{job.output}: {parameters:,} parameters, {nbytes / 1e6:,.1f} MB, plan {plan.hash()}")
+
+
+def _is_done(job: ConvertConfig, source: MoeSource, plan: ConversionPlan) -> bool:
+    """Whether a run over several outputs that was killed while it put them in place had finished this one."""
+    path = Path(str(job.output)) / MANIFEST
+    if job.overwrite or not path.exists():
+        return False
+    found = read_manifest(path.parent, "convert")
+    wanted = (config_hash(job.model_dump(mode="json")), source.facts(), plan.hash())
+    return (found["config_hash"], found.get("source"), found.get("plan_hash")) == wanted
 
 
 def resolve_plan(config: ConvertConfig, source: MoeSource, reader: CheckpointReader) -> ConversionPlan:
@@ -93,87 +103,27 @@ def _flat_weights(source: MoeSource, reader: CheckpointReader, layer: int) -> Fl
     return read
 
 
-def dense_width(source: MoeSource, groups: int) -> int:
-    """F of the result: G * I and the shared experts, or the width of the family's own dense layers where that is larger (the rest is
-    zero)."""
-    dims = source.dims
-    has_dense_layers = len(source.layers) < dims.layers
-    return max(groups * dims.expert_width + dims.shared_width, dims.dense_width if has_dense_layers else 0)
-
-
-def dense_size(source: MoeSource, groups: int) -> tuple[int, int]:
-    """Parameters and bytes of the dense result with `groups` slices."""
-    gone, tensors = _gone(source), source.index.tensors
-    kept = [info for name, info in tensors.items() if name not in gone]
-    ffn, layout = _target(source).ffn, source.tensors.experts
-    made = [ffn.shapes(layer, source.dims.hidden_size, dense_width(source, groups)) for layer in range(source.dims.layers)]
-    values = sum(prod(shape) for layer in [*made, _added(source)] for shape in layer.values())
-    gate = tensors[layout.names(source.layers[0])[0]]
-    element = 2 if layout.mxfp4 else gate.nbytes // prod(gate.shape)
-    return sum(prod(info.shape) for info in kept) + values, sum(info.nbytes for info in kept) + values * element
-
-
-def _target(source: MoeSource) -> FamilySpec:
-    assert source.spec.dense_target is not None, "a MoE family names its dense target"
-    return FAMILIES[source.spec.dense_target]
-
-
-def _gone(source: MoeSource) -> set[str]:
-    """The tensors that the dense FFNs take the place of, and those of layers the stock model does not have."""
-    dense = [name for layer in range(source.dims.layers) if layer not in source.layers for name in source.spec.ffn.names(layer)]
-    return {name for layer in source.layers for name in source.block_names(layer)} | {*dense, *source.beyond_layers()}
-
-
-def _added(source: MoeSource) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that the dense class has beyond the source's; they are zero."""
-    templates = source.spec.added(source.index.config)
-    return {name.format(layer=layer): shape for layer in range(source.dims.layers) for name, shape in templates.items()}
-
-
-def write_dense(source: MoeSource, reader: CheckpointReader, plan: ConversionPlan, directory: Path) -> None:
-    """Write the dense checkpoint of `plan` and the tokenizer files into `directory`."""
-    assert source.spec.dense_config is not None, "a MoE family gives its dense config"
-    target, width, gone = _target(source), dense_width(source, plan.groups), _gone(source)
-    plans = {layer.layer: layer for layer in plan.layers}
-    writer = CheckpointWriter(directory)
-    for name in source.index.tensors:
-        if name not in gone:
-            writer.add(name, reader.tensor(name))
-    dtype = torch.float32
-    for layer in progress(range(source.dims.layers), "convert", unit="layer"):
-        ffn = pad_width(_layer_ffn(source, reader, layer, plans.get(layer)), width)
-        dtype = ffn.gate_FD.dtype
-        for name, tensor in write_ffn(target.ffn, layer, ffn):
-            writer.add(name, tensor)
-    for name, shape in _added(source).items():
-        writer.add(name, torch.zeros(shape, dtype=dtype))
-    writer.finish(source.spec.dense_config(source.index.config, width))
-    copy_assets(source.index.directory, directory)
-
-
-def _layer_ffn(source: MoeSource, reader: CheckpointReader, layer: int, plan: LayerPlan | None) -> DenseFfn:
-    read, tensors = finite_tensors(reader), source.tensors
-    if plan is None:
-        return read_ffn(read, source.spec.ffn, layer)
-    for name in source.block_names(layer):  # experts that are not kept too: their MoE is the teacher of the next stage
-        reader.finite(name)
-    shared = None if tensors.shared is None else read_ffn(read, tensors.shared, layer)
-    return densify(plan, lambda expert: read_ffn(read, tensors.experts, layer, expert), shared)
-
-
 def dry_run(config: ConvertConfig) -> dict[str, Any]:
-    """The plan in short, what would be read and written (bytes), and the memory (bytes). The plan is really made."""
+    """The plans in short, what would be read and written (bytes), and the memory (bytes). The plans are really made."""
     source = MoeSource.open(config.source)
     with CheckpointReader(source.index) as reader:
-        plan = resolve_plan(config, source, reader)
-    parameters, nbytes = dense_size(source, plan.groups)
+        plans = {str(job.output): resolve_plan(job, source, reader) for job in config.jobs()}
+    facts = {output: _plan_facts(source, plan) for output, plan in plans.items()}
     dims = source.dims
+    single = facts[config.output] if config.output is not None else {"outputs": facts}
     return {
         "source": source.facts(),
-        "plan": {"keep": plan.keep, "groups": plan.groups, "width": dense_width(source, plan.groups), "hash": plan.hash()},
-        "parameters": parameters,
+        **single,
         "reads": {str(source.index.directory): source.index.nbytes},
-        "writes": {config.output: nbytes},
-        "flops": len(source.layers) * 2 * plan.keep * 3 * dims.hidden_size * dims.expert_width,
-        "memory_bytes": {"one shard": min(nbytes, 4 * 1024**3), "one group in float64": 8 * 3 * dims.hidden_size * dims.expert_width},
+        "writes": {output: dense_size(source, plan.groups)[1] for output, plan in plans.items()},
+        "flops": sum(len(source.layers) * 2 * plan.keep * 3 * dims.hidden_size * dims.expert_width for plan in plans.values()),
+        "memory_bytes": {
+            "budget": config.memory_budget,
+            "of it, one layer in the making": max(making_bytes(source, plan) for plan in plans.values()),
+        },
     }
+
+
+def _plan_facts(source: MoeSource, plan: ConversionPlan) -> dict[str, Any]:
+    short = {"keep": plan.keep, "groups": plan.groups, "width": dense_width(source, plan.groups), "hash": plan.hash()}
+    return {"plan": short, "parameters": dense_size(source, plan.groups)[0]}

@@ -13,7 +13,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.table import render
 from megatron_moe2dense.families import family_of
 from megatron_moe2dense.surgery.config import InspectConfig
-from megatron_moe2dense.surgery.convert import dense_size, dense_width
+from megatron_moe2dense.surgery.layout import dense_size, dense_width
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.types import check_keep
 

@@ -16,6 +16,11 @@ from megatron_moe2dense.surgery.types import DenseFfn
 ReadTensor = Callable[[str, int | None], torch.Tensor]
 
 
+def stored_tensors(reader: CheckpointReader) -> ReadTensor:
+    """Reads from a checkpoint whose values were looked at before."""
+    return lambda name, entry: reader.tensor(name) if entry is None else reader.rows(name, 0, entry, entry + 1)[0]
+
+
 def finite_tensors(reader: CheckpointReader) -> ReadTensor:
     """Reads from a checkpoint; a NaN or infinite value is a UserError."""
 

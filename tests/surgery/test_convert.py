@@ -157,9 +157,9 @@ def test_a_sharded_source_gives_the_same_bytes(moe: Path, tokens: str, tmp_path:
 KILLED = """
 import os, sys
 from megatron_moe2dense.cli import main
-from megatron_moe2dense.surgery import convert
-densify = convert.densify
-convert.densify = lambda plan, *rest: os._exit(9) if plan.layer == 2 else densify(plan, *rest)
+from megatron_moe2dense.surgery import layout
+densify = layout.densify
+layout.densify = lambda plan, *rest: os._exit(9) if plan.layer == 2 else densify(plan, *rest)
 main(sys.argv[1:])
 """
 

@@ -1,0 +1,124 @@
+"""One pass over a MoE checkpoint that writes one or several dense ones, layer after layer: experts pass by in chunks to be checked,
+dense layers go straight to their place in the output. A killed pass goes on at the first layer that is not on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_moe2dense.checkpoint.assets import copy_assets
+from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.checkpoint.shards import ShardWriter, shards_of
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.log import logger
+from megatron_moe2dense.common.outputs import read_json, write_json
+from megatron_moe2dense.common.progress import progress
+from megatron_moe2dense.surgery.layout import Step, dense_steps, dense_width, layer_tensors, making_bytes, replaced
+from megatron_moe2dense.surgery.packing import stored_tensors
+from megatron_moe2dense.surgery.plan import ConversionPlan
+from megatron_moe2dense.surgery.source import MoeSource
+
+PROGRESS_FILE = "progress.json"
+PLAN_FILE = "plan.json"
+_CHUNK = 4 * 1024**2  # bytes of one piece of a copied tensor
+
+
+@dataclass
+class DenseOutput:
+    """One dense checkpoint in the making. directory: its working directory. done: steps that are on disk."""
+
+    plan: ConversionPlan
+    directory: Path
+    done: int = 0
+    steps: list[Step] = field(default_factory=list)
+
+    def prepare(self, source: MoeSource, queue_bytes: int) -> ShardWriter:
+        """Lay out the files and find out how far an earlier run came."""
+        self.steps = dense_steps(source, self.plan.groups)
+        shards = shards_of([spec for step in self.steps for spec in (*step.copied, *step.made)])
+        content = [source.fingerprint, self.plan.hash(), [shard.header().decode("latin-1") for shard in shards]]
+        self._identity = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        path = self.directory / PROGRESS_FILE
+        found = read_json(path, "progress of an earlier run") if path.exists() else {}
+        if found.get("identity") == self._identity and all(shard.is_laid_out(self.directory) for shard in shards):
+            self.done = found["steps"]
+            logger.info("%s: resumed after %d of %d steps", self.directory, self.done, len(self.steps))
+        else:
+            path.unlink(missing_ok=True)
+        return ShardWriter(self.directory, shards, queue_bytes)
+
+    def reached(self, steps: int) -> Callable[[], None]:
+        """What records that so many steps are on disk."""
+        return lambda: write_json(self.directory / PROGRESS_FILE, {"identity": self._identity, "steps": steps})
+
+
+def write_dense(source: MoeSource, reader: CheckpointReader, outputs: Sequence[DenseOutput], memory_budget: int) -> None:
+    """Fill the working directory of every output: weights, config.json, plan.json, tokenizer files.
+
+    Args:
+        reader: open on the source. memory_budget: bytes that dense layers in the making and waiting writes may take together.
+
+    Raises:
+        UserError: a NaN or infinite weight in a MoE block; a full disk; a budget too small for one layer.
+    """
+    queue_bytes = _queue_bytes(source, outputs, memory_budget)
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1)), thread_name_prefix="check"))
+        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        writers = [stack.enter_context(output.prepare(source, queue_bytes)) for output in outputs]
+        first, last = min(output.done for output in outputs), 1 + source.dims.layers
+        checks = {first: _check(source, reader, pool, first - 1)} if first < last else {}
+        for number in progress(range(first, last), "convert", unit="layer", initial=first, total=last):
+            for future in checks.pop(number):
+                future.result()
+            checks[number + 1] = _check(source, reader, pool, number)
+            for output, writer in zip(outputs, writers, strict=True):
+                if output.done <= number:
+                    _write_step(source, reader, output, writer, number)
+        for output, writer in zip(outputs, writers, strict=True):
+            writer.finish()
+            _write_rest(source, output)
+
+
+def _queue_bytes(source: MoeSource, outputs: Sequence[DenseOutput], memory_budget: int) -> int:
+    """What one output's queue may hold, so that all of them and one layer in the making stay within the budget."""
+    making = max(making_bytes(source, output.plan) for output in outputs)
+    needed = making + len(outputs) * 2 * _CHUNK
+    if memory_budget < needed:
+        raise UserError(
+            f"memory_budget={memory_budget} bytes",
+            f"at least {needed}: one dense layer in the making, and a piece to write for each of {len(outputs)} outputs",
+            "raise memory_budget, or convert fewer plans at once",
+        )
+    return (memory_budget - making) // len(outputs)
+
+
+def _check(source: MoeSource, reader: CheckpointReader, pool: ThreadPoolExecutor, layer: int) -> list[Future[None]]:
+    """Look at every weight that is not just copied, also of experts that are not kept: their MoE is the teacher of the next stage."""
+    return [pool.submit(reader.check, name) for name in replaced(source, layer)] if layer in range(source.dims.layers) else []
+
+
+def _write_step(source: MoeSource, reader: CheckpointReader, output: DenseOutput, writer: ShardWriter, number: int) -> None:
+    step, plans = output.steps[number], {layer.layer: layer for layer in output.plan.layers}
+    for spec in step.copied:
+        for offset, data in reader.chunks(spec.name, _CHUNK):
+            writer.write_bytes(spec.name, offset, data)
+    if step.layer is not None:
+        width = dense_width(source, output.plan.groups)
+        for name, tensor in layer_tensors(source, stored_tensors(reader), step.layer, plans.get(step.layer), width).items():
+            writer.write(name, tensor)
+    writer.mark(output.reached(number + 1))
+
+
+def _write_rest(source: MoeSource, output: DenseOutput) -> None:
+    assert source.spec.dense_config is not None, "a MoE family gives its dense config"
+    write_json(output.directory / "config.json", source.spec.dense_config(source.index.config, dense_width(source, output.plan.groups)))
+    copy_assets(source.index.directory, output.directory)
+    output.plan.write(output.directory / PLAN_FILE)
+    (output.directory / PROGRESS_FILE).unlink()
