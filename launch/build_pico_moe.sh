@@ -30,7 +30,7 @@ tokenise heldout "$example/tokens/heldout"
 # 4. Pretraining with the project's own trainer: about 14 million tokens, half an hour on two cores.
 mkdir -p "$work/initial"
 cp $example/build/config.json "$example"/model/tokenizer* "$work/initial/"
-export GLOO_SOCKET_IFNAME=lo CUDA_VISIBLE_DEVICES="" PYTHONWARNINGS=ignore
+export GLOO_SOCKET_IFNAME=lo CUDA_VISIBLE_DEVICES="" PYTHONWARNINGS=ignore OMP_WAIT_POLICY=passive
 OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 --master-addr 127.0.0.1 --master-port "${MASTER_PORT:-29519}" \
     -m megatron_moe2dense distill yaml_configs/pico_moe/pretrain.yaml
 $moe2dense export checkpoint="$work/pretrain" output="$work/model" overwrite=true
