@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.plots.style import PALETTE, new_figure
+from megatron_moe2dense.plots.style import PALETTE, log_axis, new_figure
 
 Row = Mapping[str, Any]
 
@@ -51,7 +51,7 @@ def training_curves(runs: Mapping[str, Sequence[Row]]) -> Figure:
     for axes in (top, middle, bottom):
         axes.grid(True)
         if _spread([y for line in axes.get_lines() for y in line.get_ydata()]) > 30 and axes is not middle:  # type: ignore[union-attr]
-            axes.set_yscale("log")
+            log_axis(axes)
     middle.ticklabel_format(axis="y", scilimits=(0, 0))
     figure.align_ylabels()
     return figure

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 # Okabe and Ito, https://jfly.uni-koeln.de/color/ - without their yellow, too light on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B5B5B")
@@ -64,6 +65,14 @@ def number_ticks(axes: Axes, count: int, axis: str, at_most: int = 17) -> None:
     while (count + step - 1) // step > at_most:
         step *= 2
     (axes.set_xticks if axis == "x" else axes.set_yticks)(np.arange(0, count, step))
+
+
+def log_axis(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2 and 5 of each decade, which never run into each other."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def short(value: float) -> str:
