@@ -15,7 +15,6 @@ from megatron_moe2dense.surgery.grouping import groupers
 from megatron_moe2dense.surgery.plan import ConversionPlan, Methods, merge_weights, plan_layer
 from megatron_moe2dense.surgery.scaling import scalers
 from megatron_moe2dense.surgery.scoring import scorers
-from megatron_moe2dense.surgery.stats import LayerStats
 from megatron_moe2dense.surgery.types import Grouper, Grouping, Selection
 from tests.surgery.test_scoring import E, random_stats
 
@@ -24,28 +23,6 @@ SELECTION = Selection(np.array([4, 1, 7, 2, 0]), np.array([0.1, 0.4, 0.2, 0.0, 0
 
 def flat_weights(expert: int) -> np.ndarray:
     return np.random.default_rng(expert).normal(size=30).astype(np.float32)
-
-
-def stats_of_gates(gate_sum: list[float], tokens: float) -> LayerStats:
-    return LayerStats({"tokens": np.array([tokens]), "gate_sum": np.array(gate_sum)})
-
-
-@pytest.mark.parametrize("method", list(scalers))
-def test_scales_add_up_to_the_mean_routing_weight(method: str):
-    grouping = Grouping(np.array([0, 1, 1, 0, 1]), 2)
-    scales = scalers[method]().scales(SELECTION, grouping, stats_of_gates([3.0, 1.0, 2.0], 10.0))
-    assert scales.sum() == pytest.approx(0.6, rel=1e-12)
-    everything = scalers[method]().scales(SELECTION, Grouping(np.zeros(5, int), 1), stats_of_gates([3.0, 1.0, 2.0], 10.0))
-    assert everything.tolist() == pytest.approx([0.6], rel=1e-12)
-
-
-def test_scales_are_the_formulas_of_the_method():
-    grouping, stats = Grouping(np.array([0, 1, 1, 0, 1]), 2), stats_of_gates([4.0, 6.0], 10.0)
-    assert scalers["uniform"]().scales(SELECTION, grouping, stats).tolist() == [0.5, 0.5]
-    expected = [(0.5 + 0.0 + 0.2 - 0.0) / 1.5, (0.4 + 0.3 + 0.1) / 1.5]  # kept 4, 1, 7, 2, 0 score .5 .4 .3 .2 .1
-    assert scalers["proportional"]().scales(SELECTION, grouping, stats).tolist() == pytest.approx(expected)
-    nothing = replace(SELECTION, scores_E=np.zeros(8))
-    assert scalers["proportional"]().scales(nothing, grouping, stats).tolist() == [0.5, 0.5]
 
 
 def test_merge_weights_are_shares_of_the_score_inside_a_group():
