@@ -9,12 +9,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moe2dense.common.errors import UserError, did_you_mean
+from megatron_moe2dense.families.deepseek_v2 import DEEPSEEK_V2
+from megatron_moe2dense.families.deepseek_v3 import DEEPSEEK_V3
+from megatron_moe2dense.families.gpt_oss import GPT_OSS
 from megatron_moe2dense.families.layout import FfnTensors, MoeTensors
+from megatron_moe2dense.families.mistral import MISTRAL
+from megatron_moe2dense.families.mixtral import MIXTRAL
+from megatron_moe2dense.families.olmoe import OLMOE
+from megatron_moe2dense.families.qwen2 import QWEN2
+from megatron_moe2dense.families.qwen2_moe import QWEN2_MOE
 from megatron_moe2dense.families.qwen3 import QWEN3
 from megatron_moe2dense.families.qwen3_moe import QWEN3_MOE
 from megatron_moe2dense.families.spec import ClampedSwiglu, Dims, FamilySpec, GroupLimit, MegatronRule, Router
 
-FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (QWEN3_MOE, QWEN3)}
+FAMILIES: dict[str, FamilySpec] = {
+    spec.name: spec for spec in (QWEN3_MOE, DEEPSEEK_V2, GPT_OSS, OLMOE, MIXTRAL, QWEN2_MOE, DEEPSEEK_V3, QWEN3, MISTRAL, QWEN2)
+}
 
 __all__ = [
     "FAMILIES",

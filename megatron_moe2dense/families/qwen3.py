@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_moe2dense.families.dims import decoder_dims
 from megatron_moe2dense.families.layout import mlp
-from megatron_moe2dense.families.spec import Dims, FamilySpec, HfConfig, MegatronRule
+from megatron_moe2dense.families.spec import FamilySpec, HfConfig, MegatronRule
 
 _HF = "model.layers.{layer}."
 _MEGATRON = "decoder.layers.{layer}."
@@ -45,29 +46,6 @@ QWEN3_FFN_RULES = (
 )
 
 
-def rope_theta(config: HfConfig) -> float:
-    """The rotary base; transformers 5 moved it from `rope_theta` to `rope_parameters`."""
-    return float((config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta") or 10_000.0)
-
-
-def qwen3_dims(config: HfConfig) -> Dims:
-    """Sizes of a dense Qwen3."""
-    heads = config["num_attention_heads"]
-    return Dims(
-        hidden_size=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=heads,
-        kv_heads=config["num_key_value_heads"],
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab_size=config["vocab_size"],
-        max_positions=config["max_position_embeddings"],
-        tied_embeddings=config.get("tie_word_embeddings", False),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=rope_theta(config),
-        dense_width=config.get("intermediate_size", 0),
-    )
-
-
 def qwen3_megatron_config(config: HfConfig) -> dict[str, Any]:
     """TransformerConfig fields beyond the sizes."""
     return {
@@ -83,7 +61,7 @@ def qwen3_megatron_config(config: HfConfig) -> dict[str, Any]:
 QWEN3 = FamilySpec(
     name="qwen3",
     architecture="Qwen3ForCausalLM",
-    dims=qwen3_dims,
+    dims=decoder_dims,
     ffn=QWEN3_FFN,
     megatron=(*QWEN3_TRUNK, *QWEN3_FFN_RULES),
     megatron_config=qwen3_megatron_config,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from megatron_moe2dense.families.dims import decoder_dims, first_of, without
 from megatron_moe2dense.families.layout import MoeTensors, fused, mlp
-from megatron_moe2dense.families.qwen3 import QWEN3_FFN, QWEN3_FFN_RULES, QWEN3_TRUNK, qwen3_dims, qwen3_megatron_config
+from megatron_moe2dense.families.qwen3 import QWEN3_FFN, QWEN3_FFN_RULES, QWEN3_TRUNK, qwen3_megatron_config
 from megatron_moe2dense.families.spec import Dims, FamilySpec, HfConfig, MegatronRule, Router
 
 _BLOCK = "model.layers.{layer}.mlp."
@@ -23,16 +24,13 @@ _MOE_KEYS = (
     "num_experts",
     "num_experts_per_tok",
     "num_local_experts",
-    "output_router_logits",
-    "router_aux_loss_coef",
 )
 
 
 def _dims(config: HfConfig) -> Dims:
     return dataclasses.replace(
-        qwen3_dims(config),
-        # transformers 5 writes the count under its older second name.
-        experts=config["num_experts"] if "num_experts" in config else config["num_local_experts"],
+        decoder_dims(config),
+        experts=first_of(config, "num_experts", "num_local_experts"),
         active=config["num_experts_per_tok"],
         expert_width=config["moe_intermediate_size"],
     )
@@ -42,14 +40,14 @@ def _router(config: HfConfig) -> Router:
     return Router(score="softmax", renormalize=bool(config.get("norm_topk_prob", False)))
 
 
-def _moe_layers(config: HfConfig) -> tuple[int, ...]:
+def sparse_layers(config: HfConfig) -> tuple[int, ...]:
+    """The layers with experts, as Qwen's configs tell them."""
     step, dense = config.get("decoder_sparse_step", 1), set(config.get("mlp_only_layers") or ())
     return tuple(i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0)
 
 
 def _dense_config(config: HfConfig, width: int) -> dict[str, Any]:
-    kept = {name: value for name, value in config.items() if name not in _MOE_KEYS}
-    return {**kept, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "intermediate_size": width}
+    return {**without(config, *_MOE_KEYS), "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "intermediate_size": width}
 
 
 def _megatron_config(config: HfConfig) -> dict[str, Any]:
@@ -83,7 +81,7 @@ QWEN3_MOE = FamilySpec(
     ),
     megatron_config=_megatron_config,
     moe=(MoeTensors(_BLOCK, _ROUTER, _EXPERTS), MoeTensors(_BLOCK, _ROUTER, fused(_BLOCK + "experts."))),
-    moe_layers=_moe_layers,
+    moe_layers=sparse_layers,
     router=_router,
     dense_target="qwen3",
     dense_config=_dense_config,

@@ -82,10 +82,20 @@ class MoeSource:
         numbers = {name: name.removeprefix(stem).partition(".")[0] for name in self.index.tensors if name.startswith(stem)}
         return [name for name, number in numbers.items() if int(number) >= self.dims.layers]
 
+    def _require_plain(self, name: str) -> None:
+        dtype = self.index.tensors[name].dtype
+        if dtype not in ("BF16", "F16", "F32", "F64") and not self.tensors.experts.mxfp4:
+            raise UserError(
+                f"{self.index.directory}: {name} is quantised ({dtype})",
+                "weights in bfloat16, float16 or float32 (or GPT-OSS's MXFP4)",
+                "dequantise the checkpoint first",
+            )
+
     def _check_layer(self, layer: int) -> None:
         known = self.block_shapes(layer)
         for name, shape in known.items():
             self.index.require_shape(name, shape)
+            self._require_plain(name)
         prefix = self.block_prefix(layer)
         unknown = sorted(name for name in self.index.tensors if name.startswith(prefix) and name not in known)
         if unknown:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES, FamilySpec, family_of, moe_family_of
-from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe
-
-TINY: dict[str, Callable[..., Path]] = {"qwen3_moe": tiny_qwen3_moe, "qwen3": tiny_qwen3}
+from tests.helpers.tiny_models import tiny, tiny_qwen3, tiny_qwen3_moe
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -28,7 +25,7 @@ def spec(request: pytest.FixtureRequest) -> FamilySpec:
 
 @pytest.fixture
 def index(spec: FamilySpec, tmp_path: Path) -> CheckpointIndex:
-    return CheckpointIndex.open(TINY[spec.name](tmp_path / "model"))
+    return CheckpointIndex.open(tiny(spec.name, tmp_path / "model"))
 
 
 def test_the_architecture_is_a_stock_class(spec: FamilySpec, index: CheckpointIndex):
@@ -41,28 +38,35 @@ def test_the_architecture_is_a_stock_class(spec: FamilySpec, index: CheckpointIn
     "options", [{}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}]
 )
 def test_sizes_are_those_of_the_transformers_config(spec: FamilySpec, options: dict[str, Any], tmp_path: Path):
-    path = TINY[spec.name](tmp_path / "model", **options)
+    path = tiny(spec.name, tmp_path / "model", **options)
     dims, config = spec.dims(CheckpointIndex.open(path).config), AutoConfig.from_pretrained(path)
+    experts = next((getattr(config, name) for name in ("num_experts", "num_local_experts") if hasattr(config, name)), 0)
+    expert_width = getattr(config, "moe_intermediate_size", config.intermediate_size if experts else 0)
+    every_layer = experts and not hasattr(config, "moe_intermediate_size")
     expected = {
         "hidden_size": config.hidden_size,
         "layers": config.num_hidden_layers,
         "heads": config.num_attention_heads,
         "kv_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
+        "head_dim": getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None) or 16,
         "vocab_size": config.vocab_size,
         "max_positions": config.max_position_embeddings,
         "tied_embeddings": config.tie_word_embeddings,
         "norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_parameters["rope_theta"],
-        "dense_width": config.intermediate_size,
-        "experts": getattr(config, "num_experts", 0),
+        "dense_width": 0 if every_layer else config.intermediate_size,
+        "experts": experts,
         "active": getattr(config, "num_experts_per_tok", 0),
-        "expert_width": getattr(config, "moe_intermediate_size", 0),
-        "shared_width": 0,
+        "expert_width": expert_width,
+        "shared_width": getattr(config, "shared_expert_intermediate_size", getattr(config, "n_shared_experts", 0) * expert_width),
     }
     assert dataclasses.asdict(dims) == expected
 
 
+WITH_TABLE = [name for name, spec in FAMILIES.items() if spec.megatron is not None]
+
+
+@pytest.mark.parametrize("spec", WITH_TABLE, indirect=True)
 def test_the_name_table_names_every_tensor_of_the_checkpoint_once(spec: FamilySpec, index: CheckpointIndex):
     dims = spec.dims(index.config)
     names = []
@@ -76,6 +80,7 @@ def test_the_name_table_names_every_tensor_of_the_checkpoint_once(spec: FamilySp
     assert set(names) - absent == set(index.tensors)
 
 
+@pytest.mark.parametrize("spec", WITH_TABLE, indirect=True)
 def test_every_name_of_the_table_can_be_told_from_the_others(spec: FamilySpec):
     names = [name for rule in spec.megatron or () for name in (rule.megatron, *rule.aliases)]
     assert len(names) == len(set(names))
@@ -127,11 +132,15 @@ def test_the_dense_config_is_one_stock_transformers_reads_without_a_trace_of_exp
     assert family_of(config, "here") is target
     loaded = AutoConfig.for_model(**config)
     assert loaded.intermediate_size == 96
+    one_expert = bool(target.moe_layers(config))
+    sizes = {"experts": 1, "active": 1, "expert_width": 96} if one_expert else {"experts": 0, "active": 0, "expert_width": 0}
     source, dense = spec.dims(index.config), target.dims(config)
-    assert dataclasses.replace(source, experts=0, active=0, expert_width=0, dense_width=96) == dense
+    assert dataclasses.replace(source, **sizes, shared_width=0, dense_width=0 if one_expert else 96) == dense
     stock = type(loaded)().to_dict()
-    known = {*stock, "architectures", "transformers_version", "torch_dtype"}
+    known = {*stock, "architectures", "transformers_version", "torch_dtype", "dtype", "rope_theta"}
     assert set(config) <= known, f"keys that mean nothing to a {target.name}: {sorted(set(config) - known)}"
+    left = {"num_experts_per_tok", "num_experts", "num_local_experts", "moe_intermediate_size", "n_routed_experts", "n_shared_experts"}
+    assert one_expert or not left & set(config)
 
 
 def qwen3_30b_a3b() -> dict[str, Any]:

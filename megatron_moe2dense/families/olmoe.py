@@ -1,0 +1,50 @@
+"""OLMoE: QK norm over all heads together, softmax-routed experts, no shared expert.
+
+No dense stock class has this attention, so the dense result is OLMoE with one expert: the softmax over one logit is 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megatron_moe2dense.families.dims import decoder_dims, first_of, without
+from megatron_moe2dense.families.layout import MoeTensors, fused, mlp
+from megatron_moe2dense.families.spec import Dims, FamilySpec, HfConfig, Router
+
+_BLOCK = "model.layers.{layer}.mlp."
+_ROUTER = _BLOCK + "gate.weight"
+_EXPERTS = mlp(_BLOCK + "experts.{expert}.")
+
+
+def _dims(config: HfConfig) -> Dims:
+    return dataclasses.replace(
+        decoder_dims(config, norm_eps=1e-5),
+        dense_width=0,
+        experts=first_of(config, "num_experts", "num_local_experts"),
+        active=config["num_experts_per_tok"],
+        expert_width=config["intermediate_size"],
+    )
+
+
+def _router(config: HfConfig) -> Router:
+    return Router("softmax", renormalize=bool(config.get("norm_topk_prob", False)))
+
+
+def _dense_config(config: HfConfig, width: int) -> dict[str, Any]:
+    kept = without(config, "num_local_experts")
+    return {**kept, "num_experts": 1, "num_experts_per_tok": 1, "intermediate_size": width}
+
+
+OLMOE = FamilySpec(
+    name="olmoe",
+    architecture="OlmoeForCausalLM",
+    dims=_dims,
+    ffn=_EXPERTS,
+    moe=(MoeTensors(_BLOCK, _ROUTER, _EXPERTS), MoeTensors(_BLOCK, _ROUTER, fused(_BLOCK + "experts."))),
+    moe_layers=lambda config: tuple(range(config["num_hidden_layers"])),
+    router=_router,
+    dense_target="olmoe",
+    dense_config=_dense_config,
+    added=lambda config: {_ROUTER: (1, config["hidden_size"])},
+)

@@ -1,0 +1,81 @@
+"""Qwen2-MoE (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): softmax-routed experts beside a shared expert with a sigmoid gate of its own.
+
+A dense FFN has no gate per token: the shared expert gets the constant of docs/method.md section 3 instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megatron_moe2dense.families.dims import decoder_dims, first_of, without
+from megatron_moe2dense.families.layout import MoeTensors, fused, mlp
+from megatron_moe2dense.families.qwen2 import QWEN2
+from megatron_moe2dense.families.qwen3_moe import sparse_layers
+from megatron_moe2dense.families.spec import Dims, FamilySpec, HfConfig, Router
+
+_BLOCK = "model.layers.{layer}.mlp."
+_MOE_KEYS = (
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_local_experts",
+    "qkv_bias",
+    "shared_expert_intermediate_size",
+)
+
+
+def _dims(config: HfConfig) -> Dims:
+    return dataclasses.replace(
+        decoder_dims(config),
+        experts=first_of(config, "num_experts", "num_local_experts"),
+        active=config["num_experts_per_tok"],
+        expert_width=config["moe_intermediate_size"],
+        shared_width=config["shared_expert_intermediate_size"],
+    )
+
+
+def _router(config: HfConfig) -> Router:
+    return Router("softmax", renormalize=bool(config.get("norm_topk_prob", False)))
+
+
+def _dense_config(config: HfConfig, width: int) -> dict[str, Any]:
+    kept = without(config, *_MOE_KEYS)
+    if config.get("use_sliding_window") and "layer_types" not in config:
+        # Which layers slide is another rule in Qwen2: say it out loud.
+        last = config.get("max_window_layers", 28)
+        slides = [i % 2 == 0 and i < last for i in range(config["num_hidden_layers"])]
+        kept["layer_types"] = ["sliding_attention" if each else "full_attention" for each in slides]
+    return {**kept, "model_type": QWEN2.name, "architectures": [QWEN2.architecture], "intermediate_size": width}
+
+
+def _added(config: HfConfig) -> dict[str, tuple[int, ...]]:
+    """Qwen2 always has biases of query, key and value; without them in the source they are zero."""
+    if config.get("qkv_bias", True):
+        return {}
+    dims = _dims(config)
+    widths = {"q": dims.heads * dims.head_dim, "k": dims.kv_heads * dims.head_dim, "v": dims.kv_heads * dims.head_dim}
+    return {f"model.layers.{{layer}}.self_attn.{name}_proj.bias": (width,) for name, width in widths.items()}
+
+
+def _layout(stacked: bool) -> MoeTensors:
+    experts = fused(_BLOCK + "experts.") if stacked else mlp(_BLOCK + "experts.{expert}.")
+    shared, gate = mlp(_BLOCK + "shared_expert."), _BLOCK + "shared_expert_gate.weight"
+    return MoeTensors(_BLOCK, _BLOCK + "gate.weight", experts, shared=shared, shared_gate=gate)
+
+
+QWEN2_MOE = FamilySpec(
+    name="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    dims=_dims,
+    ffn=QWEN2.ffn,
+    moe=(_layout(stacked=False), _layout(stacked=True)),
+    moe_layers=sparse_layers,
+    router=_router,
+    dense_target=QWEN2.name,
+    dense_config=_dense_config,
+    added=_added,
+)
