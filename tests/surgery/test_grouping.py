@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy.cluster.vq import kmeans2
@@ -119,13 +121,14 @@ def test_products_of_weights_do_not_depend_on_how_many_are_held_at_once(experts_
 
 
 def test_at_most_two_tiles_of_weights_are_alive(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(weight_cluster, "_TILE_BYTES", 2 * 200 * 4)
-    tiles = []
-    build = weight_cluster._tile
-    monkeypatch.setattr(weight_cluster, "_tile", lambda experts, weights: tiles.append(len(experts)) or build(experts, weights))
-    weight_cosine(list(range(7)), flat_weights)
-    assert max(tiles) == 2
-    assert len(tiles) == 4 + 3 + 2 + 1
+    size, experts = 1_000_000, 12
+    monkeypatch.setattr(weight_cluster, "_TILE_BYTES", 2 * size * 4)
+    base = np.random.default_rng(0).standard_normal(size, dtype=np.float32)
+    tracemalloc.start()
+    weight_cosine(list(range(experts)), lambda expert: np.roll(base, expert))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < (2 * 2 + 3) * size * 4  # two tiles of two, and the experts on their way in
 
 
 def test_an_emptied_cluster_takes_the_point_farthest_from_its_centre():

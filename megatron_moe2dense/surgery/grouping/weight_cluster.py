@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_moe2dense.surgery.grouping import groupers
+from megatron_moe2dense.surgery.grouping import cosine, groupers
 from megatron_moe2dense.surgery.stats import LayerStats
 from megatron_moe2dense.surgery.types import FlatWeights, Grouper, Grouping, Selection
 
@@ -31,27 +31,24 @@ class WeightCluster(Grouper):
 
 def weight_cosine(experts: list[int], weights: FlatWeights) -> np.ndarray:
     """[K, K] inner products of the normalised weights, float64. Two tiles of at most 512 MB (or one expert each) are in memory."""
-    tile = max(1, _TILE_BYTES // weights(experts[0]).nbytes)
+    first = weights(experts[0])
+    tile = min(len(experts), max(1, _TILE_BYTES // first.nbytes))
     starts = range(0, len(experts), tile)
+    left, right = (np.empty((tile, len(first)), first.dtype) for _ in range(2))
     gram_KK = np.zeros((len(experts), len(experts)))
     for i in starts:
-        one = _tile(experts[i : i + tile], weights)
-        for j in starts:
-            if j >= i:
-                other = one if j == i else _tile(experts[j : j + tile], weights)
-                block = _products(one, other)
-                gram_KK[i : i + tile, j : j + tile], gram_KK[j : j + tile, i : i + tile] = block, block.T
-    return gram_KK
+        one = _fill(left, experts[i : i + tile], weights)
+        for j in starts[starts.index(i) :]:
+            other = one if j == i else _fill(right, experts[j : j + tile], weights)
+            block = _products(one, other)
+            gram_KK[i : i + tile, j : j + tile], gram_KK[j : j + tile, i : i + tile] = block, block.T
+    return cosine(gram_KK, np.arange(len(experts)))
 
 
-def _tile(experts: list[int], weights: FlatWeights) -> np.ndarray:
-    first = weights(experts[0])
-    rows = np.empty((len(experts), len(first)), first.dtype)
-    for row, expert in zip(rows, experts, strict=True):
-        row[:] = weights(expert)
-        norm = np.sqrt(np.square(row, dtype=np.float64).sum())
-        row /= norm if norm > 0 else 1.0
-    return rows
+def _fill(tile: np.ndarray, experts: list[int], weights: FlatWeights) -> np.ndarray:
+    for row, expert in enumerate(experts):
+        tile[row] = weights(expert)
+    return tile[: len(experts)]
 
 
 def _products(one: np.ndarray, other: np.ndarray) -> np.ndarray:
