@@ -42,5 +42,7 @@ for kind in glosses literature manual python scripture; do
     $moe2dense eval models="{$kind: $example/model}" output="$work/loss_$kind.jsonl" perplexity="{data: $tokens}" overwrite=true
     $moe2dense calibrate source=$example/model output="$work/use/$kind" data="$tokens" statistics='[selected_count]' overwrite=true
 done
-$moe2dense plot output=$example/images overwrite=true \
+$moe2dense plot output="$work/images" overwrite=true \
     records="[$work/pretrain/metrics.jsonl, $work/use/glosses, $work/use/literature, $work/use/manual, $work/use/python, $work/use/scripture]"
+mkdir -p $example/images
+cp "$work"/images/{training,use_by_kind}.png $example/images/

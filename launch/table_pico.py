@@ -1,0 +1,50 @@
+"""The tables of launch/table_pico.sh: python table_pico.py RECORDS DOCUMENT rewrites what stands between the document's markers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+BEGIN, END = "<!-- launch/table_pico.sh: begin -->", "<!-- launch/table_pico.sh: end -->"
+SCORES = ("sf", "pp", "mp", "cp", "reap", "acp", "do_acp", "d_optimal_mp", "random")
+GROUPS = ("weight_cluster", "output_cluster", "router_cluster", "anchor", "round_robin")
+NAMES = {"d_optimal_mp": "`d_optimal`, importance `mp`"}
+
+
+def table(perplexity: Mapping[str, float], rows: Sequence[str], columns: Sequence[str], head: str) -> str:
+    """A Markdown table of the perplexities called `<row>-<column>`, the lowest of all in bold."""
+    cells = {(row, column): perplexity[f"{row}-{column}"] for row in rows for column in columns}
+    lines = [f"| {head} | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    for row in rows:
+        texts = [f"**{cells[row, c]:.1f}**" if cells[row, c] == min(cells.values()) else f"{cells[row, c]:.1f}" for c in columns]
+        lines.append(f"| {NAMES.get(row, f'`{row}`')} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def main(records: Path, document: Path) -> None:
+    """Write the tables.
+
+    Raises:
+        ValueError: the document has no markers. KeyError: a model was not measured.
+    """
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    perplexity = {row["model"]: row["metrics"]["perplexity"] for row in rows}
+    text = "\n\n".join(
+        [
+            f"The MoE itself has perplexity {perplexity['MoE']:.1f} on the same {rows[0]['tokens']:,} held-out tokens.",
+            table(perplexity, SCORES, ("uniform", "proportional"), "scoring, K = G = 4 of 32"),
+            table(perplexity, GROUPS, ("none", "hungarian"), "grouping, `sf`, K = 16 into G = 4, `align`:"),
+        ]
+    )
+    before, begin, rest = document.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{document} does not have the lines {BEGIN} and {END}")
+    document.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    print(text)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
