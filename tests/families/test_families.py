@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES, FamilySpec, family_of, moe_family_of
+from tests.families.published import QWEN3_30B_A3B
 from tests.helpers.tiny_models import tiny, tiny_qwen3, tiny_qwen3_moe
 
 
@@ -143,50 +144,12 @@ def test_the_dense_config_is_one_stock_transformers_reads_without_a_trace_of_exp
     assert one_expert or not left & set(config)
 
 
-def qwen3_30b_a3b() -> dict[str, Any]:
-    """The public config.json of Qwen3-30B-A3B, without what no size depends on."""
-    return {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "attention_bias": False,
-        "decoder_sparse_step": 1,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "max_position_embeddings": 40960,
-        "mlp_only_layers": [],
-        "model_type": "qwen3_moe",
-        "moe_intermediate_size": 768,
-        "norm_topk_prob": True,
-        "num_attention_heads": 32,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "num_hidden_layers": 48,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "tie_word_embeddings": False,
-        "vocab_size": 151936,
-    }
-
-
-def test_qwen3_30b_a3b_becomes_the_papers_parameter_count():
-    spec = FAMILIES["qwen3_moe"]
-    dims = spec.dims(qwen3_30b_a3b())
-    assert spec.dense_config is not None
-    config = AutoConfig.for_model(**spec.dense_config(qwen3_30b_a3b(), dims.active * dims.expert_width))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    assert model.num_parameters() == 3_340_449_792
-    assert config.rope_parameters["rope_theta"] == 1e6
-
-
 def test_an_unsupported_or_incomplete_config_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="did you mean 'qwen3_moe'"):
         family_of({"model_type": "qwen3_mow"}, "config.json")
     with pytest.raises(UserError, match=r"docs/adding\.md"):
         family_of({}, "config.json")
     with pytest.raises(UserError, match="hidden_size"):
-        family_of({key: value for key, value in qwen3_30b_a3b().items() if key != "hidden_size"}, "config.json")
+        family_of({key: value for key, value in QWEN3_30B_A3B.items() if key != "hidden_size"}, "config.json")
     with pytest.raises(UserError, match="dense family"):
         moe_family_of(CheckpointIndex.open(tiny_qwen3(tmp_path / "dense")).config, "config.json")
