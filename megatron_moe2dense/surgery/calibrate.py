@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,63 +13,78 @@ import torch
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.common.outputs import output_directory
 from megatron_moe2dense.common.progress import progress
 from megatron_moe2dense.surgery.config import CalibrateConfig
 from megatron_moe2dense.surgery.experts import MoeWeights
-from megatron_moe2dense.surgery.observe import Observation, chunk_tokens
-from megatron_moe2dense.surgery.routing import route
+from megatron_moe2dense.surgery.hidden import HiddenStates
+from megatron_moe2dense.surgery.observe import Observer, chunk_tokens, runs_every_expert
+from megatron_moe2dense.surgery.ranks import Ranks, joined
+from megatron_moe2dense.surgery.resume import Resume
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import SHARED_GATE_STATISTICS, STATISTICS, STATS_FILE, LayerStats, chosen_statistics, save_stats
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
 from megatron_moe2dense.tokens.indexed import windows
 
 
+@dataclass(frozen=True)
+class Job:
+    """The processes that share a calibration, and what of it is on disk."""
+
+    ranks: Ranks
+    resume: Resume
+
+
 def run(config: CalibrateConfig) -> None:
-    """Write `<output>/stats.safetensors` and its manifest.
+    """Write `<output>/stats.safetensors` and its manifest. Under torchrun every process takes a share of the windows.
 
     Raises:
         UserError: the source is no supported or no sound MoE, the tokens do not fit it, the output exists.
     """
-    source = MoeSource.open(config.source)
-    windows_BS = windows(config.data, source.dims.vocab_size)
-    compute = _compute(config)
-    facts = {"source": source.facts(), "data": _data_facts(windows_BS), "compute": _compute_facts(compute)}
-    output = Path(config.output)
-    with output_directory(output, "calibrate", config.model_dump(mode="json"), **facts) as working:
-        save_stats(working / STATS_FILE, calibrate(source, windows_BS, chosen_statistics(config.statistics), compute))
-    print(f"{output}: statistics of {len(source.layers)} layers x {source.dims.experts} experts over {windows_BS.size:,} tokens")
+    with joined() as ranks:
+        source = MoeSource.open(config.source)
+        windows_BS = windows(config.data, source.dims.vocab_size)
+        compute, names = _compute(config, ranks), chosen_statistics(config.statistics)
+        share_BS = ranks.share(windows_BS, compute.batch)
+        facts = {"source": source.facts(), "data": _data_facts(windows_BS), "compute": _compute_facts(compute, ranks)}
+        identity = [facts, names, hashlib.sha256(windows_BS.tobytes()).hexdigest()]
+        output = Path(config.output)
+        with ranks.output_directory(output, "calibrate", config.model_dump(mode="json"), **facts) as working:
+            resume = Resume(working, identity, ranks, config.memory_budget)
+            sums = calibrate(source, share_BS, names, compute, Job(ranks, resume))
+            if ranks.rank == 0:
+                save_stats(working / STATS_FILE, sums)
+            resume.remove()
+        if ranks.rank == 0:
+            print(f"{output}: statistics of {len(source.layers)} layers x {source.dims.experts} experts over {windows_BS.size:,} tokens")
 
 
-def calibrate(source: MoeSource, windows_BS: np.ndarray, names: tuple[str, ...], compute: Compute) -> dict[int, LayerStats]:
-    """The statistics `names` of every MoE layer, by layer number."""
-    sums: dict[int, LayerStats] = {}
-
-    if source.tensors.shared_gate is not None:
-        names = (*names, *SHARED_GATE_STATISTICS)
-
-    def observe(layer: int, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
-        outputs = []
-        for chunk_TD in x_TD.split(_chunk(source, x_TD.device)):
-            routing = route(chunk_TD, weights.router, source.router, source.dims.active)
-            observation = Observation(chunk_TD, routing, weights, names)
-            stats = LayerStats({name: value.cpu().numpy() for name, value in observation.sums().items()})
-            sums[layer] = sums[layer] + stats if layer in sums else stats
-            outputs.append(observation.output())
-        bar.update(len(x_TD))
-        return torch.cat(outputs)
-
+def calibrate(source: MoeSource, windows_BS: np.ndarray, names: tuple[str, ...], compute: Compute, job: Job) -> dict[int, LayerStats]:
+    """The statistics `names` of every MoE layer, by layer number, over the windows of all ranks; `windows_BS` are this one's."""
+    observer = Observer(source, (*names, *(SHARED_GATE_STATISTICS if source.tensors.shared_gate is not None else ())))
+    resume = job.resume
+    finished = [layer for layer in source.layers if layer < resume.start]
+    sums = {layer: resume.sums(layer) for layer in finished}
     total = windows_BS.size * len(source.layers)
     with (
         CheckpointReader(source.index) as reader,
-        progress(None, "calibrate", unit="token", total=total, unit_scale=True) as bar,
+        progress(None, "calibrate", unit="token", total=total, initial=windows_BS.size * len(finished), unit_scale=True) as bar,
     ):
-        for hidden in StreamedModel(source, reader, compute).run(windows_BS, observe):
+
+        def observe(_layer: int, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
+            bar.update(len(x_TD))
+            return observer.observe(x_TD, weights)
+
+        for hidden in StreamedModel(source, reader, compute).run(windows_BS, observe, resume.place, resume.start):
             _require_finite(hidden, source)
+            if hidden.layer > resume.start:
+                done = hidden.layer - 1
+                if done in source.layers:
+                    sums[done] = job.ranks.sum(observer.take())
+                resume.finish_layer(done, sums.get(done), hidden)
     return sums
 
 
-def _require_finite(hidden: list[torch.Tensor], source: MoeSource) -> None:
+def _require_finite(hidden: HiddenStates, source: MoeSource) -> None:
     if not all(torch.isfinite(x_BSD).all() for x_BSD in hidden):
         raise UserError(
             f"{source.index.directory}: hidden states with NaN or infinite values",
@@ -75,12 +93,10 @@ def _require_finite(hidden: list[torch.Tensor], source: MoeSource) -> None:
         )
 
 
-def _chunk(source: MoeSource, device: torch.device) -> int:
-    return chunk_tokens(source.dims.experts, max(2 * source.dims.expert_width, source.dims.hidden_size), device)
-
-
-def _compute(config: CalibrateConfig) -> Compute:
+def _compute(config: CalibrateConfig, ranks: Ranks) -> Compute:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    if name == "cuda" and ranks.world > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -91,8 +107,9 @@ def _compute(config: CalibrateConfig) -> Compute:
     return Compute(device, getattr(torch, dtype), max(1, config.batch_tokens // config.data.sequence_length))
 
 
-def _compute_facts(compute: Compute) -> dict[str, Any]:
-    return {"device": str(compute.device), "dtype": str(compute.dtype).removeprefix("torch."), "batch": compute.batch}
+def _compute_facts(compute: Compute, ranks: Ranks) -> dict[str, Any]:
+    dtype = str(compute.dtype).removeprefix("torch.")
+    return {"device": compute.device.type, "processes": ranks.world, "dtype": dtype, "batch": compute.batch}
 
 
 def _data_facts(windows_BS: np.ndarray) -> dict[str, Any]:
@@ -103,9 +120,9 @@ def dry_run(config: CalibrateConfig) -> dict[str, Any]:
     """What would be read and written (bytes), the FLOPs and the memory (bytes)."""
     source = MoeSource.open(config.source)
     windows_BS = windows(config.data, source.dims.vocab_size)
-    compute, dims, names = _compute(config), source.dims, chosen_statistics(config.statistics)
-    every = any(STATISTICS[name].every_expert for name in names)
-    run_experts = dims.experts if every else dims.active
+    ranks = Ranks(0, int(os.environ.get("WORLD_SIZE", "1")))
+    compute, dims, names = _compute(config, ranks), source.dims, chosen_statistics(config.statistics)
+    run_experts = dims.experts if runs_every_expert(names) else dims.active
     expert_params = 3 * dims.hidden_size * dims.expert_width
     block = {name for layer in source.layers for name in source.block_names(layer)}
     rest = sum(int(np.prod(info.shape)) for name, info in source.index.tensors.items() if name not in block)
@@ -114,16 +131,18 @@ def dry_run(config: CalibrateConfig) -> dict[str, Any]:
     element = compute.dtype.itemsize
     per_expert_token = (2 * dims.expert_width + dims.hidden_size) * element
     sums = sum(int(np.prod(STATISTICS[name].shape(dims.experts, dims.hidden_size))) for name in names) * 8
+    hidden = ranks.share(windows_BS, compute.batch).size * dims.hidden_size * element
+    widest = max(2 * dims.expert_width, dims.hidden_size)
     return {
         "source": {"family": source.spec.name, "layers": len(source.layers), "experts": dims.experts, "active": dims.active},
         "data": _data_facts(windows_BS),
-        "compute": _compute_facts(compute),
+        "compute": _compute_facts(compute, ranks),
         "reads": {str(source.index.directory): source.index.nbytes, config.data.path: windows_BS.size * 2},
         "writes": {config.output: sums * len(source.layers)},
         "flops": per_token * windows_BS.size,
         "memory_bytes": {
-            "experts of one layer": dims.experts * expert_params * element,
-            "hidden states (cpu)": windows_BS.size * dims.hidden_size * element,
-            "expert outputs of a chunk": _chunk(source, compute.device) * per_expert_token * run_experts,
+            "experts of one layer, and of the next on their way": 2 * dims.experts * expert_params * element,
+            f"hidden states of one process ({'disk' if hidden > config.memory_budget else 'memory'})": hidden,
+            "expert outputs of a chunk": chunk_tokens(dims.experts, widest, compute.device) * per_expert_token * run_experts,
         },
     }

@@ -38,6 +38,7 @@ class CalibrateConfig(Config):
     statistics: str | list[str] = key("all", '"all" or a list of statistic names')
     device: str = key("auto", "torch device; auto: cuda where there is one, else cpu")
     dtype: Literal["auto", "float32", "float64", "bfloat16"] = key("auto", "compute type; auto: float32 on cpu, bfloat16 on cuda")
+    memory_budget: Bytes = key("8GiB", "hidden states of a process beyond this live in a file beside the output", "bytes", gt=0)
     overwrite: bool = key(False, "replace an existing output")
 
     @field_validator("statistics")

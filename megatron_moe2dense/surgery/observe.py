@@ -1,4 +1,4 @@
-"""One chunk of tokens through a MoE layer: the block's output and the sums of method.md section 1, in float64."""
+"""Tokens through a MoE layer, in chunks: the block's output and the sums of method.md section 1, in float64."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 import torch
 
 from megatron_moe2dense.surgery.experts import MoeWeights
-from megatron_moe2dense.surgery.routing import Routing
-from megatron_moe2dense.surgery.stats import SHARED_GATE_STATISTICS, STATISTICS
+from megatron_moe2dense.surgery.routing import Routing, route
+from megatron_moe2dense.surgery.source import MoeSource
+from megatron_moe2dense.surgery.stats import SHARED_GATE_STATISTICS, STATISTICS, LayerStats
 
 # Elements of the largest temporary tensor of one chunk, where that leaves tokens enough for a GEMM. On the CPU 8 MiB in
 # float32: larger ones go back to the system after every chunk, and page faults then cost more than the arithmetic.
@@ -21,10 +22,20 @@ def chunk_tokens(experts: int, widest: int, device: torch.device) -> int:
     return max(_CHUNK_TOKENS, _CHUNK_ELEMENTS.get(device.type, 2**27) // (experts * widest))
 
 
-class Observation:
-    """What one chunk gives: routing, the outputs of the selected experts and, where a statistic needs it, of all."""
+def runs_every_expert(names: Iterable[str]) -> bool:
+    """Whether one of the statistics needs every expert on every token."""
+    return any(name in STATISTICS and STATISTICS[name].every_expert for name in names)
 
-    def __init__(self, x_TD: torch.Tensor, routing: Routing, weights: MoeWeights, names: Iterable[str]):
+
+class Observation:
+    """What one chunk gives: routing, the outputs of the selected experts and, where a statistic needs it, of all.
+
+    out_ETD: memory for the latter, which the next chunk may use again.
+    """
+
+    def __init__(
+        self, x_TD: torch.Tensor, routing: Routing, weights: MoeWeights, names: Iterable[str], out_ETD: torch.Tensor | None = None
+    ):
         self._names = tuple(names)
         experts = weights.experts
         self._s_TD, self._shared_gate_T1 = (None, None) if weights.shared is None else weights.shared.outputs(x_TD)
@@ -32,8 +43,8 @@ class Observation:
         self._selected_TE = torch.zeros_like(routing.probs_TE, dtype=torch.float64).scatter_(1, routing.experts_TA, 1.0)
         self._probs_TE = routing.probs_TE.double()
         self._f_ETD: torch.Tensor | None = None
-        if any(name in STATISTICS and STATISTICS[name].every_expert for name in self._names):
-            self._f_ETD = experts.all_outputs(x_TD)
+        if runs_every_expert(self._names):
+            self._f_ETD = experts.all_outputs(x_TD, out_ETD)
             token_T1 = torch.arange(len(x_TD), device=x_TD.device)[:, None]
             self._f_TAD = self._f_ETD[routing.experts_TA, token_T1]
         else:
@@ -91,12 +102,15 @@ class Observation:
     def gram(self) -> torch.Tensor:
         """<f_i(t), f_j(t)>: one GEMM over tokens and hidden size, in float32 at least (bfloat16 would round the sums)."""
         f_EN = self._every_expert().flatten(1)
+        if f_EN.is_cuda and f_EN.dtype.itemsize == 2:
+            return torch.mm(f_EN, f_EN.T, out_dtype=torch.float32).double()  # type: ignore[call-overload]
         f_EN = f_EN.to(torch.promote_types(f_EN.dtype, torch.float32))
         return (f_EN @ f_EN.T).double()
 
     def output_sum(self) -> torch.Tensor:
-        """f_e(t)."""
-        return self._every_expert().sum(1, dtype=torch.float64)
+        """f_e(t), within the chunk in float32 at least."""
+        f_ETD = self._every_expert()
+        return f_ETD.sum(1, dtype=torch.promote_types(f_ETD.dtype, torch.float32)).double()
 
     def prob_gram(self) -> torch.Tensor:
         """p_i(t) p_j(t)."""
@@ -123,3 +137,44 @@ class Observation:
 _SUMS: dict[str, Callable[[Observation], torch.Tensor]] = {
     name: getattr(Observation, name) for name in (*STATISTICS, *SHARED_GATE_STATISTICS)
 }
+
+
+class Observer:
+    """Runs MoE blocks on batches of tokens, chunk by chunk, and adds up their statistics until they are taken.
+
+    Args:
+        source: the model. names: the statistics.
+    """
+
+    def __init__(self, source: MoeSource, names: Iterable[str]):
+        self._source, self._names = source, tuple(names)
+        self._sums: dict[str, torch.Tensor] = {}
+        self._out_ETD: torch.Tensor | None = None
+
+    def observe(self, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
+        """The block's output, [T, D]."""
+        dims = self._source.dims
+        chunk = chunk_tokens(dims.experts, max(2 * dims.expert_width, dims.hidden_size), x_TD.device)
+        y_TD = torch.empty_like(x_TD)
+        for chunk_TD, output_TD in zip(x_TD.split(chunk), y_TD.split(chunk), strict=True):
+            routing = route(chunk_TD, weights.router, self._source.router, dims.active)
+            observation = Observation(chunk_TD, routing, weights, self._names, self._memory(chunk_TD))
+            for name, value in observation.sums().items():
+                self._sums[name] = self._sums[name].add_(value) if name in self._sums else value
+            output_TD.copy_(observation.output())
+        return y_TD
+
+    def take(self) -> LayerStats:
+        """The sums since the last call."""
+        stats = LayerStats({name: value.cpu().numpy() for name, value in self._sums.items()})
+        self._sums = {}
+        return stats
+
+    def _memory(self, chunk_TD: torch.Tensor) -> torch.Tensor | None:
+        """The same memory for every chunk: asking the system for new pages each time costs more than the arithmetic on them."""
+        if not runs_every_expert(self._names):
+            return None
+        dims, tokens = self._source.dims, len(chunk_TD)
+        if self._out_ETD is None or self._out_ETD.shape[1] != tokens:
+            self._out_ETD = chunk_TD.new_empty(dims.experts, tokens, dims.hidden_size)
+        return self._out_ETD

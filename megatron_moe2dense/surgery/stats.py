@@ -108,6 +108,15 @@ def save_stats(path: Path, layers: Mapping[int, LayerStats]) -> None:
         save_file(tensors, path, metadata={"format": "np"})
 
 
+def load_layers(path: Path) -> dict[int, LayerStats]:
+    """What `save_stats` wrote, in the order of the layers."""
+    sums: dict[int, dict[str, np.ndarray]] = {}
+    for name, value in load_file(path).items():
+        _, layer, statistic = name.split(".")
+        sums.setdefault(int(layer), {})[statistic] = value
+    return {i: LayerStats(sums[i]) for i in sorted(sums)}
+
+
 @dataclass(frozen=True)
 class CalibratedStats:
     """A finished output of `moe2dense calibrate`.
@@ -128,11 +137,7 @@ class CalibratedStats:
         if not path.exists():
             raise UserError(f"{directory} has no {STATS_FILE}", "the output of `moe2dense calibrate`", "run calibrate again")
         read_header(path)
-        sums: dict[int, dict[str, np.ndarray]] = {}
-        for name, value in load_file(path).items():
-            _, layer, statistic = name.split(".")
-            sums.setdefault(int(layer), {})[statistic] = value
-        layers = {i: LayerStats(sums[i]) for i in sorted(sums)}
+        layers = load_layers(path)
         for i, layer_stats in layers.items():
             _check(path, i, layer_stats, source["experts"])
         return cls(directory, source, layers)

@@ -1,4 +1,5 @@
-"""Runs a model layer by layer: one stock decoder layer in memory at a time, hidden states of all windows carried over.
+"""Runs a model layer by layer: one stock decoder layer at a time (and the next one's weights on their way), hidden states of all
+windows carried over.
 
 The attention, norms and dense layers are the stock transformers modules; the MoE block is ours, so that the experts run
 once for both the statistics and the layer's output.
@@ -7,6 +8,7 @@ once for both the statistics and the layer's output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.surgery.experts import MoeWeights, gating, load_moe
+from megatron_moe2dense.surgery.hidden import HiddenPlace, HiddenStates
 from megatron_moe2dense.surgery.source import MoeSource
 
 # Called once per forward of a MoE layer with (layer number, x_TD, weights of the block); returns the block's output [T, D].
@@ -66,6 +69,7 @@ class StreamedModel:
 
     def __init__(self, source: MoeSource, reader: CheckpointReader, compute: Compute):
         self._source, self._reader, self._compute = source, reader, compute
+        self._like = torch.empty(0, dtype=compute.dtype, device=compute.device)
         config = AutoConfig.from_pretrained(source.index.directory)
         self._gating = gating(source, config)
         with torch.device("meta"):
@@ -77,50 +81,74 @@ class StreamedModel:
         self._base.rotary_emb = type(self._base.rotary_emb)(config=config).to(compute.device)
         self._prefix = source.layer_prefix(0).removesuffix("layers.0.")
 
-    def _materialise(self, module: nn.Module, prefix: str) -> None:
-        like = torch.empty(0, dtype=self._compute.dtype, device=self._compute.device)
-        state = {name: self._reader.finite(prefix + name).to(like) for name in module.state_dict()}
-        module.load_state_dict(state, assign=True)
-
     @torch.no_grad()
-    def run(self, windows_BS: np.ndarray, moe_forward: MoeForward) -> Iterator[list[torch.Tensor]]:
-        """Yield the hidden states before layer 0 and after each layer: a list of [batch, S, D] on the CPU.
+    def run(
+        self, windows_BS: np.ndarray, moe_forward: MoeForward, place: HiddenPlace | None = None, start: int = 0
+    ) -> Iterator[HiddenStates]:
+        """Yield the hidden states before layer `start` and after each layer from there on; the next layer's weights are read meanwhile.
 
-        The list is one object, changed in place from layer to layer.
+        Args:
+            place: where the states live (None: in memory). start: the layer to go on at, from the file of an earlier run.
+
+        The yielded object is always the same one, advanced from layer to layer.
 
         Raises:
-            UserError: a tensor is missing or holds a NaN or infinite value.
+            UserError: a tensor is missing or holds a NaN or infinite value; a full disk.
         """
-        hidden, arguments = self._embed(windows_BS)
-        yield hidden
-        for number, layer in enumerate(self._layers):
-            self._load_layer(number, layer, moe_forward)
-            for i, x_BSD in enumerate(hidden):
-                y_BSD = layer(x_BSD.to(self._compute.device), **arguments[len(x_BSD)][number])
-                hidden[i] = y_BSD.cpu()
-            self._release(number, layer)
+        hidden, arguments = self._embed(windows_BS, place or HiddenPlace(), start)
+        with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+            weights = pool.submit(self._read_layer, start)
             yield hidden
+            for number, layer in list(enumerate(self._layers))[start:]:
+                self._assemble(number, layer, weights.result(), moe_forward)
+                weights = pool.submit(self._read_layer, number + 1)
+                for i, x_BSD in enumerate(hidden):
+                    hidden.put(i, layer(x_BSD.to(self._compute.device), **arguments[len(x_BSD)][number]))
+                self._release(number, layer)
+                hidden.advance(number + 1)
+                yield hidden
 
-    def _embed(self, windows_BS: np.ndarray) -> tuple[list[torch.Tensor], dict[int, list[dict[str, Any]]]]:
-        """Hidden states before layer 0, and what the stock model hands to each layer, by batch size (masks, positions)."""
+    def _embed(self, windows_BS: np.ndarray, place: HiddenPlace, start: int) -> tuple[HiddenStates, dict[int, list[dict[str, Any]]]]:
+        """Hidden states before layer `start`, and what the stock model hands to each layer, by batch size (masks, positions)."""
+        batch = self._compute.batch
         for name in ("embed_tokens", "norm"):
-            self._materialise(getattr(self._base, name), f"{self._prefix}{name}.")
-        hidden, arguments = [], {}
-        for start in range(0, len(windows_BS), self._compute.batch):
-            tokens_BS = torch.from_numpy(windows_BS[start : start + self._compute.batch]).to(self._compute.device)
+            module = getattr(self._base, name)
+            module.load_state_dict(self._read(f"{self._prefix}{name}.", list(module.state_dict())), assign=True)
+        shape = (*windows_BS.shape, self._source.dims.hidden_size)
+        hidden, arguments = HiddenStates(shape, self._compute.dtype, batch, place, start), {}
+        for i in range(len(hidden)):
+            tokens_BS = torch.from_numpy(windows_BS[i * batch : (i + 1) * batch]).to(self._compute.device)
+            if start and len(tokens_BS) in arguments:
+                continue
             self._base(input_ids=tokens_BS, use_cache=False)
-            hidden.append(self._recorders[0].calls[0][0].cpu())
-            arguments[len(tokens_BS)] = [recorder.calls.pop()[1] for recorder in self._recorders]
+            calls = [recorder.calls.pop() for recorder in self._recorders]
+            arguments[len(tokens_BS)] = [call[1] for call in calls]
+            if not start:
+                hidden.put(i, calls[0][0])
+        if not start:
+            hidden.advance(0)
         self._base.embed_tokens.to("meta")
         return hidden, arguments
 
-    def _load_layer(self, number: int, layer: Any, moe_forward: MoeForward) -> None:
+    def _read(self, prefix: str, names: list[str]) -> dict[str, torch.Tensor]:
+        return {name: self._reader.finite(prefix + name).to(self._like) for name in names}
+
+    def _read_layer(self, number: int) -> tuple[dict[str, torch.Tensor], MoeWeights | None]:
+        """Weights of a layer on the compute device: of the stock modules, and of the MoE block; nothing beyond the last layer."""
         source = self._source
+        if number == len(self._layers):
+            return {}, None
+        names, weights = list(self._layers[number].state_dict()), None
         if number in source.layers:
-            like = torch.empty(0, dtype=self._compute.dtype, device=self._compute.device)
-            weights = load_moe(source, self._reader, number, self._gating, like)
-            setattr(layer, source.spec.module, _MoeBlock(number, weights, moe_forward, source.spec.returns_scores))
-        self._materialise(layer, source.layer_prefix(number))
+            names = [name for name in names if not name.startswith(source.spec.module + ".")]
+            weights = load_moe(source, self._reader, number, self._gating, self._like)
+        return self._read(source.layer_prefix(number), names), weights
+
+    def _assemble(self, number: int, layer: Any, read: tuple[dict[str, torch.Tensor], MoeWeights | None], moe_forward: MoeForward) -> None:
+        state, weights = read
+        if weights is not None:
+            setattr(layer, self._source.spec.module, _MoeBlock(number, weights, moe_forward, self._source.spec.returns_scores))
+        layer.load_state_dict(state, assign=True)
 
     def _release(self, number: int, layer: Any) -> None:
         layer.to("meta")

@@ -45,7 +45,7 @@ def streamed(path: Path, statistic: str) -> tuple[list[torch.Tensor], dict[int, 
 
     with CheckpointReader(source.index) as reader:
         model = StreamedModel(source, reader, Compute(torch.device("cpu"), torch.float32, 2))
-        return [torch.cat(hidden) for hidden in model.run(WINDOWS, forward)], routings
+        return [torch.cat(list(hidden)) for hidden in model.run(WINDOWS, forward)], routings
 
 
 def stock_forward(path: Path) -> tuple[Any, dict[int, tuple[torch.Tensor, torch.Tensor]]]:

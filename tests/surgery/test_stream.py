@@ -30,7 +30,7 @@ def streamed(path: Path, statistic: str) -> list[torch.Tensor]:
 
     with CheckpointReader(source.index) as reader:
         model = StreamedModel(source, reader, Compute(torch.device("cpu"), torch.float32, 2))
-        return [torch.cat(hidden) for hidden in model.run(WINDOWS, forward)]
+        return [torch.cat(list(hidden)) for hidden in model.run(WINDOWS, forward)]
 
 
 @pytest.mark.parametrize(
