@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 BEGIN, END = "<!-- launch/table_pico.sh: begin -->", "<!-- launch/table_pico.sh: end -->"
-SCORES = ("sf", "pp", "mp", "cp", "reap", "acp", "do_acp", "d_optimal_mp", "random")
+SCORES = ("sf", "pp", "mp", "cp", "reap", "acp", "do_acp", "d_optimal_mp", "random", "random_1", "random_2")
 GROUPS = ("weight_cluster", "output_cluster", "router_cluster", "anchor", "round_robin")
-NAMES = {"d_optimal_mp": "`d_optimal`, importance `mp`"}
+NAMES = {"d_optimal_mp": "`d_optimal`, importance `mp`", "random_1": "`random`, seed 1", "random_2": "`random`, seed 2"}
 
 
 def table(perplexity: Mapping[str, float], rows: Sequence[str], columns: Sequence[str], head: str) -> str:
@@ -34,6 +34,8 @@ def main(records: Path, document: Path) -> None:
     text = "\n\n".join(
         [
             f"The MoE itself has perplexity {perplexity['MoE']:.1f} on the same {rows[0]['tokens']:,} held-out tokens.",
+            f"With the experts of `sf` and every alpha 0, so no FFN at all, it is {perplexity['sf-alpha_0.0']:.1f}; with every alpha 0.1 "
+            f"in place of 1/4, {perplexity['sf-alpha_0.1']:.1f}.",
             table(perplexity, SCORES, ("uniform", "proportional"), "scoring, K = G = 4 of 32"),
             table(perplexity, GROUPS, ("none", "hungarian"), "grouping, `sf`, K = 16 into G = 4, `align`:"),
         ]

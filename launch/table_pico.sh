@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Held-out perplexity of the pico example's dense models before distillation: scoring x scaling at K = G, and grouping x alignment at
-# K = 4 G. Writes both tables into docs/method.md. Everything else is written to out/table_pico.
+# K = 4 G. About ten minutes. Writes both tables into docs/method.md. Everything else is written to out/table_pico.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -23,6 +23,14 @@ for scale in uniform proportional; do
         convert "$score-$scale" score.method=$score scale.method=$scale
     done
     convert "d_optimal_mp-$scale" "score={method: d_optimal, importance: mp}" scale.method=$scale
+    for seed in 1 2; do
+        convert "random_$seed-$scale" "score={method: random, seed: $seed}" scale.method=$scale
+    done
+done
+for alpha in 0.0 0.1; do  # controls: the experts of sf at another scale, from an edited plan
+    sed -z 's/"scales": \[[^]]*\]/"scales": ['"$alpha, $alpha, $alpha, $alpha"']/g' $out/sf-uniform/plan.json > "$out/alpha_$alpha.json"
+    $moe2dense convert source=$model plan="$out/alpha_$alpha.json" output="$out/sf-alpha_$alpha"
+    models+=", sf-alpha_$alpha: $out/sf-alpha_$alpha"
 done
 for align in none hungarian; do
     for group in weight_cluster output_cluster router_cluster anchor round_robin; do

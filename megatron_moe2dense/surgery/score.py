@@ -72,7 +72,7 @@ def table(ranking: dict[str, Any], name: str) -> str:
     rows = []
     for layer in ranking["layers"]:
         share, rank_of_kept, experts = layer["routing_kept"], layer["effective_rank"], layer["experts"]
-        best = "  ".join(f"{expert} ({layer['scores'][expert]:.3g})" for expert in experts[:_SHOWN])
+        best = "  ".join(f"{expert} ({layer['scores'][expert]:#.3g})" for expert in experts[:_SHOWN])
         more = f"  and {len(experts) - _SHOWN} more" if len(experts) > _SHOWN else ""
         rows.append(
             [

@@ -67,7 +67,7 @@ def test_the_ranking_holds_what_the_table_shows(statistics: Path, tmp_path: Path
         eigenvalues = np.linalg.eigvalsh(stats["gram"][np.ix_(layer["experts"], layer["experts"])])
         shares = eigenvalues / eigenvalues.sum()
         assert layer["effective_rank"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-9)
-        assert f"{frequency.argmax()} ({frequency.max():.3g})" in text
+        assert f"{frequency.argmax()} ({frequency.max():#.3g})" in text
         assert layer["routing_kept"] == pytest.approx(np.sort(frequency)[-3:].sum() / frequency.sum())
 
 
