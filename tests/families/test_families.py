@@ -153,3 +153,19 @@ def test_an_unsupported_or_incomplete_config_is_refused(tmp_path: Path):
         family_of({key: value for key, value in QWEN3_30B_A3B.items() if key != "hidden_size"}, "config.json")
     with pytest.raises(UserError, match="dense family"):
         moe_family_of(CheckpointIndex.open(tiny_qwen3(tmp_path / "dense")).config, "config.json")
+
+
+def test_defaults_that_the_dense_class_does_not_share_are_written_out():
+    mixtral = FAMILIES["mixtral"]
+    config = {"model_type": "mixtral", "hidden_size": 64, "num_attention_heads": 4, "num_experts_per_tok": 2, "num_hidden_layers": 3}
+    assert mixtral.dense_config is not None
+    source, dense = transformers.MixtralConfig(**config), AutoConfig.for_model(**mixtral.dense_config(config, 96))
+    for name in ("sliding_window", "rms_norm_eps", "rope_parameters", "num_key_value_heads", "hidden_act"):
+        assert getattr(dense, name) == getattr(source, name), name
+
+    qwen2_moe = FAMILIES["qwen2_moe"]
+    config = {"model_type": "qwen2_moe", "use_sliding_window": True, "max_window_layers": 5, "num_hidden_layers": 8}
+    assert qwen2_moe.dense_config is not None
+    source, dense = transformers.Qwen2MoeConfig(**config), AutoConfig.for_model(**qwen2_moe.dense_config(config, 96))
+    for name in ("sliding_window", "layer_types", "rms_norm_eps", "rope_parameters", "hidden_act"):
+        assert getattr(dense, name) == getattr(source, name), name

@@ -46,7 +46,8 @@ def load_cleanly(path: Path, family: str) -> PreTrainedModel:
 
 def expert_output(block: Any, experts: list[int], weights: list[float], x: torch.Tensor) -> torch.Tensor:
     """f(x) of the weighted mean of these experts, float64, from the parameters as the stock class holds them."""
-    p = {name: sum(w * t[e].double() for e, w in zip(experts, weights, strict=True)) for name, t in block.experts.named_parameters()}
+    w_K = torch.tensor(weights, dtype=torch.float64)
+    p = {name: torch.einsum("k,k...->...", w_K, t[experts].double()) for name, t in block.experts.named_parameters()}
     if "down_proj_bias" in p:  # GPT-OSS
         gate_up = x @ p["gate_up_proj"] + p["gate_up_proj_bias"]
         limit = block.experts.limit
@@ -105,7 +106,7 @@ def test_inspect_calibrate_convert_and_load(family: str, tokens: str, tmp_path: 
     dense = load_cleanly(dense_of(path, tokens, tmp_path), family)
     assert dense.num_parameters() == facts["dense"]["parameters"]
     assert dense.config.intermediate_size == facts["dense"]["intermediate_size"]
-    assert dense.get_output_embeddings().weight is dense.get_input_embeddings().weight
+    assert dense.lm_head.weight is dense.model.embed_tokens.weight
     assert dense.dtype == torch.bfloat16
     for name in ASSETS:
         assert (tmp_path / "dense" / name).read_bytes() == (path / name).read_bytes()
@@ -135,10 +136,10 @@ def test_what_is_no_ffn_is_copied_bit_for_bit(family: str, tokens: str, tmp_path
 
 
 @torch.no_grad()
-def constant_routing(family: str, directory: Path, kept: dict[int, list[int]]) -> Path:
+def constant_routing(family: str, directory: Path, kept: dict[int, list[int]], config: dict[str, Any]) -> Path:
     """A MoE whose routers give every token the experts `kept[layer]` with equal gates: channel 0 of the residual stream is a constant
     that nothing changes, and the routers look at it alone."""
-    model = AutoModelForCausalLM.from_pretrained(tiny(family, directory))
+    model = AutoModelForCausalLM.from_pretrained(tiny(family, directory, **config))
     model.model.embed_tokens.weight[:, 0] = 5.0
     for number, layer in enumerate(model.model.layers):
         layer.post_attention_layernorm.weight[0] = 1.0
@@ -161,13 +162,24 @@ def constant_routing(family: str, directory: Path, kept: dict[int, list[int]]) -
     return directory
 
 
-@pytest.mark.parametrize("family", MOE)
-@pytest.mark.parametrize("score", ["sf", "do_acp"])
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in MOE),
+    ("deepseek_v2", {"q_lora_rank": 24, "first_k_dense_replace": 2, "intermediate_size": 80}),
+    ("mixtral", {"sliding_window": 6, "head_dim": 8}),
+    ("qwen2_moe", {"qkv_bias": False, "mlp_only_layers": [2]}),
+    ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3}),
+]
+
+
+@pytest.mark.parametrize(("family", "config"), VARIANTS, ids=[f"{family}-{'-'.join(config) or 'plain'}" for family, config in VARIANTS])
 @torch.no_grad()
-def test_where_all_tokens_use_the_kept_experts_equally_the_dense_model_is_the_moe(family: str, score: str, tokens: str, tmp_path: Path):
+def test_where_all_tokens_use_the_kept_experts_equally_the_dense_model_is_the_moe(
+    family: str, config: dict[str, Any], tokens: str, tmp_path: Path
+):
     kept = {0: [1, 6], 1: [0, 3], 2: [5, 7], 3: [2, 4]}
-    moe = constant_routing(family, tmp_path / "moe", kept)
-    dense = dense_of(moe, tokens, tmp_path, f"score.method={score}")
+    moe = constant_routing(family, tmp_path / "moe", kept, config)
+    dense = dense_of(moe, tokens, tmp_path)
+    load_cleanly(dense, family)
     plan = json.loads((dense / "plan.json").read_text())
     assert [sorted(layer["experts"]) for layer in plan["layers"]] == [kept[layer["layer"]] for layer in plan["layers"]]
     ours, theirs = (AutoModelForCausalLM.from_pretrained(path)(TEXT).logits for path in (dense, moe))
