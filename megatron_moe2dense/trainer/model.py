@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -58,9 +59,19 @@ class HeadlessGPT(GPTModel):
         return self.output_layer(hidden_SBD, weight=weight)[0]
 
     def vocab_shard(self, hidden_SBD: Tensor, vocab_size: int) -> VocabShard:
-        """The logits as a VocabShard with T = S * B tokens, sequence-major."""
-        logits = self.logits(hidden_SBD)
-        return VocabShard.of(logits.flatten(0, 1), vocab_size, self.pg_collection.tp)
+        """What a loss needs of the logits, T = S * B tokens, sequence-major.
+
+        As in the output layer, hidden states are gathered over sequence-parallel ranks, or their gradients summed over the group.
+        """
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        assert weight is not None
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=True, group=group)
+        else:
+            whole = copy_to_tensor_model_parallel_region(hidden_SBD, group=group)
+        return VocabShard.of(whole.flatten(0, 1), weight, vocab_size, group)
 
 
 def padded_vocabulary(vocab_size: int) -> int:

@@ -77,7 +77,7 @@ def _loss(models: Models, losses: Sequence[Loss], hidden: Tensor, against: tuple
         with torch.no_grad():
             shard = models.teacher.vocab_shard(next(teacher), models.vocab_size)
     student = models.student.vocab_shard(hidden, models.vocab_size)
-    totals = [(loss.per_token(student, shard, labels_T) * mask_T).sum() for loss in losses]
+    totals = [(loss.per_token(student, shard, labels_T, mask_T) * mask_T).sum() for loss in losses]
     count = mask_T.sum()
     # the schedule divides the returned loss in place, so the report gets its own copy
     return totals[0], count.to(torch.int), torch.stack([*totals, count]).detach().double()

@@ -19,20 +19,27 @@ def distill_all(configs: list[dict[str, Any]]) -> None:
         distill.run(build(DistillConfig, config, "the test"))
 
 
-def forward_kl(cases: list[dict[str, Any]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Loss and gradient with the vocabulary split over all processes. Returns [T] and [T, V] gathered, per case."""
+def loss_and_gradients(cases: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
+    """Loss per token, gradients of hidden states (summed over ranks) and of the whole head; the vocabulary is split over all processes."""
     from megatron_moe2dense.trainer.losses import losses
     from megatron_moe2dense.trainer.losses.shards import VocabShard
 
-    world, rank, results = dist.get_world_size(), dist.get_rank(), []
+    world, rank, results = (dist.get_world_size(), dist.get_rank(), []) if dist.is_initialized() else (1, 0, [])
+    group = dist.group.WORLD if world > 1 else None
     for case in cases:
-        student, teacher, vocab = case["student"], case["teacher"], case["vocab"]
-        mine = student.chunk(world, -1)[rank].clone().requires_grad_(True)
-        shards = [VocabShard.of(part, vocab, dist.group.WORLD) for part in (mine, teacher.chunk(world, -1)[rank].clone())]
-        loss_T = losses["forward_kl"](temperature=case["temperature"]).per_token(*shards, torch.zeros(len(student), dtype=torch.long))
-        (loss_T * case["weight"]).sum().backward()
-        assert mine.grad is not None
-        parts = [torch.empty_like(mine.grad) for _ in range(world)]
-        dist.all_gather(parts, mine.grad)
-        results.append((loss_T.detach(), torch.cat(parts, -1)))
+        hidden = case["hidden"].clone().requires_grad_(True)
+        head = case["head"].chunk(world)[rank].clone().requires_grad_(True)
+        student = VocabShard.of(hidden, head, case["vocab"], group)
+        teacher = VocabShard.of(case["teacher_hidden"], case["teacher_head"].chunk(world)[rank].clone(), case["vocab"], group)
+        loss = losses.build(case["loss"])
+        loss_T = loss.per_token(student, teacher if loss.needs_teacher else None, case["labels"], case["mask"])
+        ((loss_T * case["mask"]).sum() * case["scale"]).backward()
+        assert hidden.grad is not None
+        assert head.grad is not None
+        parts = [head.grad]
+        if world > 1:
+            dist.all_reduce(hidden.grad)
+            parts = [torch.empty_like(head.grad) for _ in range(world)]
+            dist.all_gather(parts, head.grad)
+        results.append({"loss": loss_T.detach(), "hidden": hidden.grad, "head": torch.cat(parts)})
     return results

@@ -1,78 +1,168 @@
-"""Forward KL, split over processes or not, against a plain float64 computation."""
+"""Every logit loss, split over processes or not, against a plain float64 computation by autograd."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from megatron_moe2dense.trainer.losses import losses
+from megatron_moe2dense.trainer.losses import LogitLoss, chunked, losses
 from megatron_moe2dense.trainer.losses.shards import VocabShard
 from tests.helpers.distributed import launch
+from tests.trainer.cases import loss_and_gradients
+
+TOKENS, HIDDEN = 7, 12
 
 
-def case(
-    scale: float = 3.0, vocab: int = 40, columns: int = 40, temperature: float = 1.0, dtype: torch.dtype = torch.float32
-) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(int(scale) + vocab)
-    student, teacher = (torch.randn(7, columns, generator=generator).mul(scale).to(dtype) for _ in range(2))
-    # padding columns hold garbage that must not matter
-    student[:, vocab:], teacher[:, vocab:] = 1e4, -1e4
-    mask = torch.tensor([1.0, 1, 0, 1, 0, 1, 1])
-    return {"student": student, "teacher": teacher, "vocab": vocab, "temperature": temperature, "weight": mask}
+def forward_kl(s: Tensor, t: Tensor, _labels: Tensor) -> Tensor:
+    return (t.softmax(-1) * (t.log_softmax(-1) - s.log_softmax(-1))).sum(-1)
 
 
-CASES = {
-    "plain": case(),
-    "temperature": case(temperature=2.5),
-    "padded vocabulary": case(vocab=33),
-    "a rank of padding only": case(vocab=17),
-    "extreme logits": case(scale=1e4),
-    "bfloat16 logits": case(dtype=torch.bfloat16),
+def reverse_kl(s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    return forward_kl(t, s, labels)
+
+
+def jensen_shannon(s: Tensor, t: Tensor, _labels: Tensor) -> Tensor:
+    p, q = s.softmax(-1), t.softmax(-1)
+    middle = (p + q) / 2
+    return sum((x * torch.where(x > 0, (x / middle).log(), 0.0)).sum(-1) for x in (p, q)) / 2  # type: ignore[return-value]
+
+
+def cross_entropy(s: Tensor, _t: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(s, labels, reduction="none")
+
+
+FORMULAS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+    "cross_entropy": cross_entropy,
+}
+INPUTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "temperature": {"temperature": 2.5},
+    "padded vocabulary": {"vocab": 33},
+    "a rank of padding only": {"vocab": 17},
+    "large logits": {"size": 30.0},
+    "no token counts": {"mask": torch.zeros(TOKENS)},
+    "bfloat16": {"dtype": torch.bfloat16},
 }
 
 
-def reference(case: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    student = case["student"].double().requires_grad_(True)
-    s, t = (x[:, : case["vocab"]] / case["temperature"] for x in (student, case["teacher"].double()))
-    kl_T = torch.nn.functional.kl_div(s.log_softmax(-1), t.log_softmax(-1), log_target=True, reduction="none").sum(-1)
-    loss_T = kl_T * case["temperature"] ** 2
-    (loss_T * case["weight"]).sum().backward()
-    assert student.grad is not None
-    return loss_T.detach(), student.grad
+def make(method: str, vocab: int = 40, temperature: float = 1.0, size: float = 1.0, **options: Any) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(vocab)
+    dtype = options.get("dtype", torch.float32)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    head, teacher_head = draw(40, HIDDEN), draw(40, HIDDEN)
+    head[vocab:], teacher_head[vocab:] = 1e4, -1e4  # garbage in padding rows must not matter
+    block = {"method": method} | ({"temperature": temperature} if method != "cross_entropy" else {})
+    return {
+        "loss": block,
+        "vocab": vocab,
+        "hidden": draw(TOKENS, HIDDEN) * size,
+        "head": head,
+        "teacher_hidden": draw(TOKENS, HIDDEN) * size,
+        "teacher_head": teacher_head,
+        "labels": torch.randint(0, vocab, (TOKENS,), generator=generator),
+        "mask": options.get("mask", torch.tensor([1.0, 1, 0, 1, 0, 1, 1])),
+        "scale": 0.7,
+    }
 
 
-def assert_equal(found: tuple[torch.Tensor, torch.Tensor], case: dict[str, Any]) -> None:
-    loss_T, grad_TV = reference(case)
-    # float32 logits of size 1e4 carry an error of 1e-3 themselves
-    torch.testing.assert_close(found[0].double(), loss_T, rtol=2e-5, atol=1e-6 * case["student"][:, : case["vocab"]].abs().max().item())
-    half = found[1].dtype == torch.bfloat16
-    torch.testing.assert_close(found[1].double(), grad_TV, rtol=1e-2 if half else 1e-4, atol=1e-3 if half else 2e-6)
-    assert (found[1][:, case["vocab"] :] == 0).all(), "padding columns must have no gradient"
+CASES = {f"{method}, {name}": make(method, **options) for method, (name, options) in itertools.product(FORMULAS, INPUTS.items())}
+
+
+def reference(case: dict[str, Any]) -> dict[str, Tensor]:
+    hidden, head = case["hidden"].double().requires_grad_(True), case["head"].double().requires_grad_(True)
+    temperature = case["loss"].get("temperature", 1.0)
+    s = (hidden @ head[: case["vocab"]].t()) / temperature
+    t = (case["teacher_hidden"].double() @ case["teacher_head"][: case["vocab"]].double().t()) / temperature
+    loss_T = FORMULAS[case["loss"]["method"]](s, t, case["labels"]) * temperature**2
+    ((loss_T * case["mask"]).sum() * case["scale"]).backward()
+    assert hidden.grad is not None
+    assert head.grad is not None
+    return {"loss": loss_T.detach(), "hidden": hidden.grad, "head": head.grad}
+
+
+def assert_equal(found: dict[str, Tensor], case: dict[str, Any]) -> None:
+    expected = reference(case)
+    # a few roundings of the largest logit; in bfloat16 the logits themselves are rounded
+    hidden, head = case["hidden"].float(), case["head"][: case["vocab"]].float()
+    largest = float((hidden @ head.t()).abs().max())
+    tolerance = 3e-2 if case["hidden"].dtype == torch.bfloat16 else max(2e-5, 4 * torch.finfo(torch.float32).eps * largest)
+    # an error in the logits' gradient reaches each of the two gradients times the other factor
+    factors = {"loss": 1.0, "hidden": float(head.abs().max()), "head": float(hidden.abs().max())}
+    for name, value in expected.items():
+        scale = max(1.0, float(value.abs().max()), factors[name])
+        assert (found[name].double() - value).abs().max() < tolerance * scale, name
+    assert (found["head"][case["vocab"] :] == 0).all(), "padding rows must have no gradient"
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_forward_kl_equals_float64_on_one_process(name: str):
-    item = CASES[name]
-    student = item["student"].clone().requires_grad_(True)
-    shards = [VocabShard.of(x, item["vocab"], None) for x in (student, item["teacher"])]
-    loss_T = losses["forward_kl"](temperature=item["temperature"]).per_token(*shards, torch.zeros(7, dtype=torch.long))
-    (loss_T * item["weight"]).sum().backward()
-    assert student.grad is not None
-    assert_equal((loss_T.detach(), student.grad), item)
+def test_a_loss_equals_float64_on_one_process(name: str):
+    assert_equal(loss_and_gradients([CASES[name]])[0], CASES[name])
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("processes", [2, 4])
-def test_forward_kl_is_the_same_over_tensor_parallel_ranks(processes: int):
-    for found, item in zip(launch(processes, "tests.trainer.cases:forward_kl", list(CASES.values())), CASES.values(), strict=True):
-        assert_equal(found, item)
+def test_a_loss_is_the_same_over_tensor_parallel_ranks(processes: int):
+    found = launch(processes, "tests.trainer.cases:loss_and_gradients", list(CASES.values()))
+    for result, case in zip(found, CASES.values(), strict=True):
+        assert_equal(result, case)
+
+
+def test_the_formulas_cover_the_registry():
+    assert {name for name in losses if issubclass(losses[name], LogitLoss)} == set(FORMULAS)
+
+
+@pytest.mark.parametrize("method", FORMULAS)
+def test_chunks_do_not_change_the_result(method: str, monkeypatch: pytest.MonkeyPatch):
+    whole = loss_and_gradients([CASES[f"{method}, plain"]])[0]
+    monkeypatch.setattr(chunked, "_chunks", lambda tokens, _columns: [slice(i, i + 2) for i in range(0, tokens, 2)])
+    for name, value in loss_and_gradients([CASES[f"{method}, plain"]])[0].items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_extreme_logits_stay_finite(size: float):
+    """One logit of 10,000 above all others, in the student, the teacher, and both."""
+    for student, teacher in itertools.product((0.0, size), repeat=2):
+        head = torch.eye(4)
+        row = torch.tensor([[1.0, 0, 0, 0]])
+        shards = [VocabShard.of((row * x).requires_grad_(True), head, 4, None) for x in (student, teacher)]
+        for method in ("forward_kl", "cross_entropy", "jensen_shannon", "reverse_kl"):
+            loss_T = losses[method]().per_token(shards[0], shards[1], torch.tensor([1]), torch.ones(1))
+            assert torch.isfinite(loss_T).all()
+
+
+def test_equal_distributions_have_no_divergence_and_no_gradient():
+    case = {**CASES["forward_kl, plain"], "teacher_hidden": CASES["forward_kl, plain"]["hidden"]}
+    case["teacher_head"] = case["head"]
+    for method in ("forward_kl", "reverse_kl", "jensen_shannon"):
+        found = loss_and_gradients([{**case, "loss": {"method": method}}])[0]
+        assert found["loss"].abs().max() < 1e-5
+        assert found["head"].abs().max() < 1e-5
 
 
 def test_inputs_are_left_alone():
-    item = case()
-    student, teacher = item["student"].clone(), item["teacher"].clone()
-    losses["forward_kl"]().per_token(VocabShard.of(student, 40, None), VocabShard.of(teacher, 40, None), torch.zeros(7))
-    assert torch.equal(student, item["student"])
-    assert torch.equal(teacher, item["teacher"])
+    case = CASES["forward_kl, plain"]
+    before = {name: value.clone() for name, value in case.items() if isinstance(value, Tensor)}
+    loss_and_gradients([case])
+    assert all(torch.equal(value, case[name]) for name, value in before.items())
+
+
+def test_another_weighting_than_the_mask_is_an_error():
+    """The gradient is formed with the mask in the forward pass; anything else would be silently wrong."""
+    case = CASES["forward_kl, plain"]
+    student = VocabShard.of(case["hidden"].clone().requires_grad_(True), case["head"].clone(), 40, None)
+    teacher = VocabShard.of(case["teacher_hidden"], case["teacher_head"], 40, None)
+    loss_T = losses["forward_kl"]().per_token(student, teacher, case["labels"], case["mask"])
+    with pytest.raises(AssertionError, match="multiple"):
+        (loss_T * torch.arange(TOKENS)).sum().backward()

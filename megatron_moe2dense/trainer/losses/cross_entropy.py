@@ -1,28 +1,32 @@
-"""Next-token cross-entropy, vocabulary-parallel, through Megatron-Core's own function."""
+"""Next-token cross-entropy, vocabulary-parallel: plain language modelling."""
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from megatron_moe2dense.trainer.losses import Loss, losses
-from megatron_moe2dense.trainer.losses.shards import VocabShard
+from megatron_moe2dense.trainer.losses import LogitLoss, losses
+from megatron_moe2dense.trainer.losses.chunked import Chunk
+from megatron_moe2dense.trainer.losses.shards import log_partition, total
 
 
 @losses.register("cross_entropy")
-class CrossEntropy(Loss):
-    """Plain language modelling: -log p(next token)."""
+class CrossEntropy(LogitLoss):
+    """-log p(next token); gradient p - 1[next token]."""
 
-    needs_teacher: ClassVar[bool] = False
+    @property
+    def needs_teacher(self) -> bool:
+        """It looks at labels alone."""
+        return False
 
-    def per_token(self, student: VocabShard, teacher: VocabShard | None, labels_T: Tensor) -> Tensor:  # noqa: ARG002
-        """Nats per token, [T]. Padding columns are pushed to the lowest float32, so they take no probability."""
-        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy  # here, because configs import this file
-
-        logits_TV = student.logits_TV.to(torch.float32, copy=True)  # Megatron's function works in place
-        if student.valid < logits_TV.shape[-1]:
-            padding = torch.arange(logits_TV.shape[-1], device=logits_TV.device) >= student.valid
-            logits_TV = logits_TV.masked_fill(padding, torch.finfo(torch.float32).min)
-        return vocab_parallel_cross_entropy(logits_TV[:, None], labels_T[:, None])[:, 0]
+    def of_chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Nats per token and their gradient."""
+        lse_T = log_partition(chunk.student_TV, chunk.group)
+        columns_T = chunk.labels_T - chunk.start
+        mine_T = ((columns_T >= 0) & (columns_T < chunk.student_TV.shape[-1])).nonzero()[:, 0]
+        here = (mine_T, columns_T[mine_T])
+        label_logit_T = torch.zeros_like(lse_T)
+        label_logit_T[mine_T] = chunk.student_TV[here]
+        grad_TV = torch.exp(chunk.student_TV - lse_T[:, None])
+        grad_TV[here] -= 1.0
+        return lse_T - total(label_logit_T[None], chunk.group)[0], grad_TV

@@ -1,4 +1,4 @@
-"""A tensor-parallel rank's columns of the logits, and the float32 sums over the whole vocabulary that losses need."""
+"""What a tensor-parallel rank knows of the logits: hidden states, its rows of the LM head, and sums over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Columns `start .. start + valid` of the vocabulary; further columns of `logits_TV` are padding and never count.
+    """Logits that are never held as a whole: `hidden_TD @ weight_VD.T`, of which `valid` columns are vocabulary.
 
     Attributes:
-        logits_TV: [T, local columns], any float type.
-        start: vocabulary number of the first column. valid: real columns, 0 on a rank that holds padding only.
+        hidden_TD: final hidden states of T tokens, the same on all ranks of the group.
+        weight_VD: this rank's rows of the LM head, padding rows included.
+        start: vocabulary number of the first row. valid: rows that are no padding, 0 on a rank that holds padding only.
         group: the tensor-parallel process group, None for a single process.
     """
 
-    logits_TV: Tensor
+    hidden_TD: Tensor
+    weight_VD: Tensor
     start: int
     valid: int
     group: dist.ProcessGroup | None
 
     @classmethod
-    def of(cls, logits_TV: Tensor, vocab_size: int, group: dist.ProcessGroup | None) -> VocabShard:
-        """This rank's shard: equal columns on all ranks, padded to `vocab_size` rounded up."""
-        rank = dist.get_rank(group) if group is not None else 0
-        columns = logits_TV.shape[-1]
-        start = rank * columns
-        return cls(logits_TV, start, max(0, min(columns, vocab_size - start)), group)
+    def of(cls, hidden_TD: Tensor, weight_VD: Tensor, vocab_size: int, group: dist.ProcessGroup | None) -> VocabShard:
+        """This rank's shard: the vocabulary, padded, in equal parts over the ranks."""
+        rank, rows = (dist.get_rank(group) if group is not None else 0), weight_VD.shape[0]
+        start = rank * rows
+        return cls(hidden_TD, weight_VD, start, max(0, min(rows, vocab_size - start)), group)
 
-    def real(self) -> Tensor:
-        """Only the columns that are vocabulary, [T, valid]."""
-        return self.logits_TV[:, : self.valid]
+    def logits(self, tokens: slice) -> Tensor:
+        """float32 logits of some tokens over the real columns, [tokens, valid]; computed in the weights' type."""
+        return (self.hidden_TD[tokens] @ self.weight_VD[: self.valid].t()).float()
 
 
 def gather(stats_NT: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -47,7 +48,7 @@ def gather(stats_NT: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def shifted_exp(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """max_T and exp(logits - max), float32. A shard without columns has max -inf, so it adds nothing to any sum."""
+    """max_T and exp(logits - max). A shard without columns has max -inf, so it adds nothing to any sum."""
     if logits_TV.shape[-1] == 0:
         return logits_TV.new_full(logits_TV.shape[:1], -torch.inf), logits_TV
     max_T = logits_TV.amax(-1)
@@ -58,3 +59,16 @@ def combine(max_RT: Tensor, sums_RT: Tensor) -> tuple[Tensor, Tensor]:
     """Shifted sums of R ranks, each relative to its own maximum, to (overall max_T, sum_T relative to it)."""
     max_T = max_RT.amax(0)
     return max_T, (sums_RT * torch.exp(max_RT - max_T)).sum(0)
+
+
+def log_partition(logits_TV: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """log-sum-exp over the whole vocabulary, [T]; two numbers per token are exchanged."""
+    max_T, exp_TV = shifted_exp(logits_TV)
+    gathered = gather(torch.stack([max_T, exp_TV.sum(-1)]), group)
+    top_T, sum_T = combine(gathered[:, 0], gathered[:, 1])
+    return top_T + sum_T.log()
+
+
+def total(values_NT: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Plain sums over the ranks, [N, T]."""
+    return gather(values_NT, group).sum(0)

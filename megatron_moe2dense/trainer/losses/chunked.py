@@ -1,0 +1,83 @@
+"""The one autograd function of all logit losses: LM head and loss together, a chunk of tokens at a time.
+
+The gradient of a chunk is formed in the forward pass, while its logits are there: four GEMMs in all (student and teacher logits,
+gradients of hidden states and of the head), no recomputation, and no [T, V] tensor ever exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_moe2dense.trainer.losses.shards import VocabShard
+
+if TYPE_CHECKING:
+    from megatron_moe2dense.trainer.losses import LogitLoss
+
+# float32 copies of a chunk's logits that a loss holds at once, and the bytes they may take together.
+_COPIES, _CHUNK_BYTES = 6, 192 * 1024**2
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The logits of some tokens, float32, real columns only; a loss may overwrite them.
+
+    student_TV, teacher_TV: [tokens, valid]; the teacher is None for losses without one. labels_T: vocabulary numbers.
+    start: vocabulary number of column 0. group: over which the vocabulary is split.
+    """
+
+    student_TV: Tensor
+    teacher_TV: Tensor | None
+    labels_T: Tensor
+    start: int
+    group: dist.ProcessGroup | None
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, mask_T: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+        student, teacher, labels_T, loss = inputs
+        wants_gradient = any(ctx.needs_input_grad[:2])
+        loss_T = torch.empty(len(hidden_TD), dtype=torch.float32, device=hidden_TD.device)
+        head_VD = weight_VD[: student.valid]
+        grad_hidden_TD = torch.zeros_like(hidden_TD) if wants_gradient else None
+        grad_head_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_gradient else None
+        for tokens in _chunks(len(hidden_TD), max(student.valid, 1)):
+            teacher_TV = teacher.logits(tokens) if teacher is not None else None
+            chunk = Chunk(student.logits(tokens), teacher_TV, labels_T[tokens], student.start, student.group)
+            loss_T[tokens], grad_TV = loss.of_chunk(chunk)
+            if grad_hidden_TD is not None and grad_head_VD is not None:
+                grad_TV = grad_TV.mul_(mask_T[tokens, None]).to(weight_VD.dtype)
+                grad_hidden_TD[tokens] = grad_TV @ head_VD
+                part_VD = grad_TV.t() @ hidden_TD[tokens]
+                grad_head_VD[: student.valid] += part_VD
+        if wants_gradient:
+            ctx.save_for_backward(grad_hidden_TD, grad_head_VD, mask_T)
+            ctx.weight_dtype = weight_VD.dtype
+        return loss_T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad_hidden_TD, grad_head_VD, mask_T = ctx.saved_tensors
+        scale = (grads[0] @ mask_T) / (mask_T @ mask_T).clamp_min(1e-30)
+        assert torch.allclose(grads[0], scale * mask_T), "the gradient was formed for a multiple of (loss * mask).sum()"
+        return grad_hidden_TD * scale, (grad_head_VD * scale).to(ctx.weight_dtype), None, None
+
+
+def _chunks(tokens: int, columns: int) -> list[slice]:
+    size = max(32, _CHUNK_BYTES // (4 * _COPIES * columns))
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def per_token(loss: LogitLoss, shards: tuple[VocabShard, VocabShard | None], labels_T: Tensor, mask_T: Tensor) -> Tensor:
+    """Nats per token, float32 [T], unmasked; differentiable only as a multiple of `(result * mask_T).sum()`."""
+    student, teacher = shards
+    if teacher is not None:
+        assert (student.start, student.valid) == (teacher.start, teacher.valid), "teacher and student shard the vocabulary differently"
+    result = _ChunkedLoss.apply(student.hidden_TD, student.weight_VD, mask_T, (student, teacher, labels_T, loss))
+    assert isinstance(result, Tensor)
+    return result
