@@ -2,13 +2,16 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench format
+.PHONY: quickstart test lint bench format chaos
 
 quickstart: .venv/.installed-train-plot  ## a trained MoE becomes a distilled dense model, in out/quickstart
 	launch/quickstart_cpu.sh
 
 test: .venv/.installed-dev  ## all tests, in two processes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+
+chaos: .venv/.installed-dev  ## every stage killed at random moments (20 times each in surgery) and resumed
+	MOE2DENSE_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/surgery/test_kills.py tests/trainer/test_resume.py
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -115,6 +115,7 @@ class ShardWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._pending: deque[tuple[Future[None], int]] = deque()
         self._pending_bytes = 0
+        self._error: BaseException | None = None
         self._files: list[int] = []
         self._places: dict[str, tuple[int, int, TensorSpec]] = {}
 
@@ -179,8 +180,18 @@ class ShardWriter:
     def _submit(self, task: Callable[[], None], nbytes: int) -> None:
         while self._pending and (self._pending[0][0].done() or self._pending_bytes + nbytes > self._limit):
             self._settle_oldest()
-        self._pending.append((self._thread.submit(task), nbytes))
+        self._pending.append((self._thread.submit(self._unless_failed, task), nbytes))
         self._pending_bytes += nbytes
+
+    def _unless_failed(self, task: Callable[[], None]) -> None:
+        """Once a write has failed nothing goes on behind it: a mark must not claim what is not on disk."""
+        if self._error is not None:
+            raise self._error
+        try:
+            task()
+        except BaseException as error:
+            self._error = error
+            raise
 
     def _settle_oldest(self) -> None:
         future, nbytes = self._pending.popleft()

@@ -83,6 +83,7 @@ class ConvertConfig(Config):
     outputs: dict[str, str] | None = key(
         None, "several outputs in one pass over the source, {directory: plan.json, ...}; takes the place of output and plan", min_length=1
     )
+    shard_size: Bytes = key("4GiB", "largest .safetensors file of an output", "bytes", gt=0)
     memory_budget: Bytes = key("4GiB", "memory for layers in the making and waiting writes; the plan needs a part of it", "bytes", gt=0)
     overwrite: bool = key(False, "replace an existing output")
 

@@ -38,7 +38,7 @@ def run(config: ConvertConfig) -> None:
             for job, plan in pending if len(jobs) > 1 and pending else jobs:
                 facts = {"source": source.facts(), "plan_hash": plan.hash()}
                 directory = output_directory(Path(str(job.output)), "convert", job.model_dump(mode="json"), **facts)
-                outputs.append(DenseOutput(plan, stack.enter_context(directory)))
+                outputs.append(DenseOutput(plan, stack.enter_context(directory), job.shard_size))
             write_dense(source, reader, outputs, config.memory_budget)
     for job, plan in jobs:
         parameters, nbytes = dense_size(source, plan.groups)

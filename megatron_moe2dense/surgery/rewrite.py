@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_moe2dense.checkpoint.assets import copy_assets
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
-from megatron_moe2dense.checkpoint.shards import ShardWriter, shards_of
+from megatron_moe2dense.checkpoint.shards import SHARD_BYTES, ShardWriter, shards_of
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import read_json, write_json
@@ -31,17 +31,18 @@ _CHUNK = 4 * 1024**2  # bytes of one piece of a copied tensor
 
 @dataclass
 class DenseOutput:
-    """One dense checkpoint in the making. directory: its working directory. done: steps that are on disk."""
+    """One dense checkpoint in the making. directory: its working directory. shard_bytes: of its largest file. done: steps on disk."""
 
     plan: ConversionPlan
     directory: Path
+    shard_bytes: int = SHARD_BYTES
     done: int = 0
     steps: list[Step] = field(default_factory=list)
 
     def prepare(self, source: MoeSource, queue_bytes: int) -> ShardWriter:
         """Lay out the files and find out how far an earlier run came."""
         self.steps = dense_steps(source, self.plan.groups)
-        shards = shards_of([spec for step in self.steps for spec in (*step.copied, *step.made)])
+        shards = shards_of([spec for step in self.steps for spec in (*step.copied, *step.made)], self.shard_bytes)
         content = [source.fingerprint, self.plan.hash(), [shard.header().decode("latin-1") for shard in shards]]
         self._identity = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         path = self.directory / PROGRESS_FILE

@@ -102,6 +102,31 @@ def test_a_full_disk_is_a_user_error(call: str, tmp_path: Path, monkeypatch: pyt
         write()
 
 
+def test_after_a_failed_write_no_mark_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    reached: list[int] = []
+    real, calls = os.pwrite, []
+
+    def second_fails(*arguments: object) -> int:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "pwrite", second_fails)
+    shards = shards_of([TensorSpec(f"t{i}", "F32", (100,)) for i in range(4)])
+
+    def write() -> None:
+        with ShardWriter(tmp_path, shards, 10**6) as writer:
+            for i in range(4):
+                writer.write(f"t{i}", torch.ones(100))
+                writer.mark(lambda i=i: reached.append(i))
+            writer.finish()
+
+    with pytest.raises(UserError, match="No space left"):
+        write()
+    assert reached == [0]
+
+
 BITS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E5M2": torch.float8_e5m2}
 BITS["F8_E4M3"] = torch.float8_e4m3fn
 

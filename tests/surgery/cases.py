@@ -1,0 +1,50 @@
+"""What the tests run in several processes at once (tests/helpers/distributed.py: launch)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_moe2dense.cli import main
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.surgery.resume import Resume
+
+
+class InterruptedRunError(Exception):
+    """What ends a run in the middle, on every rank."""
+
+
+def calibrate_on_two_ranks(arguments: list[str], folder: str) -> list[str]:
+    """Calibrate straight, spilling, and interrupted and resumed; more ranks than batches. Returns what was refused, from all ranks."""
+    main(["calibrate", *arguments, f"output={folder}/straight"])
+    main(["calibrate", *arguments, f"output={folder}/spilled", "memory_budget=1"])
+    with pytest.MonkeyPatch.context() as patch:
+        finish_layer = Resume.finish_layer
+
+        def interrupted(self: Resume, layer: int, *rest: object) -> None:
+            finish_layer(self, layer, *rest)  # type: ignore[arg-type]
+            if layer == 1:
+                raise InterruptedRunError
+
+        patch.setattr(Resume, "finish_layer", interrupted)
+        with pytest.raises(InterruptedRunError):
+            main(["calibrate", *arguments, f"output={folder}/resumed"])
+    assert not Path(folder, "resumed").exists()
+    main(["calibrate", *arguments, f"output={folder}/resumed"])
+    messages = [refusal([*arguments, f"output={folder}/straight"]), refusal([*arguments, f"output={folder}/x", "batch_tokens=100000"])]
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, messages)
+    return [message for messages in everyone for message in messages]
+
+
+def refusal(arguments: list[str]) -> str:
+    """The message of the UserError that a calibration must end in."""
+    from megatron_moe2dense.common.config import load
+    from megatron_moe2dense.surgery.calibrate import run
+    from megatron_moe2dense.surgery.config import CalibrateConfig
+
+    with pytest.raises(UserError) as caught:
+        run(load(CalibrateConfig, None, arguments))
+    return str(caught.value)

@@ -1,0 +1,55 @@
+"""Killed with SIGKILL at random moments and started again, calibrate and convert end with the bytes of an undisturbed run, and
+nothing that is half done ever stands in the place of an output. `MOE2DENSE_KILLS` sets how often (`make chaos`: 20)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_moe2dense.cli import main
+from tests.helpers.distributed import ROOT, environment
+from tests.helpers.tiny_models import tiny_qwen3_moe, write_tokens
+from tests.surgery.conftest import calibration
+
+KILLS = int(os.environ.get("MOE2DENSE_KILLS", "5"))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MoE of more layers than the others, its tokens, statistics and two plans."""
+    root = tmp_path_factory.mktemp("kills")
+    tiny_qwen3_moe(root / "moe", dtype="bfloat16", num_hidden_layers=12, max_shard_size="300KB")
+    write_tokens(root / "tokens", 32 * 24)
+    main(["calibrate", *calibration(root / "moe", str(root / "tokens"), root / "statistics")])
+    for name, options in (("a", ["score.method=sf"]), ("b", ["keep=4", "group.method=round_robin"])):
+        main(["convert", f"source={root / 'moe'}", f"statistics={root / 'statistics'}", f"output={root / name}", *options])
+    return root
+
+
+def kill(arguments: list[str], *outputs: Path) -> None:
+    job = json.dumps({"arguments": arguments, "outputs": [str(output) for output in outputs], "kills": KILLS})
+    command = [sys.executable, "-m", "tests.surgery.kills", job]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout.splitlines()[-1])["kills"] == KILLS
+
+
+@pytest.mark.parametrize("memory_budget", ["8GiB", "1B"], ids=["in_memory", "on_disk"])
+def test_a_killed_calibration_ends_with_the_same_bytes(memory_budget: str, inputs: Path, tmp_path: Path):
+    arguments = calibration(inputs / "moe", str(inputs / "tokens"), tmp_path / "statistics")
+    kill(["calibrate", *arguments, "batch_tokens=128", f"memory_budget={memory_budget}"], tmp_path / "statistics")
+
+
+def test_a_killed_conversion_ends_with_the_same_bytes(inputs: Path, tmp_path: Path):
+    arguments = [f"source={inputs / 'moe'}", f"statistics={inputs / 'statistics'}", f"output={tmp_path / 'dense'}", "shard_size=100KB"]
+    kill(["convert", *arguments], tmp_path / "dense")
+
+
+def test_a_killed_conversion_to_several_outputs_ends_with_the_same_bytes(inputs: Path, tmp_path: Path):
+    plans = {str(tmp_path / name): str(inputs / name / "plan.json") for name in ("a", "b")}
+    kill(["convert", f"source={inputs / 'moe'}", f"outputs={json.dumps(plans)}"], tmp_path / "a", tmp_path / "b")
