@@ -26,6 +26,13 @@ def stored_values(info: TensorInfo) -> int:
     return values
 
 
+def require_numbers(scales: torch.Tensor, where: str) -> None:
+    """UserError when an exponent is 255, which stands for NaN."""
+    count = int((scales == _NAN).sum())
+    if count:
+        raise UserError(f"{where}: {count} MXFP4 exponents of 255 (NaN)", "finite weights", "download the checkpoint again")
+
+
 def decode(blocks: torch.Tensor, scales: torch.Tensor, where: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Blocks [..., N, 16] and scales [..., N], both uint8, to values [..., 32 * N] in `dtype`.
 
@@ -37,8 +44,7 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor, where: str, dtype: torch.
     """
     if blocks.is_meta:
         return torch.empty(*scales.shape[:-1], 32 * scales.shape[-1], dtype=dtype, device="meta")
-    if bool((scales == _NAN).any()):
-        raise UserError(f"{where}: {int((scales == _NAN).sum())} MXFP4 exponents of 255 (NaN)", "finite weights", "download it again")
+    require_numbers(scales, where)
     work = torch.promote_types(dtype, torch.float32)
     # 2^-127 is subnormal in float32 and still exact; products with the codes are exact as well.
     exponents = torch.arange(_BIAS + 128, dtype=torch.float64) - _BIAS

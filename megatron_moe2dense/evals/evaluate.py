@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_moe2dense.checkpoint.index import DTYPE_BYTES, CheckpointIndex
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.checkpoint.mxfp4 import stored_values
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
@@ -179,17 +181,19 @@ def _batch_windows(config: EvalConfig, windows_NS: np.ndarray) -> int:
 
 
 def _parameters(index: CheckpointIndex) -> int:
-    return sum(info.nbytes // DTYPE_BYTES[info.dtype] for info in index.tensors.values())
+    return sum(stored_values(info) for info in index.tensors.values())
 
 
 def _active_parameters(index: CheckpointIndex) -> int:
     """Parameters a token goes through: of E routed experts only the A selected ones, where the family is known."""
     spec, total = FAMILIES.get(str(index.config.get("model_type"))), _parameters(index)
-    if spec is None:
+    layers = () if spec is None else spec.moe_layers(index.config)
+    if spec is None or not layers:
         return total
     dims = spec.dims(index.config)
-    idle = (dims.experts - dims.active) * 3 * dims.hidden_size * dims.expert_width
-    return total - len(spec.moe_layers(index.config)) * idle
+    shapes = spec.moe[0].experts.shapes(layers[0], dims.hidden_size, dims.expert_width, dims.experts)
+    experts = sum(prod(shape) for shape in shapes.values())
+    return total - len(layers) * experts * (dims.experts - dims.active) // dims.experts
 
 
 def _plan_hash(directory: Path) -> str | None:

@@ -21,7 +21,15 @@ from megatron_moe2dense.surgery.observe import Observer, chunk_tokens, runs_ever
 from megatron_moe2dense.surgery.ranks import Ranks, joined
 from megatron_moe2dense.surgery.resume import Resume
 from megatron_moe2dense.surgery.source import MoeSource
-from megatron_moe2dense.surgery.stats import SHARED_GATE_STATISTICS, STATISTICS, STATS_FILE, LayerStats, chosen_statistics, save_stats
+from megatron_moe2dense.surgery.stats import (
+    SHARED_GATE_STATISTICS,
+    STATISTICS,
+    STATS_FILE,
+    LayerStats,
+    Statistic,
+    chosen_statistics,
+    save_stats,
+)
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
 from megatron_moe2dense.tokens.indexed import windows
 
@@ -60,7 +68,7 @@ def run(config: CalibrateConfig) -> None:
 
 def calibrate(source: MoeSource, windows_BS: np.ndarray, names: tuple[str, ...], compute: Compute, job: Job) -> dict[int, LayerStats]:
     """The statistics `names` of every MoE layer, by layer number, over the windows of all ranks; `windows_BS` are this one's."""
-    observer = Observer(source, (*names, *(SHARED_GATE_STATISTICS if source.tensors.shared_gate is not None else ())))
+    observer = Observer(source, (*names, *_of_shared_gate(source)))
     resume = job.resume
     finished = [layer for layer in source.layers if layer < resume.start]
     sums = {layer: resume.sums(layer) for layer in finished}
@@ -116,6 +124,11 @@ def _data_facts(windows_BS: np.ndarray) -> dict[str, Any]:
     return {"sequences": len(windows_BS), "sequence_length": windows_BS.shape[1], "tokens": windows_BS.size}
 
 
+def _of_shared_gate(source: MoeSource) -> dict[str, Statistic]:
+    """The statistics that are collected whatever the config says: convert needs them."""
+    return SHARED_GATE_STATISTICS if source.tensors.shared_gate is not None else {}
+
+
 def dry_run(config: CalibrateConfig) -> dict[str, Any]:
     """What would be read and written (bytes), the FLOPs and the memory (bytes)."""
     source = MoeSource.open(config.source)
@@ -127,10 +140,12 @@ def dry_run(config: CalibrateConfig) -> dict[str, Any]:
     block = {name for layer in source.layers for name in source.block_names(layer)}
     rest = sum(int(np.prod(info.shape)) for name, info in source.index.tensors.items() if name not in block)
     per_token = 2 * rest + len(source.layers) * 2 * run_experts * expert_params
+    per_token += len(source.layers) * 2 * 3 * dims.hidden_size * dims.shared_width
     per_token += len(source.layers) * 2 * dims.experts**2 * dims.hidden_size * ("gram" in names)
     element = compute.dtype.itemsize
     per_expert_token = (2 * dims.expert_width + dims.hidden_size) * element
-    sums = sum(int(np.prod(STATISTICS[name].shape(dims.experts, dims.hidden_size))) for name in names) * 8
+    rows = [*(STATISTICS[name] for name in names), *_of_shared_gate(source).values()]
+    sums = sum(int(np.prod(row.shape(dims.experts, dims.hidden_size))) for row in rows) * 8
     hidden = ranks.share(windows_BS, compute.batch).size * dims.hidden_size * element
     widest = max(2 * dims.expert_width, dims.hidden_size)
     return {

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_moe2dense.checkpoint import mxfp4
 from megatron_moe2dense.checkpoint.assets import copy_assets
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.checkpoint.shards import SHARD_BYTES, ShardWriter, shards_of
@@ -102,7 +103,16 @@ def _queue_bytes(source: MoeSource, outputs: Sequence[DenseOutput], memory_budge
 
 def _check(source: MoeSource, reader: CheckpointReader, pool: ThreadPoolExecutor, layer: int) -> list[Future[None]]:
     """Look at every weight that is not just copied, also of experts that are not kept: their MoE is the teacher of the next stage."""
-    return [pool.submit(reader.check, name) for name in replaced(source, layer)] if layer in range(source.dims.layers) else []
+    return (
+        [pool.submit(_check_tensor, source, reader, name) for name in replaced(source, layer)] if layer in range(source.dims.layers) else []
+    )
+
+
+def _check_tensor(source: MoeSource, reader: CheckpointReader, name: str) -> None:
+    if source.tensors.experts.mxfp4 and name.endswith("_scales"):
+        mxfp4.require_numbers(reader.tensor(name), name)
+    else:
+        reader.check(name)
 
 
 def _write_step(source: MoeSource, reader: CheckpointReader, output: DenseOutput, writer: ShardWriter, number: int) -> None:

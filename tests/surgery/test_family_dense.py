@@ -240,3 +240,43 @@ def test_a_model_without_a_moe_layer_and_a_quantised_one_are_refused(tmp_path: P
     config = json.loads((tiny("deepseek_v2", tmp_path / "other") / "config.json").read_text())
     (tmp_path / "other/config.json").write_text(json.dumps({**config, "topk_method": "noaux_tc"}))
     assert "noaux_tc" in user_error("inspect", str(tmp_path / "other"))
+
+
+def test_inspect_counts_the_values_of_mxfp4_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    plain, packed = as_mxfp4(tiny("gpt_oss", tmp_path / "plain", dtype="bfloat16", intermediate_size=64), tmp_path / "packed")
+    facts = []
+    for path in (plain, packed):
+        main(["inspect", str(path), "--json"])
+        facts.append(json.loads(capsys.readouterr().out))
+    for name in ("parameters", "active_parameters", "dense"):
+        assert facts[0][name] == facts[1][name]
+    assert facts[0]["parameters"]["experts"] == 4 * 8 * (3 * 64 * 64 + 2 * 64 + 64)
+    # Half a byte a value and one byte for 32 of them, where bfloat16 has two bytes a value.
+    assert facts[0]["bytes"]["experts"] - facts[1]["bytes"]["experts"] == 4 * 8 * 3 * 64 * 64 * 3 // 2 - 4 * 8 * 3 * 64 * 2
+
+
+@pytest.mark.parametrize("expert", range(8))  # whether it is kept or not
+def test_an_mxfp4_exponent_of_nan_is_refused(expert: int, tokens: str, tmp_path: Path, user_error: Any, monkeypatch: pytest.MonkeyPatch):
+    _, packed = as_mxfp4(tiny("gpt_oss", tmp_path / "plain", dtype="bfloat16"), tmp_path / "packed")
+    main(["calibrate", *calibration(packed, tokens, tmp_path / "stats")])
+    tensors = load_file(packed / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    tensors[name][expert, 3, 0] = 255
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    # The fingerprint samples large files; a tiny one it sees whole, so take it out of the way.
+    monkeypatch.setattr("megatron_moe2dense.surgery.convert._require_same_source", lambda *_: None)
+    message = user_error("convert", f"source={packed}", f"statistics={tmp_path / 'stats'}", f"output={tmp_path / 'dense'}")
+    assert "1 MXFP4 exponents of 255" in message
+    assert name.removesuffix("_scales") in message
+    assert not (tmp_path / "dense").exists()
+
+
+def test_the_dry_run_of_a_family_with_a_gated_shared_expert_tells_the_bytes(
+    tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments = calibration(tiny("qwen2_moe", tmp_path / "moe"), tokens, tmp_path / "stats")
+    main(["calibrate", *arguments, "--dry-run"])
+    facts = json.loads(capsys.readouterr().out)
+    main(["calibrate", *arguments])
+    sums = load_file(tmp_path / "stats/stats.safetensors")
+    assert facts["writes"][str(tmp_path / "stats")] == sum(tensor.nbytes for tensor in sums.values())
