@@ -18,8 +18,9 @@ from megatron_moe2dense.trainer.losses.shards import VocabShard
 if TYPE_CHECKING:
     from megatron_moe2dense.trainer.losses import LogitLoss
 
-# float32 copies of a chunk's logits that a loss holds at once, and the bytes they may take together.
-_COPIES, _CHUNK_BYTES = 6, 192 * 1024**2
+# float32 copies of a chunk's logits that a loss holds at once, and the bytes they may take together. Small chunks cost time: each
+# reads and writes the head's whole gradient.
+_COPIES, _CHUNK_BYTES = 4, 512 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,27 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad_hidden_TD is not None and grad_head_VD is not None:
                 grad_TV = grad_TV.mul_(mask_T[tokens, None]).to(weight_VD.dtype)
                 grad_hidden_TD[tokens] = grad_TV @ head_VD
-                part_VD = grad_TV.t() @ hidden_TD[tokens]
-                grad_head_VD[: student.valid] += part_VD
-        if wants_gradient:
-            ctx.save_for_backward(grad_hidden_TD, grad_head_VD, mask_T)
-            ctx.weight_dtype = weight_VD.dtype
+                _add_product(grad_head_VD[: student.valid], grad_TV.t(), hidden_TD[tokens])
+        ctx.save_for_backward(mask_T)
+        ctx.gradients = grad_hidden_TD, grad_head_VD, weight_VD.dtype
         return loss_T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        grad_hidden_TD, grad_head_VD, mask_T = ctx.saved_tensors
+        (mask_T,) = ctx.saved_tensors
+        grad_hidden_TD, grad_head_VD, weight_dtype = ctx.gradients
+        ctx.gradients = None  # scaled in place below: a second backward pass has to fail
         scale = (grads[0] @ mask_T) / (mask_T @ mask_T).clamp_min(1e-30)
         assert torch.allclose(grads[0], scale * mask_T), "the gradient was formed for a multiple of (loss * mask).sum()"
-        return grad_hidden_TD * scale, (grad_head_VD * scale).to(ctx.weight_dtype), None, None
+        return grad_hidden_TD.mul_(scale), grad_head_VD.mul_(scale).to(weight_dtype), None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, the total in float32 whatever the factors are; without a copy where the types agree."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _chunks(tokens: int, columns: int) -> list[slice]:

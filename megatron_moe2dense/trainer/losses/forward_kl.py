@@ -30,7 +30,7 @@ class ForwardKl(LogitLoss):
         s_TV, t_TV = chunk.student_TV.div_(self.temperature), chunk.teacher_TV.div_(self.temperature)
         max_t_T, exp_t_TV = shifted_exp(t_TV)
         dot_T = (t_TV.sub_(s_TV).mul_(exp_t_TV)).sum(-1)
-        max_s_T, exp_s_TV = shifted_exp(s_TV)
+        max_s_T, exp_s_TV = shifted_exp(s_TV, overwrite=True)
         gathered = gather(torch.stack([max_t_T, exp_t_TV.sum(-1), dot_T, max_s_T, exp_s_TV.sum(-1)]), chunk.group)
         top_t_T, sum_t_T = combine(gathered[:, 0], gathered[:, 1])
         _, total_dot_T = combine(gathered[:, 0], gathered[:, 2])

@@ -21,9 +21,9 @@ class ReverseKl(LogitLoss):
         """KL in nats times temperature squared, and its gradient."""
         assert chunk.teacher_TV is not None
         s_TV, t_TV = chunk.student_TV.div_(self.temperature), chunk.teacher_TV.div_(self.temperature)
-        max_t_T, exp_t_TV = shifted_exp(t_TV)
         max_s_T, exp_s_TV = shifted_exp(s_TV)
         difference_TV = s_TV.sub_(t_TV)
+        max_t_T, exp_t_TV = shifted_exp(t_TV, overwrite=True)
         dot_T = (exp_s_TV * difference_TV).sum(-1)
         gathered = gather(torch.stack([max_s_T, exp_s_TV.sum(-1), dot_T, max_t_T, exp_t_TV.sum(-1)]), chunk.group)
         top_s_T, sum_s_T = combine(gathered[:, 0], gathered[:, 1])

@@ -47,12 +47,13 @@ def gather(stats_NT: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return out
 
 
-def shifted_exp(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """max_T and exp(logits - max). A shard without columns has max -inf, so it adds nothing to any sum."""
+def shifted_exp(logits_TV: Tensor, overwrite: bool = False) -> tuple[Tensor, Tensor]:
+    """max_T and exp(logits - max), in place on request. A shard without columns has max -inf, so it adds nothing to any sum."""
     if logits_TV.shape[-1] == 0:
         return logits_TV.new_full(logits_TV.shape[:1], -torch.inf), logits_TV
     max_T = logits_TV.amax(-1)
-    return max_T, torch.exp(logits_TV - max_T[:, None])
+    shifted_TV = logits_TV.sub_(max_T[:, None]) if overwrite else logits_TV - max_T[:, None]
+    return max_T, shifted_TV.exp_()
 
 
 def combine(max_RT: Tensor, sums_RT: Tensor) -> tuple[Tensor, Tensor]:
