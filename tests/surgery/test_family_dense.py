@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.cli import main
 from megatron_moe2dense.families import FAMILIES, family_of
+from megatron_moe2dense.surgery.grouping import groupers
 from megatron_moe2dense.tokens.config import TokensConfig
 from megatron_moe2dense.tokens.indexed import windows
 from tests.helpers.tiny_models import as_mxfp4, tiny, write_tokens
@@ -72,13 +73,20 @@ def expected_output(block: Any, layer: dict[str, Any], x: torch.Tensor) -> torch
 
 
 @pytest.mark.parametrize("family", MOE)
-@pytest.mark.parametrize("options", [(), MERGED], ids=["pruned", "merged"])
 @torch.no_grad()
-def test_the_stock_dense_class_computes_our_formula(family: str, options: tuple[str, ...], tokens: str, tmp_path: Path):
+def test_the_stock_dense_class_computes_our_formula_pruned_and_with_every_grouping(family: str, tokens: str, tmp_path: Path):
     path = tiny(family, tmp_path / "moe")
-    dense = load_cleanly(dense_of(path, tokens, tmp_path, *options), family)
     moe = AutoModelForCausalLM.from_pretrained(path)
-    plans = {layer["layer"]: layer for layer in json.loads((tmp_path / "dense/plan.json").read_text())["layers"]}
+    merged = [(*MERGED, f"group.method={name}") for name in groupers]
+    for options in [(), *merged]:
+        dense = load_cleanly(dense_of(path, tokens, tmp_path, *options, "overwrite=true"), family)
+        compare(moe, dense, json.loads((tmp_path / "dense/plan.json").read_text())["layers"])
+        assert torch.isfinite(dense(TEXT, labels=TEXT).loss.exp())
+
+
+def compare(moe: Any, dense: Any, layers: list[dict[str, Any]]) -> None:
+    """Every FFN of the dense model against the formula, on random input."""
+    plans = {layer["layer"]: layer for layer in layers}
     assert len(plans) == 4 - bool(getattr(moe.config, "first_k_dense_replace", 0))
     x_BSD = torch.randn(1, 30, 64, generator=torch.Generator().manual_seed(0))
     for number, layer in enumerate(moe.model.layers):
