@@ -48,15 +48,10 @@ class Blueprint:
 
 
 class HeadlessGPT(GPTModel):
-    """GPTModel whose last stage returns the normed final hidden states [S, B, D]; `logits` applies the LM head to them."""
+    """GPTModel whose last stage returns the normed final hidden states [S, B, D]; `vocab_shard` adds the LM head."""
 
     def _postprocess(self, hidden_states: Tensor, *_args: Any, **_options: Any) -> Tensor:
         return hidden_states
-
-    def logits(self, hidden_SBD: Tensor) -> Tensor:
-        """This rank's columns of the logits, [S, B, padded vocabulary / tensor-parallel size]."""
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden_SBD, weight=weight)[0]
 
     def vocab_shard(self, hidden_SBD: Tensor, vocab_size: int) -> VocabShard:
         """What a loss needs of the logits, T = S * B tokens, sequence-major.

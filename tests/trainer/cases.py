@@ -35,11 +35,11 @@ def loss_and_gradients(cases: list[dict[str, Any]]) -> list[dict[str, torch.Tens
         loss_T = loss.per_token(student, teacher if loss.needs_teacher else None, case["labels"], case["mask"])
         ((loss_T * case["mask"]).sum() * case["scale"]).backward()
         assert hidden.grad is not None
-        assert head.grad is not None
-        parts = [head.grad]
+        grad_head = head.grad if head.grad is not None else torch.zeros_like(head)  # a loss of hidden states leaves the head alone
+        parts = [grad_head]
         if world > 1:
             dist.all_reduce(hidden.grad)
-            parts = [torch.empty_like(head.grad) for _ in range(world)]
-            dist.all_gather(parts, head.grad)
+            parts = [torch.empty_like(grad_head) for _ in range(world)]
+            dist.all_gather(parts, grad_head)
         results.append({"loss": loss_T.detach(), "hidden": hidden.grad, "head": torch.cat(parts)})
     return results

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer.losses import LogitLoss, chunked, losses
 from megatron_moe2dense.trainer.losses.shards import VocabShard
 from tests.helpers.distributed import launch
@@ -36,12 +37,32 @@ def cross_entropy(s: Tensor, _t: Tensor, labels: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(s, labels, reduction="none")
 
 
+def top_k_kl(s: Tensor, t: Tensor, _labels: Tensor) -> Tensor:
+    top = t.topk(5).indices
+    log_t, log_s = (x.log_softmax(-1) for x in (t, s))
+    outcomes = [
+        torch.cat([x.gather(-1, top), x.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)], -1) for x in (log_t, log_s)
+    ]  # five tokens and the rest
+    return (outcomes[0].exp() * (outcomes[0] - outcomes[1])).sum(-1)
+
+
+def mixture(s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    return 0.25 * forward_kl(s, t, labels) + 2.0 * cross_entropy(s, t, labels)
+
+
 FORMULAS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jensen_shannon": jensen_shannon,
     "cross_entropy": cross_entropy,
+    "top_k_kl": top_k_kl,
+    "mixture": mixture,
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "top_k_kl": {"k": 5},
+    "mixture": {"terms": [{"weight": 0.25, "loss": {"method": "forward_kl"}}, {"weight": 2.0, "loss": {"method": "cross_entropy"}}]},
+}
+WITH_TEMPERATURE = {"forward_kl", "reverse_kl", "jensen_shannon"}
 INPUTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "temperature": {"temperature": 2.5},
@@ -62,7 +83,7 @@ def make(method: str, vocab: int = 40, temperature: float = 1.0, size: float = 1
 
     head, teacher_head = draw(40, HIDDEN), draw(40, HIDDEN)
     head[vocab:], teacher_head[vocab:] = 1e4, -1e4  # garbage in padding rows must not matter
-    block = {"method": method} | ({"temperature": temperature} if method != "cross_entropy" else {})
+    block = {"method": method, **OPTIONS.get(method, {})} | ({"temperature": temperature} if method in WITH_TEMPERATURE else {})
     return {
         "loss": block,
         "vocab": vocab,
@@ -76,7 +97,11 @@ def make(method: str, vocab: int = 40, temperature: float = 1.0, size: float = 1
     }
 
 
-CASES = {f"{method}, {name}": make(method, **options) for method, (name, options) in itertools.product(FORMULAS, INPUTS.items())}
+CASES = {
+    f"{method}, {name}": make(method, **options)
+    for method, (name, options) in itertools.product(FORMULAS, INPUTS.items())
+    if name != "temperature" or method in WITH_TEMPERATURE
+}
 
 
 def reference(case: dict[str, Any]) -> dict[str, Tensor]:
@@ -119,7 +144,8 @@ def test_a_loss_is_the_same_over_tensor_parallel_ranks(processes: int):
 
 
 def test_the_formulas_cover_the_registry():
-    assert {name for name in losses if issubclass(losses[name], LogitLoss)} == set(FORMULAS)
+    assert set(FORMULAS) | {"hidden_state"} == set(losses)
+    assert not issubclass(losses["hidden_state"], LogitLoss)
 
 
 @pytest.mark.parametrize("method", FORMULAS)
@@ -166,3 +192,32 @@ def test_another_weighting_than_the_mask_is_an_error():
     loss_T = losses["forward_kl"]().per_token(student, teacher, case["labels"], case["mask"])
     with pytest.raises(AssertionError, match="multiple"):
         (loss_T * torch.arange(TOKENS)).sum().backward()
+
+
+def hidden_case() -> dict[str, Any]:
+    return {**make("cross_entropy"), "loss": {"method": "hidden_state"}}
+
+
+def assert_hidden_state(found: dict[str, Tensor]) -> None:
+    case = hidden_case()
+    difference = case["hidden"].double() - case["teacher_hidden"].double()
+    torch.testing.assert_close(found["loss"].double(), difference.square().mean(-1), rtol=1e-5, atol=1e-6)
+    expected = 2 * difference / HIDDEN * case["mask"][:, None] * case["scale"]
+    torch.testing.assert_close(found["hidden"].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_hidden_state_loss_is_the_mean_squared_error():
+    assert_hidden_state(loss_and_gradients([hidden_case()])[0])
+
+
+@pytest.mark.distributed
+def test_the_hidden_state_loss_is_not_multiplied_by_the_ranks_that_share_it():
+    assert_hidden_state(launch(2, "tests.trainer.cases:loss_and_gradients", [hidden_case()])[0])
+
+
+def test_the_hidden_state_loss_refuses_another_width():
+    head = torch.randn(4, 3)
+    student = VocabShard.of(torch.randn(2, 3), head, 4, None)
+    teacher = VocabShard.of(torch.randn(2, 5), torch.randn(4, 5), 4, None)
+    with pytest.raises(UserError, match="hidden sizes 3 and 5"):
+        losses["hidden_state"]().per_token(student, teacher, torch.zeros(2), torch.ones(2))

@@ -1,0 +1,35 @@
+"""A sum of losses with fixed weights: never balanced by their size, which would make the objective depend on the batch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from torch import Tensor
+
+from megatron_moe2dense.common.config import Config, key
+from megatron_moe2dense.trainer.losses import Loss, losses
+from megatron_moe2dense.trainer.losses.shards import VocabShard
+
+
+class Term(Config):
+    """One loss and its weight."""
+
+    weight: float = key(..., "factor", gt=0)
+    loss: Annotated[Loss, *losses.field] = key(..., "loss block")
+
+
+@losses.register("mixture")
+class Mixture(Loss):
+    """sum of weight * loss, e.g. {method: mixture, terms: [{weight: 0.9, loss: {method: forward_kl}}, ...]}."""
+
+    terms: list[Term] = key(..., "the terms", min_length=1)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term does."""
+        return any(term.loss.needs_teacher for term in self.terms)
+
+    def per_token(self, student: VocabShard, teacher: VocabShard | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:
+        """The weighted sum, [T]."""
+        values = [term.weight * term.loss.per_token(student, teacher, labels_T, mask_T) for term in self.terms]
+        return sum(values[1:], values[0])
