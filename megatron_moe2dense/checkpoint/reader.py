@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -84,6 +84,8 @@ class CheckpointReader:
         info, file = self._place(name)
         if info.dtype in _NOT_FINITE:
             scratch = np.empty(min(_CHUNK, info.nbytes), np.uint8)
+            # Several threads read one file in turns, which the system takes for random access: tell it what is coming.
+            os.posix_fadvise(file, info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
             for start in range(0, info.nbytes, _CHUNK):
                 chunk = scratch[: info.nbytes - start]
                 _read(file, info.start + start, chunk)
@@ -110,12 +112,6 @@ class CheckpointReader:
         at_once = max(1, _CHUNK // max(1, per_row))
         parts = [self.rows(name, 0, first, first + at_once)[:, start:stop] for first in range(0, info.shape[0], at_once)]
         return torch.cat(parts) if parts else self.tensor(name)
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Tell the system that these tensors are read soon; costs no memory of this process."""
-        for name in names:
-            info, file = self._place(name)
-            os.posix_fadvise(file, info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def _whole(self, name: str, check: bool) -> torch.Tensor:
         info, file = self._place(name)

@@ -36,8 +36,13 @@ def densify(plan: LayerPlan, read: ReadExpert, shared: DenseFfn | None = None) -
 
 def _scaled(ffn: DenseFfn, scale: float) -> DenseFfn:
     """down times `scale`, rounded to the dtype of gate; the down bias, which is still to be summed, stays in float64."""
-    bias = None if ffn.down_bias_D is None else ffn.down_bias_D.double() * scale
-    return replace(ffn, down_DF=(ffn.down_DF.double() * scale).to(ffn.gate_FD.dtype), down_bias_D=bias)
+
+    def times_scale(tensor: torch.Tensor) -> torch.Tensor:
+        # In place: on meta tensors, which convert runs this on for the shapes, `*` imports torch's Python decompositions, for seconds.
+        return tensor.to(torch.float64, copy=True).mul_(scale)
+
+    bias = None if ffn.down_bias_D is None else times_scale(ffn.down_bias_D)
+    return replace(ffn, down_DF=times_scale(ffn.down_DF).to(ffn.gate_FD.dtype), down_bias_D=bias)
 
 
 def _merge(plan: LayerPlan, group: int, read: ReadExpert) -> DenseFfn:

@@ -27,6 +27,7 @@ from megatron_moe2dense.surgery.source import MoeSource
 
 PROGRESS_FILE = "progress.json"
 PLAN_FILE = "plan.json"
+_CHECKERS = min(8, 2 * (os.cpu_count() or 1))  # threads: half of them wait for the disk
 _CHUNK = 4 * 1024**2  # bytes of one piece of a copied tensor
 
 
@@ -71,7 +72,7 @@ def write_dense(source: MoeSource, reader: CheckpointReader, outputs: Sequence[D
     """
     queue_bytes = _queue_bytes(source, outputs, memory_budget)
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1)), thread_name_prefix="check"))
+        pool = stack.enter_context(ThreadPoolExecutor(_CHECKERS, thread_name_prefix="check"))
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         writers = [stack.enter_context(output.prepare(source, queue_bytes)) for output in outputs]
         first, last = min(output.done for output in outputs), 1 + source.dims.layers

@@ -198,8 +198,12 @@ def test_outputs_beside_what_they_replace_are_refused(moe: Path, planned: list[P
     assert "overwrite" in user_error(*arguments)
 
 
-def full_disk(call: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system call works so often, then there is no room."""
+@pytest.fixture
+def refused_by_a_full_disk(
+    request: pytest.FixtureRequest, user_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """Runs a command that must end as a UserError because a system call works so often only, then there is no room."""
+    call, calls = request.param
     real, left = getattr(os, call), [calls]
 
     def limited(*arguments: object) -> object:
@@ -208,33 +212,32 @@ def full_disk(call: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(*arguments)
 
-    monkeypatch.setattr(os, call, limited)
+    def run(*arguments: str) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, limited)
+            assert "No space left" in user_error(*arguments)
+
+    return run
 
 
-@pytest.mark.parametrize(("call", "calls"), [("posix_fallocate", 0), ("pwrite", 7), ("fdatasync", 2), ("fsync", 3)])
-def test_a_full_disk_leaves_the_old_dense_checkpoint(
-    call: str, calls: int, moe: Path, planned: list[Path], tmp_path: Path, user_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-):
+@pytest.mark.parametrize(
+    "refused_by_a_full_disk", [("posix_fallocate", 0), ("pwrite", 7), ("fdatasync", 2), ("fsync", 3)], ids=lambda it: it[0], indirect=True
+)
+def test_a_full_disk_leaves_the_old_dense_checkpoint(refused_by_a_full_disk: Callable[..., None], moe: Path, planned: list[Path]):
     arguments = ["convert", f"source={moe}", f"plan={planned[1] / 'plan.json'}", f"output={planned[0]}", "overwrite=true"]
     before = files(planned[0])
-    with monkeypatch.context() as patch:
-        full_disk(call, calls, patch)
-        assert "No space left" in user_error(*arguments)
+    refused_by_a_full_disk(*arguments)
     assert files(planned[0]) == before
     main(arguments)
     assert files(planned[0]) == files(planned[1])
 
 
-@pytest.mark.parametrize(("call", "calls"), [("posix_fallocate", 1), ("fsync", 4)])
-def test_a_full_disk_leaves_the_old_statistics(
-    call: str, calls: int, moe: Path, tokens: str, tmp_path: Path, user_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-):
+@pytest.mark.parametrize("refused_by_a_full_disk", [("posix_fallocate", 1), ("fsync", 4)], ids=lambda it: it[0], indirect=True)
+def test_a_full_disk_leaves_the_old_statistics(refused_by_a_full_disk: Callable[..., None], moe: Path, tokens: str, tmp_path: Path):
     arguments = ["calibrate", *calibration(moe, tokens, tmp_path / "stats"), "memory_budget=1B"]
     main([*arguments, "statistics=[gate_sum]"])
     before = stats_bytes(tmp_path / "stats")
-    with monkeypatch.context() as patch:
-        full_disk(call, calls, patch)
-        assert "No space left" in user_error(*arguments, "overwrite=true")
+    refused_by_a_full_disk(*arguments, "overwrite=true")
     assert stats_bytes(tmp_path / "stats") == before
     main([*arguments, "overwrite=true"])
     assert stats_bytes(tmp_path / "stats") != before
