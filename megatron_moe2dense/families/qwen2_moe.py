@@ -8,34 +8,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megatron_moe2dense.families.dims import decoder_dims, first_of, without
+from megatron_moe2dense.families.dims import without
 from megatron_moe2dense.families.layout import MoeTensors, fused, mlp
 from megatron_moe2dense.families.qwen2 import QWEN2
-from megatron_moe2dense.families.qwen3_moe import sparse_layers
+from megatron_moe2dense.families.qwen3_moe import QWEN_MOE_KEYS, qwen_moe_dims, sparse_layers
 from megatron_moe2dense.families.spec import Dims, FamilySpec, HfConfig, Router
 
 _BLOCK = "model.layers.{layer}.mlp."
-_MOE_KEYS = (
-    "decoder_sparse_step",
-    "mlp_only_layers",
-    "moe_intermediate_size",
-    "norm_topk_prob",
-    "num_experts",
-    "num_experts_per_tok",
-    "num_local_experts",
-    "qkv_bias",
-    "shared_expert_intermediate_size",
-)
+_MOE_KEYS = (*QWEN_MOE_KEYS, "qkv_bias", "shared_expert_intermediate_size")
 
 
 def _dims(config: HfConfig) -> Dims:
-    return dataclasses.replace(
-        decoder_dims(config),
-        experts=first_of(config, "num_experts", "num_local_experts"),
-        active=config["num_experts_per_tok"],
-        expert_width=config["moe_intermediate_size"],
-        shared_width=config["shared_expert_intermediate_size"],
-    )
+    return dataclasses.replace(qwen_moe_dims(config), shared_width=config["shared_expert_intermediate_size"])
 
 
 def _router(config: HfConfig) -> Router:

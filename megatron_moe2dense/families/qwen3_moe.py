@@ -15,8 +15,8 @@ _MEGATRON = "decoder.layers.{layer}.mlp."
 _ROUTER = _BLOCK + "gate.weight"
 _EXPERTS = mlp(_BLOCK + "experts.{expert}.")
 
-# Keys of a Qwen3MoeConfig that mean nothing to a dense Qwen3Config.
-_MOE_KEYS = (
+# Keys of a Qwen MoE's config that mean nothing to its dense relative.
+QWEN_MOE_KEYS = (
     "decoder_sparse_step",
     "mlp_only_layers",
     "moe_intermediate_size",
@@ -27,7 +27,8 @@ _MOE_KEYS = (
 )
 
 
-def _dims(config: HfConfig) -> Dims:
+def qwen_moe_dims(config: HfConfig) -> Dims:
+    """Sizes of a Qwen2-MoE or Qwen3-MoE, without shared experts."""
     return dataclasses.replace(
         decoder_dims(config),
         experts=first_of(config, "num_experts", "num_local_experts"),
@@ -47,7 +48,7 @@ def sparse_layers(config: HfConfig) -> tuple[int, ...]:
 
 
 def _dense_config(config: HfConfig, width: int) -> dict[str, Any]:
-    return {**without(config, *_MOE_KEYS), "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "intermediate_size": width}
+    return {**without(config, *QWEN_MOE_KEYS), "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "intermediate_size": width}
 
 
 def _megatron_config(config: HfConfig) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def _megatron_config(config: HfConfig) -> dict[str, Any]:
 QWEN3_MOE = FamilySpec(
     name="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    dims=_dims,
+    dims=qwen_moe_dims,
     ffn=QWEN3_FFN,
     megatron=(
         *QWEN3_TRUNK,
