@@ -43,7 +43,7 @@ class SampleStream:
     """
 
     def __init__(self, dataset: GPTDataset, groups: Groups, micro: int, device: torch.device):
-        self._dataset, self._groups, self._micro, self._device = dataset, groups, micro, device
+        self._dataset, self._groups, self._micro, self.device = dataset, groups, micro, device
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -56,7 +56,7 @@ class SampleStream:
         return [self._batch([self._dataset[i] for i in range(start, start + self._micro)]) for start in starts]
 
     def _batch(self, samples: list[dict[str, Tensor]]) -> Batch:
-        stacked = {name: torch.stack([sample[name] for sample in samples]).to(self._device) for name in samples[0]}
+        stacked = {name: torch.stack([sample[name] for sample in samples]).to(self.device) for name in samples[0]}
         return Batch(stacked["tokens"], stacked["labels"], stacked["loss_mask"], stacked["position_ids"])
 
 

@@ -34,9 +34,9 @@ def run(config: DistillConfig) -> None:
     with runtime.session(config.device) as device, process_groups.initialized(config.parallel, config.train.seed) as groups:
         claim_output(config)
         trainer, state = build(config, groups, device)
-        trainer.fit(state)
+        reached_the_end = trainer.fit(state)
         trainer.metrics.close()
-        if dist.get_rank() == 0:
+        if reached_the_end and dist.get_rank() == 0:
             _write_manifest(config, "finished", **vars(state))
             logger.info("finished: %d steps, %d tokens; weights in %s", state.step, state.tokens, latest(trainer.checkpointer.directory))
         dist.barrier()

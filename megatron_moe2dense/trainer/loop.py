@@ -20,6 +20,7 @@ from megatron_moe2dense.trainer.data import SampleStream
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses import Loss, losses
 from megatron_moe2dense.trainer.metrics import Metrics, peak_memory_bytes
+from megatron_moe2dense.trainer.preemption import StopRequest
 from megatron_moe2dense.trainer.step import Models, StepLoss, student_pass
 
 # A run whose loss is not finite for so many steps in a row will not recover.
@@ -49,8 +50,17 @@ class Trainer:
     checkpointer: Checkpointer
     metrics: Metrics
 
-    def fit(self, state: TrainState) -> None:
-        """Train to the last step. UserError when the loss stays NaN or infinite."""
+    def fit(self, state: TrainState) -> bool:
+        """Train to the last step, or to the step at which a signal asks to stop; saved either way. True at the last step.
+
+        Raises:
+            UserError: the loss stays NaN or infinite.
+        """
+        stop = StopRequest()
+        with stop.listening():
+            return self._fit(state, stop)
+
+    def _fit(self, state: TrainState, stop: StopRequest) -> bool:
         config, steps, skipped_in_a_row = self.config, self.config.steps(), 0
         loss = config.resolved_loss()
         bar = progress(None, "train", "step", total=steps, initial=state.step)
@@ -70,9 +80,14 @@ class Trainer:
                 )
             if self.validation is not None and self._due(state.step, config.train.eval_every):
                 self.evaluate(state)
-            if self._due(state.step, config.train.save_every):
+            stopping = stop.agreed(self.training.device) and state.step < steps
+            if stopping or self._due(state.step, config.train.save_every):
                 self.checkpointer.save(self.models.student, self.optimizer, self.scheduler, vars(state))
+            if stopping:
+                logger.warning("asked to stop: saved step %d; the same command continues from there", state.step)
+                return False
         bar.close()
+        return True
 
     def _due(self, step: int, every: int | None) -> bool:
         return step == self.config.steps() or (every is not None and step % every == 0)

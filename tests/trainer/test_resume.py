@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.trainer import export
+from megatron_moe2dense.trainer.checkpoint import latest, step_of
 from megatron_moe2dense.trainer.config import ExportConfig
 from tests.helpers.distributed import ROOT, environment, torchrun
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
@@ -62,15 +64,21 @@ def finish(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def kill_at(arguments: list[str], output: Path, step: int) -> None:
-    """SIGKILL every process of the job as soon as metrics.jsonl has the step."""
+def start_until(arguments: list[str], output: Path, step: int) -> subprocess.Popen[bytes]:
+    """A job that has written the step to metrics.jsonl, and goes on."""
     metrics = output / "metrics.jsonl"
     job = subprocess.Popen(arguments, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while not (metrics.exists() and any(row["step"] >= step for row in records.read(metrics))):
-        assert job.poll() is None, "the job ended before it could be killed"
+        assert job.poll() is None, "the job ended before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.005)
+    return job
+
+
+def kill_at(arguments: list[str], output: Path, step: int) -> None:
+    """SIGKILL every process of the job as soon as metrics.jsonl has the step."""
+    job = start_until(arguments, output, step)
     family = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
     for process in family:  # torchrun gives its workers sessions of their own, so there is no one group to kill
         process.kill()
@@ -84,23 +92,39 @@ def outcome(output: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]
     return rows, load_file(target / "model.safetensors")
 
 
-@pytest.mark.parametrize(("processes", "killed_at"), [(1, 1), (1, 5), (2, 4)])
-def test_a_killed_run_ends_like_an_uninterrupted_one(processes: int, killed_at: int, inputs: Path):
-    straight, killed = inputs / f"straight {processes}", inputs / f"killed {processes} {killed_at}"
+def assert_ends_like_an_uninterrupted_run(interrupted: Path, inputs: Path, processes: int) -> None:
+    """Finish it with the same command, and compare."""
+    straight = inputs / f"straight {processes}"
     if not straight.exists():
         finish(command(inputs, straight, processes))
-    kill_at(command(inputs, killed, processes), killed, killed_at)
-    finish(command(inputs, killed, processes))
-    (rows, weights), (expected_rows, expected) = outcome(killed), outcome(straight)
+    finish(command(inputs, interrupted, processes))
+    (rows, weights), (expected_rows, expected) = outcome(interrupted), outcome(straight)
     assert rows == expected_rows
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    shutil.rmtree(killed.parent / f"{killed.name} exported")
+    shutil.rmtree(interrupted.parent / f"{interrupted.name} exported")
     shutil.rmtree(straight.parent / f"{straight.name} exported")
 
 
-def test_a_half_written_checkpoint_is_never_picked(tmp_path: Path):
-    from megatron_moe2dense.trainer.checkpoint import latest
+@pytest.mark.parametrize(("processes", "killed_at"), [(1, 1), (1, 5), (2, 4)])
+def test_a_killed_run_ends_like_an_uninterrupted_one(processes: int, killed_at: int, inputs: Path):
+    killed = inputs / f"killed {processes} {killed_at}"
+    kill_at(command(inputs, killed, processes), killed, killed_at)
+    assert_ends_like_an_uninterrupted_run(killed, inputs, processes)
 
+
+@pytest.mark.parametrize("asked_by", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_asked_to_stop_saves_its_step_and_exits_cleanly(asked_by: signal.Signals, inputs: Path):
+    stopped = inputs / f"stopped by {asked_by.name}"
+    job = start_until(command(inputs, stopped, 1), stopped, 4)
+    job.send_signal(asked_by)
+    assert job.wait(timeout=100) == 0
+    saved = latest(stopped / "checkpoints")
+    assert saved is not None
+    assert 4 <= step_of(saved) == max(row["step"] for row in records.read(stopped / "metrics.jsonl")) < STEPS
+    assert_ends_like_an_uninterrupted_run(stopped, inputs, 1)
+
+
+def test_a_half_written_checkpoint_is_never_picked(tmp_path: Path):
     (tmp_path / "step_00000003").mkdir()
     (tmp_path / "step_00000006.tmp").mkdir()
     found = latest(tmp_path)

@@ -26,6 +26,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2": (2, {}),
     "DP2 plain optimizer": (2, {"distributed_optimizer": False}),
     "EP2 teacher": (2, {"expert": 2}),
+    "TP2 x PP2": (4, {"tensor": 2, "pipeline": 2}),
+    "TP2 SP x EP2 teacher": (4, {"tensor": 2, "sequence": True, "expert": 2}),
+    "PP2 x DP2": (4, {"pipeline": 2}),
 }
 
 pytestmark = pytest.mark.distributed
@@ -58,7 +61,7 @@ def config(root: Path, output: str, parallel: dict[str, Any], teacher: str | Non
 @pytest.fixture(scope="module")
 def runs(inputs: Path) -> Path:
     """All layouts, trained for one step; one spawn for each number of processes."""
-    for processes in (1, 2):
+    for processes in (1, 2, 4):
         configs = [config(inputs, name, parallel) for name, (count, parallel) in LAYOUTS.items() if count == processes]
         language = [config(inputs, f"language {processes}", {"expert": processes}, teacher=None)]
         launch(processes, "tests.trainer.cases:distill_all", configs + language)
@@ -88,7 +91,7 @@ def test_a_distillation_step_equals_plain_pytorch(layout: str, runs: Path, refer
     assert_same(runs / layout, reference)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, 2, 4])
 def test_a_language_modelling_step_of_a_moe_equals_plain_pytorch(processes: int, runs: Path, inputs: Path):
     """teacher: null, expert parallelism over the processes, no balancing loss."""
     expected = one_step(inputs / "teacher", None, str(inputs / "tokens"), LENGTH, LR)
