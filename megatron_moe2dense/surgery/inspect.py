@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from typing import Any
 
@@ -17,6 +18,8 @@ from megatron_moe2dense.surgery.layout import dense_size, dense_width
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.types import check_keep
 
+# Memory of common GPUs [GB]; weights may take this share of it, the rest is for the KV cache and activations.
+_GPUS, _SHARE = (16, 24, 48, 80, 141, 192), 0.8
 # Part of a tensor outside the MoE blocks by what its name holds, in every family.
 _PARTS = {".self_attn.": "attention", "embed_tokens.": "embeddings", "lm_head.": "embeddings"}
 
@@ -53,8 +56,15 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     if source is None:
         if config.keep is not None:
             raise UserError(f"keep={config.keep} for a dense {spec.name} model", "a MoE model", "drop --keep")
-        return facts
-    return {**facts, **_moe_facts(config, source, parameters)}
+        return {**facts, "gpus_for_weights": {"this model": gpus_for_weights(index.nbytes)}}
+    moe = _moe_facts(config, source, parameters)
+    fits = {"this model": gpus_for_weights(index.nbytes), "dense": gpus_for_weights(moe["dense"]["bytes"])}
+    return {**facts, **moe, "gpus_for_weights": fits}
+
+
+def gpus_for_weights(nbytes: int) -> dict[str, int]:
+    """How many GPUs of each common memory size hold weights of `nbytes` for inference, split evenly."""
+    return {f"{memory} GB": max(1, math.ceil(nbytes / (memory * 1e9 * _SHARE))) for memory in _GPUS}
 
 
 def _moe_facts(config: InspectConfig, source: MoeSource, parameters: dict[str, int]) -> dict[str, Any]:
@@ -111,4 +121,7 @@ def _readable(facts: dict[str, Any]) -> str:
             f"dense with K = {dense['keep']}: {dense['family']}, intermediate_size {dense['intermediate_size']}, "
             f"{dense['parameters']:,} parameters, {dense['bytes'] / 1e6:,.1f} MB",
         ]
+    fits = facts["gpus_for_weights"]
+    table = [[name, *counts.values()] for name, counts in fits.items()]
+    lines += ["", render([f"GPUs whose memory holds the weights in {_SHARE:.0%}", *fits["this model"]], table)]
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_moe2dense.cli import main
 from megatron_moe2dense.common.spectrum import effective_rank
+from megatron_moe2dense.surgery.inspect import gpus_for_weights
 from megatron_moe2dense.surgery.stats import CalibratedStats
 from tests.helpers.tiny_models import tiny_qwen3
 
@@ -100,3 +101,16 @@ def test_configs_statistics_scores_and_plans_need_no_torch():
     code = "import sys\n" + "\n".join(f"import megatron_moe2dense.surgery.{m}" for m in modules)
     code += "\nfrom megatron_moe2dense.surgery.scoring import scorers\nlist(scorers)\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_fits_where_counts_gpus_by_the_bytes_of_the_weights():
+    """61 GB (a 30B MoE in bfloat16) need one GPU of 80 GB at 80%, or four of 24 GB; 6.7 GB fit any."""
+    assert gpus_for_weights(61_000_000_000) == {"16 GB": 5, "24 GB": 4, "48 GB": 2, "80 GB": 1, "141 GB": 1, "192 GB": 1}
+    assert set(gpus_for_weights(6_700_000_000).values()) == {1}
+
+
+def test_inspect_says_what_fits_where(moe: Path, capsys: Capture):
+    main(["inspect", str(moe), "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    sizes = {"this model": facts["bytes"]["total"], "dense": facts["dense"]["bytes"]}
+    assert facts["gpus_for_weights"] == {name: gpus_for_weights(size) for name, size in sizes.items()}
