@@ -30,6 +30,11 @@ class ParallelConfig(Config):
     sequence: bool = key(False, "sequence parallelism inside the tensor-parallel group")
     distributed_optimizer: bool = key(True, "shard optimizer state over data-parallel ranks, when there are several")
 
+    @property
+    def expert_tensor(self) -> int:
+        """Tensor parallel size inside an expert: experts are split over ranks whole, or each like the rest of the model."""
+        return 1 if self.expert > 1 else self.tensor
+
 
 class OptimConfig(Config):
     """AdamW of Megatron-Core."""

@@ -83,7 +83,7 @@ def initialized(parallel: ParallelConfig, seed: int) -> Iterator[Groups]:
         parallel.pipeline,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=1 if parallel.expert > 1 else parallel.tensor,
+        expert_tensor_parallel_size=parallel.expert_tensor,
     )
     try:
         torch.manual_seed(seed)

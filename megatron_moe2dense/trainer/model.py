@@ -158,7 +158,7 @@ def _moe_fields(blueprint: Blueprint, groups: Groups, runtime: Runtime) -> dict[
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": runtime.transformer_engine,
         "moe_permute_fusion": runtime.transformer_engine,
-        "expert_tensor_parallel_size": 1 if groups.parallel.expert > 1 else groups.parallel.tensor,
+        "expert_tensor_parallel_size": groups.parallel.expert_tensor,
     }
 
 

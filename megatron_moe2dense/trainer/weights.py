@@ -49,7 +49,7 @@ def _local(reader: CheckpointReader, entry: Entry, blueprint: Blueprint, groups:
     if axis is None:
         return join(entry.rule.kind, (reader.tensor(name) for name in entry.hf), kv_heads)
     is_expert = "{expert}" in entry.rule.megatron
-    parts = (1 if groups.parallel.expert > 1 else groups.parallel.tensor) if is_expert else groups.parallel.tensor
+    parts = groups.parallel.expert_tensor if is_expert else groups.parallel.tensor
     rank = groups.tensor_rank if parts > 1 else 0
     slices = []
     for name in entry.hf:
