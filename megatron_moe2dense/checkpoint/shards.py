@@ -18,9 +18,11 @@ import numpy as np
 import torch
 
 from megatron_moe2dense.checkpoint.index import DTYPE_BYTES
+from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES
 from megatron_moe2dense.common.outputs import disk_errors, write_json
 
 SHARD_BYTES = 4 * 1024**3
+_CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> TensorSpec:
+        """That of a tensor (which may be on the meta device)."""
+        return cls(name, _CODES[tensor.dtype], tuple(tensor.shape))
 
     @property
     def parameters(self) -> int:

@@ -43,7 +43,6 @@ def dense_width(source: MoeSource, groups: int) -> int:
 
 def dense_steps(source: MoeSource, groups: int) -> list[Step]:
     """The whole dense checkpoint of `groups` slices. Shapes come from running the conversion itself on meta tensors."""
-    codes = {dtype: code for code, dtype in TORCH_DTYPES.items()}
     layers, width = range(source.dims.layers), dense_width(source, groups)
     gone = {name for layer in layers for name in replaced(source, layer)} | {*source.beyond_layers()}
     of_layer: dict[int | None, list[TensorSpec]] = {None: [], **{layer: [] for layer in layers}}
@@ -57,7 +56,7 @@ def dense_steps(source: MoeSource, groups: int) -> list[Step]:
     for layer in layers:
         plan = _placeholder(layer, groups) if layer in source.layers else None
         made = layer_tensors(source, _meta_tensors(source), layer, plan, width)
-        specs = tuple(TensorSpec(name, codes[tensor.dtype], tuple(tensor.shape)) for name, tensor in made.items())
+        specs = tuple(TensorSpec.of(name, tensor) for name, tensor in made.items())
         steps.append(Step(layer, tuple(of_layer[layer]), specs))
     return steps
 

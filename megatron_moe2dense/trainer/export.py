@@ -9,15 +9,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe2dense.checkpoint.assets import copy_assets
-from megatron_moe2dense.checkpoint.writer import CheckpointWriter
+from megatron_moe2dense.checkpoint.shards import ShardWriter, TensorSpec, shards_of
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
-from megatron_moe2dense.common.outputs import MANIFEST, output_directory, read_json
+from megatron_moe2dense.common.outputs import MANIFEST, output_directory, read_json, write_json
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime, weights
 from megatron_moe2dense.trainer.checkpoint import latest, load_weights, step_of
 from megatron_moe2dense.trainer.config import ExportConfig, ParallelConfig
+
+# How much may wait for the disk.
+_QUEUE_BYTES = 1024**3
 
 
 def run(config: ExportConfig) -> None:
@@ -37,12 +40,19 @@ def run(config: ExportConfig) -> None:
         manifest = read_json(source.parents[1] / MANIFEST, "the manifest of the run")
         facts = {"step": step_of(source), "plan_hash": manifest.get("plan_hash")}
         with output_directory(Path(config.output), "export", config.model_dump(mode="json"), **facts) as working:
-            writer = CheckpointWriter(working)
-            for name, tensor in weights.unload(model, blueprint):
-                writer.add(name, tensor.cpu())
-            writer.finish(_with_dtype(content, dtype))
+            _write(model, blueprint, working)
+            write_json(working / "config.json", _with_dtype(content, dtype))
             copy_assets(source.parents[1] / "student", working)
         logger.info("exported %s to %s", source, config.output)
+
+
+def _write(model: models.HeadlessGPT, blueprint: models.Blueprint, directory: Path) -> None:
+    """One tensor after the other, each straight to its place."""
+    specs = [TensorSpec.of(name, tensor) for name, tensor in weights.unload(model, blueprint)]
+    with ShardWriter(directory, shards_of(specs), _QUEUE_BYTES) as writer:
+        for name, tensor in weights.unload(model, blueprint):
+            writer.write(name, tensor.cpu())
+        writer.finish()
 
 
 def dry_run(config: ExportConfig) -> dict[str, Any]:

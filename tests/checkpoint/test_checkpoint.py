@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from megatron_moe2dense.checkpoint.assets import ASSETS, copy_assets
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
-from megatron_moe2dense.checkpoint.writer import CheckpointWriter
 from megatron_moe2dense.common.errors import UserError
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe
 
@@ -51,39 +49,10 @@ def test_the_reader_gives_whole_tensors_and_slices(checkpoint: Path):
                 assert reader.rows(name, 1, 3, 9).equal(tensor[:, 3:9])
 
 
-@pytest.mark.parametrize("shard_bytes", [1, 50_000, 4 * 1024**3])
-def test_what_is_written_is_read_back_by_stock_transformers(shard_bytes: int, checkpoint: Path, tmp_path: Path):
-    index, target = CheckpointIndex.open(checkpoint), tmp_path / "copy"
-    target.mkdir()
-    writer = CheckpointWriter(target, shard_bytes)
-    with CheckpointReader(index) as reader:
-        for name in index.tensors:
-            writer.add(name, reader.tensor(name))
-        writer.finish(index.config)
-    model, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    expected = stored(checkpoint)
-    assert {name: tensor.tolist() for name, tensor in model.state_dict().items()} == {n: t.tolist() for n, t in expected.items()}
-    files = sorted(path.name for path in target.iterdir())
-    assert not [name for name in files if "partial" in name or name.endswith(".tmp")]
-    shards = list(target.glob("*.safetensors"))
-    assert (len(shards) > 1) == ("model.safetensors.index.json" in files) == (shard_bytes < 10**6)
-    largest = max(tensor.nbytes for tensor in expected.values())
-    assert all(sum(t.nbytes for t in load_file(path).values()) <= max(shard_bytes, largest) for path in shards)
-    if len(shards) > 1:
-        whole = json.loads((target / "model.safetensors.index.json").read_text())
-        assert whole["metadata"]["total_size"] == index.nbytes
-        assert set(whole["weight_map"]) == set(expected)
-
-
-def test_a_checkpoint_without_its_end_is_no_checkpoint(checkpoint: Path, tmp_path: Path):
-    index = CheckpointIndex.open(checkpoint)
-    writer = CheckpointWriter(tmp_path, 1000)
-    with CheckpointReader(index) as reader:
-        for name in list(index.tensors)[:20]:
-            writer.add(name, reader.tensor(name))
+def test_a_checkpoint_without_its_config_is_no_checkpoint(checkpoint: Path):
+    (checkpoint / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json"):
-        CheckpointIndex.open(tmp_path)
+        CheckpointIndex.open(checkpoint)
 
 
 def test_every_byte_missing_at_the_end_is_noticed(checkpoint: Path):

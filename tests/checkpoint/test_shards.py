@@ -53,6 +53,8 @@ def test_stock_transformers_reads_what_is_written_in_any_order(shard_bytes: int,
         whole = json.loads((target / "model.safetensors.index.json").read_text())
         assert whole["metadata"]["total_size"] == index.nbytes
         assert set(whole["weight_map"]) == set(expected)
+        largest = max(tensor.nbytes for tensor in expected.values())
+        assert all(sum(t.nbytes for t in load_file(path).values()) <= max(shard_bytes, largest) for path in files)
 
 
 def test_tensors_of_different_width_stay_aligned(tmp_path: Path):
