@@ -20,8 +20,9 @@ def distill_all(configs: list[dict[str, Any]]) -> None:
 
 
 def loss_and_gradients(cases: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
-    """Loss per token, gradients of hidden states (summed over ranks) and of the whole head; the vocabulary is split over all processes."""
-    from megatron_moe2dense.trainer.losses import losses
+    """Loss per token, gradients of hidden states (summed over ranks) and of the whole head, and the measures; the vocabulary is split
+    over all processes."""
+    from megatron_moe2dense.trainer.losses import losses, measures
     from megatron_moe2dense.trainer.losses.shards import VocabShard
 
     world, rank, results = (dist.get_world_size(), dist.get_rank(), []) if dist.is_initialized() else (1, 0, [])
@@ -41,5 +42,6 @@ def loss_and_gradients(cases: list[dict[str, Any]]) -> list[dict[str, torch.Tens
             dist.all_reduce(hidden.grad)
             parts = [torch.empty_like(grad_head) for _ in range(world)]
             dist.all_gather(parts, grad_head)
-        results.append({"loss": loss_T.detach(), "hidden": hidden.grad, "head": torch.cat(parts)})
+        measured_NT = measures.per_token(student, teacher, case["labels"])
+        results.append({"loss": loss_T.detach(), "hidden": hidden.grad, "head": torch.cat(parts), "measures": measured_NT})
     return results

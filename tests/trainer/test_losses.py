@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.trainer.losses import LogitLoss, chunked, losses
+from megatron_moe2dense.trainer.losses import LogitLoss, chunked, losses, measures
 from megatron_moe2dense.trainer.losses.shards import VocabShard
 from tests.helpers.distributed import launch
 from tests.trainer.cases import loss_and_gradients
@@ -130,17 +130,49 @@ def assert_equal(found: dict[str, Tensor], case: dict[str, Any]) -> None:
     assert (found["head"][case["vocab"] :] == 0).all(), "padding rows must have no gradient"
 
 
+def assert_measures(found: Tensor, case: dict[str, Any]) -> None:
+    """Against plain float64, at temperature 1; by a bfloat16 head the logits themselves are rounded."""
+    s, t = (
+        (case[hidden] @ case[head][: case["vocab"]].t()).double()
+        for hidden, head in (("hidden", "head"), ("teacher_hidden", "teacher_head"))
+    )
+    labels, agree = case["labels"], (s.argmax(-1) == t.argmax(-1)).double()
+    expected = [cross_entropy(s, t, labels), entropy(s), cross_entropy(t, s, labels), entropy(t), forward_kl(s, t, labels), agree]
+    tolerance = 4 * torch.finfo(torch.float32).eps * max(10.0, float(s.abs().max()), float(t.abs().max()))
+    for name, value, wanted in zip(measures.AGAINST_TEACHER, found, expected, strict=True):
+        assert (value.double() - wanted).abs().max() < tolerance, name
+
+
+def entropy(x: Tensor) -> Tensor:
+    return -(x.softmax(-1) * x.log_softmax(-1)).sum(-1)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_loss_equals_float64_on_one_process(name: str):
     assert_equal(loss_and_gradients([CASES[name]])[0], CASES[name])
 
 
+@pytest.fixture(scope="module", params=[2, 4])
+def over_ranks(request: pytest.FixtureRequest) -> list[dict[str, Tensor]]:
+    """The results of all cases with the vocabulary split over processes."""
+    return launch(request.param, "tests.trainer.cases:loss_and_gradients", list(CASES.values()))
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("processes", [2, 4])
-def test_a_loss_is_the_same_over_tensor_parallel_ranks(processes: int):
-    found = launch(processes, "tests.trainer.cases:loss_and_gradients", list(CASES.values()))
-    for result, case in zip(found, CASES.values(), strict=True):
+def test_a_loss_is_the_same_over_tensor_parallel_ranks(over_ranks: list[dict[str, Tensor]]):
+    for result, case in zip(over_ranks, CASES.values(), strict=True):
         assert_equal(result, case)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_measures_equal_float64_on_one_process(name: str):
+    assert_measures(loss_and_gradients([CASES[name]])[0]["measures"], CASES[name])
+
+
+@pytest.mark.distributed
+def test_measures_are_the_same_over_tensor_parallel_ranks(over_ranks: list[dict[str, Tensor]]):
+    for result, case in zip(over_ranks, CASES.values(), strict=True):
+        assert_measures(result["measures"], case)
 
 
 def test_the_formulas_cover_the_registry():
@@ -151,7 +183,7 @@ def test_the_formulas_cover_the_registry():
 @pytest.mark.parametrize("method", FORMULAS)
 def test_chunks_do_not_change_the_result(method: str, monkeypatch: pytest.MonkeyPatch):
     whole = loss_and_gradients([CASES[f"{method}, plain"]])[0]
-    monkeypatch.setattr(chunked, "_chunks", lambda tokens, _columns: [slice(i, i + 2) for i in range(0, tokens, 2)])
+    monkeypatch.setattr(chunked, "chunks", lambda tokens, _columns: [slice(i, i + 2) for i in range(0, tokens, 2)])
     for name, value in loss_and_gradients([CASES[f"{method}, plain"]])[0].items():
         torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6)
 
@@ -175,6 +207,22 @@ def test_equal_distributions_have_no_divergence_and_no_gradient():
         found = loss_and_gradients([{**case, "loss": {"method": method}}])[0]
         assert found["loss"].abs().max() < 1e-5
         assert found["head"].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_measures_of_extreme_logits_are_finite(size: float):
+    head, row = torch.eye(4), torch.tensor([[1.0, 0, 0, 0]])
+    for student, teacher in itertools.product((0.0, size), repeat=2):
+        shards = [VocabShard.of(row * x, head, 4, None) for x in (student, teacher)]
+        assert torch.isfinite(measures.per_token(*shards, torch.tensor([1]))).all()
+
+
+def test_measures_without_a_teacher_are_those_of_the_student():
+    case = CASES["forward_kl, plain"]
+    student = VocabShard.of(case["hidden"], case["head"], 40, None)
+    teacher = VocabShard.of(case["teacher_hidden"], case["teacher_head"], 40, None)
+    both = measures.per_token(student, teacher, case["labels"])
+    torch.testing.assert_close(measures.per_token(student, None, case["labels"]), both[: len(measures.ALONE)])
 
 
 def test_inputs_are_left_alone():

@@ -47,7 +47,7 @@ class _ChunkedLoss(torch.autograd.Function):
         head_VD = weight_VD[: student.valid]
         grad_hidden_TD = torch.zeros_like(hidden_TD) if wants_gradient else None
         grad_head_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_gradient else None
-        for tokens in _chunks(len(hidden_TD), max(student.valid, 1)):
+        for tokens in chunks(len(hidden_TD), max(student.valid, 1)):
             teacher_TV = teacher.logits(tokens) if teacher is not None else None
             chunk = Chunk(student.logits(tokens), teacher_TV, labels_T[tokens], student.start, student.group)
             loss_T[tokens], grad_TV = loss.of_chunk(chunk)
@@ -77,7 +77,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def _chunks(tokens: int, columns: int) -> list[slice]:
+def chunks(tokens: int, columns: int) -> list[slice]:
+    """Slices of `tokens` tokens, short enough for the float32 logits of `columns` columns."""
     size = max(32, _CHUNK_BYTES // (4 * _COPIES * columns))
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
