@@ -51,12 +51,14 @@ class Checkpointer:
             "singleton_local_shards": False,
         }
 
-    def _state(self, model: HeadlessGPT, optimizer: MegatronOptimizer, loading: bool) -> dict[str, Any]:
-        weights = model.sharded_state_dict(metadata=self._metadata)
+    def _state(self, chunks: list[HeadlessGPT], optimizer: MegatronOptimizer, loading: bool) -> dict[str, Any]:
+        weights = _weights(chunks, self._metadata)
         state = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=self._metadata)
         return {"model": weights, "optimizer": state}
 
-    def save(self, model: HeadlessGPT, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, progress: dict[str, int]) -> None:
+    def save(
+        self, chunks: list[HeadlessGPT], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, progress: dict[str, int]
+    ) -> None:
         """Write `step_N` (N = progress["step"]) beside the others, then drop the oldest."""
         final = self.directory / f"step_{progress['step']:08d}"
         partial = final.with_name(final.name + ".tmp")
@@ -64,7 +66,7 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        content = {**self._state(model, optimizer, loading=False), "scheduler": scheduler.state_dict(), "progress": progress}
+        content = {**self._state(chunks, optimizer, loading=False), "scheduler": scheduler.state_dict(), "progress": progress}
         described = {name: value for name, value in self._metadata.items() if name != "dp_cp_group"}
         with disk_errors(final):
             dist_checkpointing.save(content, str(partial), content_metadata=described)
@@ -80,16 +82,27 @@ class Checkpointer:
         for path in complete[: -self._keep]:
             shutil.rmtree(path)
 
-    def load(self, path: Path, model: HeadlessGPT, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> dict[str, int]:
+    def load(
+        self, path: Path, chunks: list[HeadlessGPT], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+    ) -> dict[str, int]:
         """Restore everything from `path`; returns its progress. The parallel layout may differ from the one that saved."""
-        state: Any = dist_checkpointing.load(self._state(model, optimizer, loading=True), str(path))
-        model.load_state_dict(state["model"])
+        state: Any = dist_checkpointing.load(self._state(chunks, optimizer, loading=True), str(path))
+        _fill(chunks, state)
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         return state["progress"]
 
 
-def load_weights(path: Path, model: HeadlessGPT, groups: Groups) -> None:
+def load_weights(path: Path, chunks: list[HeadlessGPT], groups: Groups) -> None:
     """Only the weights, for export."""
-    state: Any = dist_checkpointing.load({"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})}, str(path))
-    model.load_state_dict(state["model"])
+    _fill(chunks, dist_checkpointing.load({"model": _weights(chunks, {"dp_cp_group": groups.collection.dp_cp})}, str(path)))
+
+
+def _weights(chunks: list[HeadlessGPT], metadata: dict[str, Any]) -> dict[str, Any]:
+    """By number of the chunk; on disk tensors are known by global layer numbers, so chunks may change between runs."""
+    return {str(number): chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
+
+
+def _fill(chunks: list[HeadlessGPT], state: Any) -> None:
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(state["model"][str(number)])

@@ -25,10 +25,26 @@ class ParallelConfig(Config):
 
     tensor: int = key(1, "tensor parallel size of teacher and student", "processes", gt=0)
     pipeline: int = key(1, "pipeline stages of teacher and student", "processes", gt=0)
+    virtual_pipeline: int = key(1, "model chunks of the student on each pipeline stage; above 1: the interleaved schedule", "chunks", gt=0)
+    layers_per_stage: list[int] | None = key(
+        None, "decoder layers of the student on every (virtual) stage, in order of depth; null: the same number on all", "layers"
+    )
+    teacher_layers_per_stage: list[int] | None = key(
+        None, "decoder layers of the teacher on every pipeline stage; null: the same number on all", "layers"
+    )
     context: Literal[1] = key(1, "context parallel size", "processes")
     expert: int = key(1, "expert parallel size of the MoE", "processes", gt=0)
     sequence: bool = key(False, "sequence parallelism inside the tensor-parallel group")
     distributed_optimizer: bool = key(True, "shard optimizer state over data-parallel ranks, when there are several")
+
+    @model_validator(mode="after")
+    def _stages(self) -> ParallelConfig:
+        if self.pipeline == 1 and (self.virtual_pipeline > 1 or self.layers_per_stage or self.teacher_layers_per_stage):
+            raise ValueError("virtual_pipeline, layers_per_stage and teacher_layers_per_stage have no effect with pipeline: 1")
+        for layers in (self.layers_per_stage or [], self.teacher_layers_per_stage or []):
+            if any(count < 1 for count in layers[1:-1]) or any(count < 0 for count in layers):
+                raise ValueError(f"{layers}: only the first and the last stage may have no layers")
+        return self
 
     @property
     def expert_tensor(self) -> int:

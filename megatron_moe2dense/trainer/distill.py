@@ -22,6 +22,7 @@ from megatron_moe2dense.trainer.data import training_stream, validation_stream
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.loop import Trainer, TrainState
 from megatron_moe2dense.trainer.metrics import Metrics
+from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.step import Models
 
@@ -111,11 +112,13 @@ def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Train
     """All parts of a run on this rank, restored from the last checkpoint when there is one."""
     _check_batch(config, groups)
     blueprint = _student_blueprint(config)
-    student = models.build(blueprint, groups, device, **_balancing(config, blueprint))
+    split = Split.of_student(config.parallel, blueprint.dims.layers)
+    student = models.build(blueprint, groups, device, split, **_balancing(config, blueprint))
     if config.initialize == "checkpoint":
         weights.load(student, blueprint, groups, Path(config.student))
     wrapped = optim.wrap(student, config, groups)
-    wrapped.broadcast_params()
+    for chunk in wrapped:
+        chunk.broadcast_params()
     optimizer, scheduler = optim.build(config, wrapped, groups)
     frozen = teacher.build(config, blueprint, groups, device) if config.teacher is not None else None
     checkpointer = Checkpointer(Path(config.output) / "checkpoints", config.train.keep, groups)
@@ -125,7 +128,6 @@ def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Train
         config=config,
         groups=groups,
         models=Models(student, wrapped, frozen, vocab_size),
-        wrapped=wrapped,
         optimizer=optimizer,
         scheduler=scheduler,
         training=training_stream(config, groups, device.device, vocab_size),

@@ -18,6 +18,7 @@ from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime, weights
 from megatron_moe2dense.trainer.checkpoint import latest, load_weights, step_of
 from megatron_moe2dense.trainer.config import ExportConfig, ParallelConfig
+from megatron_moe2dense.trainer.pipeline import Split
 
 # How much may wait for the disk.
 _QUEUE_BYTES = 1024**3
@@ -35,12 +36,12 @@ def run(config: ExportConfig) -> None:
             raise UserError(f"{dist.get_world_size()} processes", "one process", "run export without torchrun")
         dtype = _dtype(config, content)
         blueprint = models.Blueprint.of(content, str(source), dtype)
-        model = models.build(blueprint, groups, device)
-        load_weights(source, model, groups)
+        chunks = models.build(blueprint, groups, device, Split.of_student(groups.parallel, blueprint.dims.layers))
+        load_weights(source, chunks, groups)
         manifest = read_json(source.parents[1] / MANIFEST, "the manifest of the run")
         facts = {"step": step_of(source), "plan_hash": manifest.get("plan_hash")}
         with output_directory(Path(config.output), "export", config.model_dump(mode="json"), **facts) as working:
-            _write(model, blueprint, working)
+            _write(chunks[0], blueprint, working)
             write_json(working / "config.json", _with_dtype(content, dtype))
             copy_assets(source.parents[1] / "student", working)
         logger.info("exported %s to %s", source, config.output)

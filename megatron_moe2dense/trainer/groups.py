@@ -81,6 +81,7 @@ def initialized(parallel: ParallelConfig, seed: int) -> Iterator[Groups]:
     parallel_state.initialize_model_parallel(
         parallel.tensor,
         parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,

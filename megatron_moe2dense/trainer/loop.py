@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -42,7 +41,6 @@ class Trainer:
     config: DistillConfig
     groups: Groups
     models: Models
-    wrapped: DistributedDataParallel
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     training: SampleStream
@@ -96,7 +94,8 @@ class Trainer:
         """One optimizer step. Returns the loss and the gradient norm, None when a non-finite loss made it skip the update."""
         size = self.config.batch.global_
         batches = self.training.micro_batches(state.step * size, size)
-        self.wrapped.zero_grad_buffer()
+        for chunk in self.models.wrapped:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         result = student_pass(self.models, [loss], batches, self.groups)
         self.scheduler.step(1)
@@ -111,9 +110,11 @@ class Trainer:
         has_teacher = self.models.teacher is not None
         measured = [losses["cross_entropy"](), *([losses["forward_kl"]()] if has_teacher else [])]
         batches = self.validation.micro_batches(0, self.config.data.validation_sequences)
-        self.models.student.eval()
+        for chunk in self.models.student:
+            chunk.eval()
         result = student_pass(self.models, measured, batches, self.groups, forward_only=True)
-        self.models.student.train()
+        for chunk in self.models.student:
+            chunk.train()
         kl = result.means[1] if has_teacher else None
         self.metrics.write({"step": state.step, "tokens": state.tokens, "eval_loss": result.means[0], "eval_kl": kl})
         logger.info("step %d: held-out loss %.4f%s", state.step, result.means[0], f", KL {kl:.4f}" if kl is not None else "")

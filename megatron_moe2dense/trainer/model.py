@@ -20,6 +20,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES, Dims, FamilySpec, family_of
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses.shards import VocabShard
+from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.runtime.specs import block_spec
 
@@ -74,25 +75,38 @@ def padded_vocabulary(vocab_size: int) -> int:
     return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def build(blueprint: Blueprint, groups: Groups, runtime: Runtime, **overrides: Any) -> HeadlessGPT:
-    """This rank's part of the model, weights initialised from the seed; `overrides` are TransformerConfig fields.
+def build(blueprint: Blueprint, groups: Groups, runtime: Runtime, split: Split, **overrides: Any) -> list[HeadlessGPT]:
+    """This rank's chunks of the model, weights initialised from the seed; `overrides` are TransformerConfig fields.
 
     Raises:
         UserError: the model does not divide over the parallel layout.
     """
     _check_layout(blueprint.dims, groups)
-    config = TransformerConfig(**{**transformer_fields(blueprint, groups, runtime), **overrides})
+    fields = {**transformer_fields(blueprint, groups, runtime), **_pipeline_fields(split, groups), **overrides}
+    config = TransformerConfig(**fields)
+    return [_chunk(blueprint, config, groups, runtime, number) for number in range(split.chunks)]
+
+
+def _pipeline_fields(split: Split, groups: Groups) -> dict[str, Any]:
+    if groups.parallel.pipeline == 1:
+        return {}
+    chunks = split.chunks if split.chunks > 1 else None
+    return {"pipeline_model_parallel_layout": split.megatron_layout(), "virtual_pipeline_model_parallel_size": chunks}
+
+
+def _chunk(blueprint: Blueprint, config: TransformerConfig, groups: Groups, runtime: Runtime, number: int) -> HeadlessGPT:
     model = HeadlessGPT(
         config,
-        block_spec(config, runtime.transformer_engine),  # type: ignore[arg-type] - Megatron takes block submodules too
+        block_spec(config, runtime.transformer_engine, number),  # type: ignore[arg-type] - Megatron takes block submodules too
         padded_vocabulary(blueprint.dims.vocab_size),
         blueprint.dims.max_positions,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
+        pre_process=groups.is_first_stage and number == 0,
+        post_process=groups.is_last_stage and number == (config.virtual_pipeline_model_parallel_size or 1) - 1,
         position_embedding_type="rope",
         rotary_base=int(blueprint.dims.rope_theta),
         share_embeddings_and_output_weights=blueprint.dims.tied_embeddings,
         pg_collection=groups.collection,
+        vp_stage=number,
     )
     return model.to(device=runtime.device, dtype=blueprint.dtype)
 
@@ -178,7 +192,6 @@ def _check_layout(dims: Dims, groups: Groups) -> None:
     parallel = groups.parallel
     wanted = {
         "tensor": ("num_key_value_heads", dims.kv_heads, parallel.tensor),
-        "pipeline": ("num_hidden_layers", dims.layers, parallel.pipeline),
         "expert": ("num_experts", dims.experts, parallel.expert),
     }
     for name, (what, size, parts) in wanted.items():

@@ -13,14 +13,14 @@ from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.model import HeadlessGPT
 
 
-def wrap(model: HeadlessGPT, config: DistillConfig, groups: Groups) -> DistributedDataParallel:
-    """Gradients in float32 buffers, reduced over data-parallel ranks."""
+def wrap(chunks: list[HeadlessGPT], config: DistillConfig, groups: Groups) -> list[DistributedDataParallel]:
+    """Every chunk's gradients in float32 buffers, reduced over data-parallel ranks."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed(config, groups),
         check_for_nan_in_grad=False,
     )
-    return DistributedDataParallel(model.config, settings, model, pg_collection=groups.collection)
+    return [DistributedDataParallel(chunk.config, settings, chunk, pg_collection=groups.collection) for chunk in chunks]
 
 
 def distributed(config: DistillConfig, groups: Groups) -> bool:
@@ -28,8 +28,10 @@ def distributed(config: DistillConfig, groups: Groups) -> bool:
     return config.parallel.distributed_optimizer and groups.data_size > 1
 
 
-def build(config: DistillConfig, model: DistributedDataParallel, groups: Groups) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW over the wrapped model, and its schedule over `config.steps()` steps."""
+def build(
+    config: DistillConfig, chunks: list[DistributedDataParallel], groups: Groups
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW over the wrapped chunks, and its schedule over `config.steps()` steps."""
     half = config.dtype == "bfloat16"
     settings = OptimizerConfig(
         optimizer="adam",
@@ -44,9 +46,10 @@ def build(config: DistillConfig, model: DistributedDataParallel, groups: Groups)
         params_dtype=torch.bfloat16 if half else torch.float32,
         use_distributed_optimizer=distributed(config, groups),
     )
-    optimizer = get_megatron_optimizer(settings, [model])
-    model.config.grad_scale_func = optimizer.scale_loss
-    model.config.finalize_model_grads_func = finalize_model_grads
+    optimizer = get_megatron_optimizer(settings, list(chunks))
+    shared = chunks[0].config  # one object, shared by all chunks
+    shared.grad_scale_func = optimizer.scale_loss
+    shared.finalize_model_grads_func = finalize_model_grads
     steps = config.steps()
     scheduler = OptimizerParamScheduler(
         optimizer,

@@ -8,22 +8,29 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_moe2dense.trainer.data import Batch
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses import Loss
 from megatron_moe2dense.trainer.model import HeadlessGPT
+from megatron_moe2dense.trainer.pipeline import run_schedule
+from megatron_moe2dense.trainer.teacher import Teacher
 
 
 @dataclass(frozen=True)
 class Models:
-    """What a step needs of the models. `wrapped` is the student inside DDP (or the bare student for evaluation)."""
+    """What a step needs of the models.
 
-    student: HeadlessGPT
-    wrapped: torch.nn.Module
-    teacher: HeadlessGPT | None
+    Attributes:
+        student: this rank's model chunks, one for each virtual pipeline stage. wrapped: the same inside DDP.
+        teacher: None for plain language modelling.
+    """
+
+    student: list[HeadlessGPT]
+    wrapped: list[DistributedDataParallel]
+    teacher: Teacher | None
     vocab_size: int
 
 
@@ -39,62 +46,34 @@ class StepLoss:
     tokens: int
 
 
-def teacher_pass(models: Models, batches: list[Batch]) -> list[Tensor]:
-    """The teacher's final hidden states [S, B, D] of every micro-batch on the last stage, an empty list elsewhere."""
-    if models.teacher is None:
-        return []
-
-    def forward(batches: Iterator[Batch], model: HeadlessGPT) -> tuple[Tensor, Callable[..., Tensor]]:
-        batch = next(batches)
-        return model(batch.tokens, batch.positions, None), lambda hidden, non_loss_data: hidden  # noqa: ARG005
-
-    with torch.no_grad():
-        return _schedule(forward, models.teacher, batches, forward_only=True, collect_non_loss_data=True)
-
-
 def student_pass(models: Models, losses: Sequence[Loss], batches: list[Batch], groups: Groups, forward_only: bool = False) -> StepLoss:
     """Forward (and backward) over the micro-batches; gradients end up reduced and divided by the number of tokens.
 
     Only the first of `losses` is trained; the others are reported.
     """
-    hidden_of_teacher = iter(teacher_pass(models, batches))
+    # the teacher's targets are on the last stage only
+    targets = models.teacher.targets(batches) if models.teacher is not None else []
+    pairs = list(zip(batches, targets or [None] * len(batches), strict=True))
 
-    def forward(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        batch = next(batches)
-        return model(batch.tokens, batch.positions, None), lambda hidden: _loss(models, losses, hidden, (batch, hidden_of_teacher))
+    def forward(pairs: Iterator[tuple[Batch, Any]], chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        batch, target = next(pairs)
+        return chunk(batch.tokens, batch.positions, None), lambda hidden: _loss(models, losses, hidden, (batch, target))
 
-    model = models.student if forward_only else models.wrapped
-    sums = _schedule(forward, model, batches, forward_only=forward_only)
+    chunks: Sequence[torch.nn.Module] = models.student if forward_only else models.wrapped
+    sums = run_schedule(forward, chunks, pairs, forward_only=forward_only)
     return _reduce(sums, len(losses), groups)
 
 
-def _loss(models: Models, losses: Sequence[Loss], hidden: Tensor, against: tuple[Batch, Iterator[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(models: Models, losses: Sequence[Loss], hidden: Tensor, against: tuple[Batch, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """What Megatron's schedule wants with `calculate_per_token_loss`: summed loss, number of tokens, what to report."""
-    batch, teacher = against
+    batch, target = against
     labels_T, mask_T = batch.flat()
-    shard = None
-    if models.teacher is not None:
-        with torch.no_grad():
-            shard = models.teacher.vocab_shard(next(teacher), models.vocab_size)
-    student = models.student.vocab_shard(hidden, models.vocab_size)
-    totals = [(loss.per_token(student, shard, labels_T, mask_T) * mask_T).sum() for loss in losses]
+    known = models.teacher.known(target) if models.teacher is not None else None
+    student = models.student[-1].vocab_shard(hidden, models.vocab_size)
+    totals = [(loss.per_token(student, known, labels_T, mask_T) * mask_T).sum() for loss in losses]
     count = mask_T.sum()
     # the schedule divides the returned loss in place, so the report gets its own copy
     return totals[0], count.to(torch.int), torch.stack([*totals, count]).detach().double()
-
-
-def _schedule(forward: Callable[..., Any], model: torch.nn.Module, batches: list[Batch], **options: Any) -> list[Tensor]:
-    batch_size, length = batches[0].tokens.shape
-    run = get_forward_backward_func()
-    return run(
-        forward_step_func=forward,
-        data_iterator=iter(batches),
-        model=model,
-        num_microbatches=len(batches),
-        seq_length=length,
-        micro_batch_size=batch_size,
-        **{"forward_only": False, **options},
-    )
 
 
 def _reduce(sums: list[Tensor], losses: int, groups: Groups) -> StepLoss:

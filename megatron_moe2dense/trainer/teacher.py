@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
@@ -11,11 +17,49 @@ from megatron_moe2dense.families import Dims
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import weights
 from megatron_moe2dense.trainer.config import DistillConfig
+from megatron_moe2dense.trainer.data import Batch
 from megatron_moe2dense.trainer.groups import Groups
+from megatron_moe2dense.trainer.losses.shards import VocabShard
+from megatron_moe2dense.trainer.pipeline import Split, run_schedule
 from megatron_moe2dense.trainer.runtime import Runtime
 
 
-def build(config: DistillConfig, student: models.Blueprint, groups: Groups, runtime: Runtime) -> models.HeadlessGPT:
+class Teacher(Protocol):
+    """Where a step gets the teacher's knowledge from."""
+
+    def targets(self, batches: list[Batch]) -> list[Any]:
+        """Before the student's pass, on every rank: one entry a micro-batch on the last stage, an empty list elsewhere."""
+        ...
+
+    def known(self, target: Any) -> VocabShard:
+        """On the last stage, when the student's hidden states of that micro-batch are there: what the losses take."""
+        ...
+
+
+@dataclass(frozen=True)
+class LiveTeacher:
+    """A model of this job; its targets are final hidden states [S, B, D], never logits."""
+
+    chunks: list[models.HeadlessGPT]
+    vocab_size: int
+
+    @torch.no_grad()
+    def targets(self, batches: list[Batch]) -> list[Tensor]:
+        """See `Teacher.targets`: a forward-only pass."""
+
+        def forward(batches: Iterator[tuple[Batch]], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Tensor]]:
+            (batch,) = next(batches)
+            return chunk(batch.tokens, batch.positions, None), lambda hidden, non_loss_data: hidden  # noqa: ARG005
+
+        return run_schedule(forward, self.chunks, [(batch,) for batch in batches], forward_only=True, collect_non_loss_data=True)
+
+    @torch.no_grad()
+    def known(self, target: Tensor) -> VocabShard:
+        """See `Teacher.known`."""
+        return self.chunks[-1].vocab_shard(target, self.vocab_size)
+
+
+def build(config: DistillConfig, student: models.Blueprint, groups: Groups, runtime: Runtime) -> LiveTeacher:
     """Load the teacher, in eval mode, without gradients.
 
     Raises:
@@ -31,12 +75,12 @@ def build(config: DistillConfig, student: models.Blueprint, groups: Groups, runt
             "distil into a student made from this teacher, or one with its tokenizer",
         )
     overrides = {"moe_router_topk": _active(config, blueprint.dims)} if blueprint.dims.experts else {}
-    model = models.build(blueprint, groups, runtime, **overrides)
-    weights.load(model, blueprint, groups, directory)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    logger.info("teacher: %s, %d layers, %d parameters on this rank", directory, blueprint.dims.layers, _count(model))
-    return model.eval()
+    chunks = models.build(blueprint, groups, runtime, Split.of_teacher(groups.parallel, blueprint.dims.layers), **overrides)
+    weights.load(chunks, blueprint, groups, directory)
+    for chunk in chunks:
+        chunk.requires_grad_(False).eval()
+    logger.info("teacher: %s, %d layers, %d parameters on this rank", directory, blueprint.dims.layers, _count(chunks))
+    return LiveTeacher(chunks, blueprint.dims.vocab_size)
 
 
 def _active(config: DistillConfig, dims: Dims) -> int:
@@ -48,5 +92,5 @@ def _active(config: DistillConfig, dims: Dims) -> int:
     return active
 
 
-def _count(model: models.HeadlessGPT) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def _count(chunks: list[models.HeadlessGPT]) -> int:
+    return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())

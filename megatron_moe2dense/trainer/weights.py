@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,29 +18,34 @@ from megatron_moe2dense.trainer.model import Blueprint, HeadlessGPT, padded_voca
 
 
 @torch.no_grad()
-def load(model: HeadlessGPT, blueprint: Blueprint, groups: Groups, directory: Path) -> None:
-    """Fill every parameter of `model` from the checkpoint; each rank reads only its slices.
+def load(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups, directory: Path) -> None:
+    """Fill every parameter of the model's chunks from the checkpoint; each rank reads only its slices.
 
     Raises:
         UserError: a tensor is missing, of another shape, NaN or infinite.
     """
     index = CheckpointIndex.open(directory)
     local_experts = blueprint.dims.experts // groups.parallel.expert
-    table = NameTable(blueprint.family, blueprint.dims, get_transformer_layer_offset(model.config), groups.expert_rank * local_experts)
     with CheckpointReader(index) as reader:
-        for name, parameter in model.named_parameters():
-            entry = table.entry(name)
-            index.require(entry.hf)
-            value = _local(reader, entry, blueprint, groups)
-            if value.shape != parameter.shape:
-                raise UserError(
-                    f"{directory}: {', '.join(entry.hf)} give {list(value.shape)} for {name}",
-                    f"{list(parameter.shape)} by config.json",
-                    "check that config.json and the weights are of the same model",
-                )
-            if not torch.isfinite(value).all():
-                raise UserError(f"{directory}: NaN or infinite values in {', '.join(entry.hf)}", "finite weights", "get the weights again")
-            parameter.copy_(value)
+        for chunk in chunks:
+            first_layer = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
+            table = NameTable(blueprint.family, blueprint.dims, first_layer, groups.expert_rank * local_experts)
+            for name, parameter in chunk.named_parameters():
+                entry = table.entry(name)
+                index.require(entry.hf)
+                parameter.copy_(_checked(_local(reader, entry, blueprint, groups), parameter, f"{directory}: {', '.join(entry.hf)}"))
+
+
+def _checked(value: Tensor, parameter: Tensor, where: str) -> Tensor:
+    if value.shape != parameter.shape:
+        raise UserError(
+            f"{where} give {list(value.shape)}",
+            f"{list(parameter.shape)} by config.json",
+            "check that config.json and the weights are of the same model",
+        )
+    if not torch.isfinite(value).all():
+        raise UserError(f"{where}: NaN or infinite values", "finite weights", "get the weights again")
+    return value
 
 
 def _local(reader: CheckpointReader, entry: Entry, blueprint: Blueprint, groups: Groups) -> Tensor:

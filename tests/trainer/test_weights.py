@@ -16,6 +16,7 @@ from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime, weights
 from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
+from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.runtime import Runtime
 from tests.helpers.distributed import ROOT
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe
@@ -41,9 +42,9 @@ def place() -> Iterator[tuple[Groups, Runtime]]:
 
 def load(directory: Path, place: tuple[Groups, Runtime], dtype: torch.dtype) -> tuple[models.HeadlessGPT, models.Blueprint]:
     blueprint = models.Blueprint.of(CheckpointIndex.open(directory).config, str(directory), dtype)
-    model = models.build(blueprint, *place).eval()
-    weights.load(model, blueprint, place[0], directory)
-    return model, blueprint
+    chunks = models.build(blueprint, *place, Split((blueprint.dims.layers,), 1))
+    weights.load(chunks, blueprint, place[0], directory)
+    return chunks[0].eval(), blueprint
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -13,12 +13,12 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_moe2dense.trainer.runtime.modules import RMSNorm, SdpaCoreAttention
 
 
-def block_spec(config: TransformerConfig, transformer_engine: bool) -> TransformerBlockSubmodules:
-    """The decoder layers of this pipeline stage; `config.moe_layer_freq` says which of them have experts."""
+def block_spec(config: TransformerConfig, transformer_engine: bool, chunk: int) -> TransformerBlockSubmodules:
+    """The decoder layers of a model chunk of this pipeline stage; `config.moe_layer_freq` says which of them have experts."""
     if transformer_engine:
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization=config.normalization)
-    first = get_transformer_layer_offset(config)
-    numbers = range(first, first + get_num_layers_to_build(config))
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization=config.normalization, vp_stage=chunk)
+    first = get_transformer_layer_offset(config, chunk)
+    numbers = range(first, first + get_num_layers_to_build(config, chunk))
     norm: Any = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[_local_layer(config, number) for number in numbers], layer_norm=norm)
 
