@@ -7,17 +7,8 @@ from typing import Annotated, Literal
 from pydantic import model_validator
 
 from megatron_moe2dense.common.config import Config, key
+from megatron_moe2dense.trainer.data_config import TrainDataConfig
 from megatron_moe2dense.trainer.losses import Loss, losses
-
-
-class TrainDataConfig(Config):
-    """Training text: token files of `moe2dense data`, cut into samples by Megatron-Core's GPTDataset."""
-
-    path: str = key(..., "prefix of the training .bin/.idx")
-    validation: str | None = key(None, "prefix of the held-out .bin/.idx, read every train.eval_every steps")
-    validation_sequences: int = key(64, "held-out sequences read at each evaluation", "sequences", gt=0)
-    sequence_length: int = key(2048, "length of one sample", "tokens", gt=1)
-    epochs: int = key(1, "how often the text may be repeated; distillation wants 1", "passes", gt=0)
 
 
 class ParallelConfig(Config):

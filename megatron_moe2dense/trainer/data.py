@@ -1,38 +1,62 @@
-"""Training samples through Megatron-Core's GPTDataset: which sample a step reads depends on seed and step alone."""
+"""The samples of a run by number, put together into each rank's micro-batches; the same samples in the same steps at any layout."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from torch import Tensor
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.tokens.indexed import TokenFile
+from megatron_moe2dense.common.outputs import read_json
 from megatron_moe2dense.trainer.config import DistillConfig
+from megatron_moe2dense.trainer.datasets import Reading, one_file, require_vocabulary, training_dataset
 from megatron_moe2dense.trainer.groups import Groups
-
-# How many tokens of a file are looked at before training, to notice another tokenizer.
-_SAMPLED_TOKENS = 4_000_000
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, [B, S] each; mask is 1.0 where the prediction counts. `flat` gives sequence-major [S*B] views."""
+    """One micro-batch, [B, S] each; mask is 1.0 where the prediction counts. `flat` gives sequence-major [S*B] views.
+
+    samples: numbers of the B samples in their stream. positions: places of the S tokens in the sample.
+    """
 
     tokens: Tensor
     labels: Tensor
     mask: Tensor
     positions: Tensor
+    samples: tuple[int, ...]
 
     def flat(self) -> tuple[Tensor, Tensor]:
         """labels and mask as [T], in the order of hidden states [S, B, D] flattened."""
         return self.labels.t().reshape(-1), self.mask.t().reshape(-1)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A dataset and how it was made."""
+
+    dataset: GPTDataset | BlendedDataset
+    reading: Reading
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batch(self, numbers: Sequence[int], device: torch.device) -> Batch:
+        """The samples of these numbers; UserError for a token outside the vocabulary."""
+        samples: list[Any] = [self.dataset[number] for number in numbers]
+        tokens, labels, mask, positions = (
+            torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask", "position_ids")
+        )
+        require_vocabulary(f"sample among {list(numbers)}", torch.cat([tokens[:, :1], labels], 1), self.reading.vocab_size)
+        if self.reading.pad is not None:
+            mask = mask.masked_fill((tokens == self.reading.pad) | (labels == self.reading.pad), 0.0)
+        return Batch(*(part.to(device) for part in (tokens, labels, mask, positions)), samples=tuple(numbers))
 
 
 class SampleStream:
@@ -40,90 +64,55 @@ class SampleStream:
 
     Micro-batch m of data rank r at a step holds the samples `step * global + (m * data_size + r) * micro + i`, so the set of samples
     of a step does not depend on the layout.
+
+    Args:
+        samples: by number. groups: of this rank. micro: samples in a micro-batch. device: where batches go.
     """
 
-    def __init__(self, dataset: GPTDataset, groups: Groups, micro: int, device: torch.device):
-        self._dataset, self._groups, self._micro, self.device = dataset, groups, micro, device
+    def __init__(self, samples: Samples, groups: Groups, micro: int, device: torch.device):
+        self._samples, self._groups, self._micro, self.device = samples, groups, micro, device
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._samples)
 
     def micro_batches(self, first_sample: int, count: int) -> list[Batch]:
         """This rank's micro-batches for `count` samples from `first_sample` on."""
         per_round = self._micro * self._groups.data_size
         assert count % per_round == 0
         starts = range(first_sample + self._groups.data_rank * self._micro, first_sample + count, per_round)
-        return [self._batch([self._dataset[i] for i in range(start, start + self._micro)]) for start in starts]
-
-    def _batch(self, samples: list[dict[str, Tensor]]) -> Batch:
-        stacked = {name: torch.stack([sample[name] for sample in samples]).to(self.device) for name in samples[0]}
-        return Batch(stacked["tokens"], stacked["labels"], stacked["loss_mask"], stacked["position_ids"])
+        return [self._samples.batch(range(start, start + self._micro), self.device) for start in starts]
 
 
 def training_stream(config: DistillConfig, groups: Groups, device: torch.device, vocab_size: int) -> SampleStream:
-    """The stream of `data.path`.
+    """The stream of `data.path` or `data.blend`.
 
     Raises:
         UserError: files missing or of another tokenizer; fewer samples than the run needs.
     """
-    data, needed = config.data, config.steps() * config.batch.global_
-    samples = None if data.epochs == 1 else _samples(data.path, data.sequence_length) * data.epochs
-    stream = SampleStream(_dataset(data.path, config, samples, vocab_size), groups, config.batch.micro, device)
-    if len(stream) < needed:
-        raise UserError(
-            f"{data.path}: {len(stream)} samples of {data.sequence_length} tokens in {data.epochs} pass(es)",
-            f"{needed} samples for {config.steps()} steps of {config.batch.global_}",
-            "use more text, fewer steps, or say data.epochs=2 if text may be repeated",
-        )
-    return stream
+    reading = _reading(config, vocab_size)
+    dataset = training_dataset(reading, config.steps() * config.batch.global_)
+    return SampleStream(Samples(dataset, reading), groups, config.batch.micro, device)
 
 
 def validation_stream(config: DistillConfig, groups: Groups, device: torch.device, vocab_size: int) -> SampleStream | None:
     """The stream of `data.validation`, None when there is none; UserError when it is too short."""
     if config.data.validation is None:
         return None
-    stream = SampleStream(_dataset(config.data.validation, config, None, vocab_size), groups, config.batch.micro, device)
+    reading = _reading(config, vocab_size)
+    dataset = one_file(config.data.validation, reading, passes=1)
     wanted, per_round = config.data.validation_sequences, config.batch.micro * groups.data_size
-    if len(stream) < wanted or wanted % per_round:
+    if len(dataset) < wanted or wanted % per_round:
         raise UserError(
-            f"{config.data.validation}: {len(stream)} sequences, data.validation_sequences={wanted}",
-            f"a multiple of batch.micro x data-parallel ranks = {per_round}, at most {len(stream)}",
+            f"{config.data.validation}: {len(dataset)} sequences, data.validation_sequences={wanted}",
+            f"a multiple of batch.micro x data-parallel ranks = {per_round}, at most {len(dataset)}",
             "change data.validation_sequences or use more held-out text",
         )
-    return stream
+    return SampleStream(Samples(dataset, reading), groups, config.batch.micro, device)
 
 
-def _samples(prefix: str, sequence_length: int) -> int:
-    return (len(TokenFile.open(prefix).tokens) - 1) // sequence_length
-
-
-def _dataset(prefix: str, config: DistillConfig, samples: int | None, vocab_size: int) -> GPTDataset:
-    tokens = TokenFile.open(prefix).tokens
-    length = config.data.sequence_length
-    if len(tokens) <= length:
-        raise UserError(f"{prefix}: {len(tokens)} tokens", f"more than one sample of {length}", "use more text or shorter sequences")
-    highest = int(tokens[:: max(1, len(tokens) // _SAMPLED_TOKENS)].max())
-    if highest >= vocab_size:
-        raise UserError(
-            f"{prefix}: token {highest}",
-            f"tokens below the model's vocabulary of {vocab_size}",
-            "tokenise the text with the model's own tokenizer (`moe2dense data`)",
-        )
-    # GPTDataset only asks its tokenizer for identity and special tokens when it builds its index.
-    tokenizer: Any = SimpleNamespace(unique_identifiers={"vocab_size": vocab_size}, vocab_size=vocab_size, eod=-1, pad=-1)
-    settings = GPTDatasetConfig(
-        random_seed=config.train.seed,
-        sequence_length=length,
-        blend_per_split=[([prefix], None), None, None],
-        tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        path_to_cache=str(Path(config.output) / "data_index"),
-        mid_level_dataset_surplus=0.0,
-    )
-    sizes: Any = [samples, None, None]  # None: one pass over the text
-    train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, settings).build()
-    assert isinstance(train, GPTDataset)
-    return train
+def _reading(config: DistillConfig, vocab_size: int) -> Reading:
+    index = Path(config.output) / "data_index"
+    if not config.data.mask_end_of_document and config.data.pad_token is None:
+        return Reading(config.data, config.train.seed, vocab_size, index)
+    student = read_json(Path(config.student) / "config.json", "the student's Hugging Face directory with its config.json")
+    return Reading.masked(config.data, student, vocab_size, config.train.seed, index)

@@ -63,7 +63,8 @@ def dry_run(config: DistillConfig) -> dict[str, Any]:
         facts[name] = {"directory": directory, "family": blueprint.family.name, "parameters": total, "active_parameters": active}
         facts["flops"] += flops * active * tokens
         facts["memory_bytes"][name] = nbytes * total
-    facts["reads"] = [path for path in (config.data.path, config.data.validation, config.student, config.teacher) if path]
+    texts = [source.path for source in config.data.sources()]
+    facts["reads"] = [path for path in (*texts, config.data.validation, config.student, config.teacher) if path]
     facts["writes"] = [f"{config.output}/checkpoints", f"{config.output}/metrics.jsonl"]
     return facts
 
