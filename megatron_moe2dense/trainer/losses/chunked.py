@@ -52,9 +52,10 @@ class _ChunkedLoss(torch.autograd.Function):
             chunk = Chunk(student.logits(tokens), teacher_TV, labels_T[tokens], student.start, student.group)
             loss_T[tokens], grad_TV = loss.of_chunk(chunk)
             if grad_hidden_TD is not None and grad_head_VD is not None:
-                grad_TV = grad_TV.mul_(mask_T[tokens, None]).to(weight_VD.dtype)
-                grad_hidden_TD[tokens] = grad_TV @ head_VD
-                _add_product(grad_head_VD[: student.valid], grad_TV.t(), hidden_TD[tokens])
+                # the mask goes onto the narrow factors: tokens x hidden, not tokens x vocabulary
+                grad_TV, mask_T1 = grad_TV.to(weight_VD.dtype), mask_T[tokens, None].to(weight_VD.dtype)
+                grad_hidden_TD[tokens] = (grad_TV @ head_VD).mul_(mask_T1)
+                _add_product(grad_head_VD[: student.valid], grad_TV.t(), hidden_TD[tokens] * mask_T1)
         ctx.save_for_backward(mask_T)
         ctx.gradients = grad_hidden_TD, grad_head_VD, weight_VD.dtype
         return loss_T

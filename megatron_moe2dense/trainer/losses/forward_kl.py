@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron_moe2dense.common.config import key
 from megatron_moe2dense.trainer.losses import LogitLoss, losses
 from megatron_moe2dense.trainer.losses.chunked import Chunk
-from megatron_moe2dense.trainer.losses.shards import combine, gather, shifted_exp
+from megatron_moe2dense.trainer.losses.shards import combine, gather, scaled, shifted_exp
 
 
 @losses.register("forward_kl")
@@ -27,7 +27,7 @@ class ForwardKl(LogitLoss):
     def of_chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """KL in nats times temperature squared, and its gradient."""
         assert chunk.teacher_TV is not None
-        s_TV, t_TV = chunk.student_TV.div_(self.temperature), chunk.teacher_TV.div_(self.temperature)
+        s_TV, t_TV = scaled(chunk.student_TV, 1 / self.temperature), scaled(chunk.teacher_TV, 1 / self.temperature)
         max_t_T, exp_t_TV = shifted_exp(t_TV)
         dot_T = (t_TV.sub_(s_TV).mul_(exp_t_TV)).sum(-1)
         max_s_T, exp_s_TV = shifted_exp(s_TV, overwrite=True)
@@ -35,7 +35,7 @@ class ForwardKl(LogitLoss):
         top_t_T, sum_t_T = combine(gathered[:, 0], gathered[:, 1])
         _, total_dot_T = combine(gathered[:, 0], gathered[:, 2])
         top_s_T, sum_s_T = combine(gathered[:, 3], gathered[:, 4])
-        p_t_TV = exp_t_TV.mul_((torch.exp(max_t_T - top_t_T) / sum_t_T)[:, None])
         p_s_TV = exp_s_TV.mul_((torch.exp(max_s_T - top_s_T) / sum_s_T)[:, None])
+        grad_TV = p_s_TV.addcmul_(exp_t_TV, (torch.exp(max_t_T - top_t_T) / sum_t_T)[:, None], value=-1.0)
         kl_T = total_dot_T / sum_t_T - (top_t_T + sum_t_T.log()) + (top_s_T + sum_s_T.log())
-        return kl_T * self.temperature**2, p_s_TV.sub_(p_t_TV).mul_(self.temperature)
+        return kl_T * self.temperature**2, scaled(grad_TV, self.temperature)

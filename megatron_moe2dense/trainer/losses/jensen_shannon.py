@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron_moe2dense.common.config import key
 from megatron_moe2dense.trainer.losses import LogitLoss, losses
 from megatron_moe2dense.trainer.losses.chunked import Chunk
-from megatron_moe2dense.trainer.losses.shards import log_partition, total
+from megatron_moe2dense.trainer.losses.shards import log_partition, scaled, total
 
 
 @losses.register("jensen_shannon")
@@ -20,7 +20,7 @@ class JensenShannon(LogitLoss):
     def of_chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Nats times temperature squared, and their gradient. A probability that underflows to 0 adds nothing."""
         assert chunk.teacher_TV is not None
-        log_s_TV, log_t_TV = chunk.student_TV.div_(self.temperature), chunk.teacher_TV.div_(self.temperature)
+        log_s_TV, log_t_TV = scaled(chunk.student_TV, 1 / self.temperature), scaled(chunk.teacher_TV, 1 / self.temperature)
         log_s_TV -= log_partition(log_s_TV, chunk.group)[:, None]
         log_t_TV -= log_partition(log_t_TV, chunk.group)[:, None]
         log_m_TV = torch.logaddexp(log_s_TV, log_t_TV) - torch.log(torch.tensor(2.0))

@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron_moe2dense.common.config import key
 from megatron_moe2dense.trainer.losses import LogitLoss, losses
 from megatron_moe2dense.trainer.losses.chunked import Chunk
-from megatron_moe2dense.trainer.losses.shards import combine, gather, shifted_exp
+from megatron_moe2dense.trainer.losses.shards import combine, gather, scaled, shifted_exp
 
 
 @losses.register("reverse_kl")
@@ -20,7 +20,7 @@ class ReverseKl(LogitLoss):
     def of_chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """KL in nats times temperature squared, and its gradient."""
         assert chunk.teacher_TV is not None
-        s_TV, t_TV = chunk.student_TV.div_(self.temperature), chunk.teacher_TV.div_(self.temperature)
+        s_TV, t_TV = scaled(chunk.student_TV, 1 / self.temperature), scaled(chunk.teacher_TV, 1 / self.temperature)
         max_s_T, exp_s_TV = shifted_exp(s_TV)
         difference_TV = s_TV.sub_(t_TV)
         max_t_T, exp_t_TV = shifted_exp(t_TV, overwrite=True)
@@ -33,4 +33,4 @@ class ReverseKl(LogitLoss):
         kl_T = total_dot_T / sum_s_T + shift_T
         p_s_TV = exp_s_TV.mul_((torch.exp(max_s_T - top_s_T) / sum_s_T)[:, None])
         grad_TV = difference_TV.add_((shift_T - kl_T)[:, None]).mul_(p_s_TV)
-        return kl_T * self.temperature**2, grad_TV.mul_(self.temperature)
+        return kl_T * self.temperature**2, scaled(grad_TV, self.temperature)

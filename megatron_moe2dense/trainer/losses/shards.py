@@ -56,6 +56,11 @@ def shifted_exp(logits_TV: Tensor, overwrite: bool = False) -> tuple[Tensor, Ten
     return max_T, shifted_TV.exp_()
 
 
+def scaled(values: Tensor, factor: float) -> Tensor:
+    """values * factor, in place; a factor of 1 costs nothing."""
+    return values if factor == 1.0 else values.mul_(factor)
+
+
 def combine(max_RT: Tensor, sums_RT: Tensor) -> tuple[Tensor, Tensor]:
     """Shifted sums of R ranks, each relative to its own maximum, to (overall max_T, sum_T relative to it)."""
     max_T = max_RT.amax(0)
