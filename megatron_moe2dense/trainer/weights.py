@@ -25,15 +25,30 @@ def load(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups, di
         UserError: a tensor is missing, of another shape, NaN or infinite.
     """
     index = CheckpointIndex.open(directory)
-    local_experts = blueprint.dims.experts // groups.parallel.expert
     with CheckpointReader(index) as reader:
-        for chunk in chunks:
-            first_layer = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
-            table = NameTable(blueprint.family, blueprint.dims, first_layer, groups.expert_rank * local_experts)
-            for name, parameter in chunk.named_parameters():
-                entry = table.entry(name)
-                index.require(entry.hf)
-                parameter.copy_(_checked(_local(reader, entry, blueprint, groups), parameter, f"{directory}: {', '.join(entry.hf)}"))
+        for parameter, entry, _ in placed(chunks, blueprint, groups):
+            index.require(entry.hf)
+            parameter.copy_(_checked(_local(reader, entry, blueprint, groups), parameter, f"{directory}: {', '.join(entry.hf)}"))
+
+
+def placed(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups) -> Iterator[tuple[Tensor, Entry, bool]]:
+    """Every parameter of this rank with its entry, and whether this rank counts it in sums over all ranks: those that hold copies
+    do not, so that every value counts once."""
+    local_experts = blueprint.dims.experts // groups.parallel.expert
+    for chunk in chunks:
+        first_layer = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
+        table = NameTable(blueprint.family, blueprint.dims, first_layer, groups.expert_rank * local_experts)
+        for name, parameter in chunk.named_parameters():
+            entry = table.entry(name)
+            yield parameter, entry, _counts(entry, groups) and not table.is_copy(name)
+
+
+def _counts(entry: Entry, groups: Groups) -> bool:
+    is_expert = "{expert}" in entry.rule.megatron
+    replicas, slices = (
+        (groups.collection.expt_dp, groups.collection.expt_tp) if is_expert else (groups.collection.dp_cp, groups.collection.tp)
+    )
+    return replicas.rank() == 0 and (entry.rule.split is not None or slices.rank() == 0)
 
 
 def _checked(value: Tensor, parameter: Tensor, where: str) -> Tensor:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.config import build
-from megatron_moe2dense.trainer.config import DistillConfig
+from megatron_moe2dense.trainer import fingerprint, runtime, weights
+from megatron_moe2dense.trainer import groups as process_groups
+from megatron_moe2dense.trainer import model as models
+from megatron_moe2dense.trainer.config import DistillConfig, ParallelConfig
+from megatron_moe2dense.trainer.fingerprint import Fingerprint
+from megatron_moe2dense.trainer.groups import Groups
+from megatron_moe2dense.trainer.model import Blueprint, HeadlessGPT
+from megatron_moe2dense.trainer.pipeline import Split
+from megatron_moe2dense.trainer.runtime import Runtime
 
 
 def distill_all(configs: list[dict[str, Any]]) -> None:
@@ -17,6 +27,26 @@ def distill_all(configs: list[dict[str, Any]]) -> None:
 
     for config in configs:
         distill.run(build(DistillConfig, config, "the test"))
+
+
+def loaded(directory: Path, place: tuple[Groups, Runtime], dtype: str) -> tuple[list[HeadlessGPT], Blueprint]:
+    """The checkpoint as a Megatron model in the current layout, in eval mode."""
+    blueprint = Blueprint.of(CheckpointIndex.open(directory).config, str(directory), getattr(torch, dtype))
+    chunks = models.build(blueprint, *place, Split.of_student(place[0].parallel, blueprint.dims.layers))
+    weights.load(chunks, blueprint, place[0], directory)
+    return [chunk.eval() for chunk in chunks], blueprint
+
+
+def fingerprints(directories: list[Path], layouts: list[dict[str, Any]]) -> list[list[Fingerprint]]:
+    """Of every checkpoint in every layout, verified."""
+    found: list[list[Fingerprint]] = [[] for _ in directories]
+    for layout in layouts:
+        parallel = ParallelConfig(**layout)
+        with runtime.session("cpu") as device, process_groups.initialized(parallel, seed=0) as groups:
+            for directory, results in zip(directories, found, strict=True):
+                chunks, blueprint = loaded(directory, (groups, device), "bfloat16" if directory.name == "tied" else "float32")
+                results.append(fingerprint.verify(chunks, blueprint, groups, directory))
+    return found
 
 
 def loss_and_gradients(cases: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
