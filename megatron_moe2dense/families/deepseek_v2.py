@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families import deepseek
+from megatron_moe2dense.families import deepseek, deepseek_megatron
 from megatron_moe2dense.families.spec import FamilySpec, GroupLimit, HfConfig, Router
 
 
@@ -23,6 +23,8 @@ DEEPSEEK_V2 = FamilySpec(
     architecture="DeepseekV2ForCausalLM",
     dims=deepseek.dims,
     ffn=deepseek.FFN,
+    megatron=deepseek_megatron.MEGATRON,
+    megatron_config=deepseek_megatron.megatron_config,
     moe=deepseek.layouts(),
     moe_layers=deepseek.moe_layers,
     router=_router,

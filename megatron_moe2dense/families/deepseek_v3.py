@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_moe2dense.families import deepseek
+from megatron_moe2dense.families import deepseek, deepseek_megatron
 from megatron_moe2dense.families.spec import FamilySpec, GroupLimit, HfConfig, Router
 
 
@@ -27,6 +27,8 @@ DEEPSEEK_V3 = FamilySpec(
     architecture="DeepseekV3ForCausalLM",
     dims=deepseek.dims,
     ffn=deepseek.FFN,
+    megatron=(*deepseek_megatron.MEGATRON, deepseek_megatron.CORRECTION),
+    megatron_config=deepseek_megatron.megatron_config,
     moe=deepseek.layouts(correction=deepseek.BLOCK + "gate.e_score_correction_bias"),
     moe_layers=deepseek.moe_layers,
     router=_router,

@@ -13,15 +13,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families import FAMILIES, Dims, FamilySpec, family_of
+from megatron_moe2dense.families import FAMILIES, Dims, FamilySpec, Router, family_of
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses.shards import VocabShard
 from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.runtime import Runtime
+from megatron_moe2dense.trainer.runtime.latent_attention import latent_fields
+from megatron_moe2dense.trainer.runtime.routing import finish_routers, router_fields
 from megatron_moe2dense.trainer.runtime.specs import block_spec
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
@@ -83,7 +85,7 @@ def build(blueprint: Blueprint, groups: Groups, runtime: Runtime, split: Split, 
     """
     _check_layout(blueprint.dims, groups)
     fields = {**transformer_fields(blueprint, groups, runtime), **_pipeline_fields(split, groups), **overrides}
-    config = TransformerConfig(**fields)
+    config = (MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig)(**fields)
     return [_chunk(blueprint, config, groups, runtime, number) for number in range(split.chunks)]
 
 
@@ -108,7 +110,10 @@ def _chunk(blueprint: Blueprint, config: TransformerConfig, groups: Groups, runt
         pg_collection=groups.collection,
         vp_stage=number,
     )
-    return model.to(device=runtime.device, dtype=blueprint.dtype)
+    model = model.to(device=runtime.device, dtype=blueprint.dtype)
+    if blueprint.dims.experts:
+        finish_routers(model, _router(blueprint))
+    return model
 
 
 def transformer_fields(blueprint: Blueprint, groups: Groups, runtime: Runtime) -> dict[str, Any]:
@@ -143,6 +148,8 @@ def transformer_fields(blueprint: Blueprint, groups: Groups, runtime: Runtime) -
     }
     if dims.experts:
         fields |= _moe_fields(blueprint, groups, runtime)
+    if fields.get("multi_latent_attention"):
+        fields |= latent_fields(fields, runtime.transformer_engine)
     return fields
 
 
@@ -167,25 +174,47 @@ def _moe_fields(blueprint: Blueprint, groups: Groups, runtime: Runtime) -> dict[
         "moe_router_topk": dims.active,
         "moe_ffn_hidden_size": dims.expert_width,
         "moe_layer_freq": [int(layer in moe_layers) for layer in range(dims.layers)],
+        "moe_shared_expert_intermediate_size": dims.shared_width or None,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": runtime.transformer_engine,
         "moe_permute_fusion": runtime.transformer_engine,
         "expert_tensor_parallel_size": groups.parallel.expert_tensor,
+        **router_fields(_router(blueprint), dims.experts, blueprint.family.moe[0].correction is not None),
     }
+
+
+def _router(blueprint: Blueprint) -> Router:
+    assert blueprint.family.router is not None, "a family with experts has a router"
+    return blueprint.family.router(blueprint.config)
 
 
 def count_parameters(blueprint: Blueprint) -> tuple[int, int]:
     """Parameters of the whole model and those active per token, in matrices (norms are left out), from its sizes."""
     dims = blueprint.dims
     moe_layers = len(blueprint.family.moe_layers(blueprint.config))
-    attention = dims.hidden_size * dims.head_dim * 2 * (dims.heads + dims.kv_heads)
+    attention = _attention_parameters(blueprint)
+    shared = moe_layers * 3 * dims.hidden_size * dims.shared_width
     dense = (dims.layers - moe_layers) * 3 * dims.hidden_size * dims.dense_width
     expert = moe_layers * 3 * dims.hidden_size * dims.expert_width
     vocabulary = dims.vocab_size * dims.hidden_size * (1 if dims.tied_embeddings else 2)
-    rest = dims.layers * attention + dense + vocabulary + moe_layers * dims.hidden_size * dims.experts
+    rest = dims.layers * attention + dense + shared + vocabulary + moe_layers * dims.hidden_size * dims.experts
     return rest + expert * dims.experts, rest + expert * dims.active
+
+
+def _attention_parameters(blueprint: Blueprint) -> int:
+    """In one layer; latent attention has low-rank projections of keys and values, and of queries where the model says so."""
+    dims = blueprint.dims
+    assert blueprint.family.megatron_config is not None, "Blueprint.of takes families with a Megatron table"
+    fields = blueprint.family.megatron_config(blueprint.config)
+    if not fields.get("multi_latent_attention"):
+        return dims.hidden_size * dims.head_dim * 2 * (dims.heads + dims.kv_heads)
+    q_rank, kv_rank, v_head = fields["q_lora_rank"], fields["kv_lora_rank"], fields["v_head_dim"]
+    queries = dims.heads * dims.head_dim
+    q = queries * dims.hidden_size if q_rank is None else q_rank * (dims.hidden_size + queries)
+    kv = dims.hidden_size * (kv_rank + fields["qk_pos_emb_head_dim"]) + kv_rank * dims.heads * (fields["qk_head_dim"] + v_head)
+    return q + kv + dims.heads * v_head * dims.hidden_size
 
 
 def _check_layout(dims: Dims, groups: Groups) -> None:

@@ -32,13 +32,13 @@ def load(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups, di
 
 
 def placed(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups) -> Iterator[tuple[Tensor, Entry, bool]]:
-    """Every parameter of this rank with its entry, and whether this rank counts it in sums over all ranks: those that hold copies
+    """Every parameter (and stored buffer) of this rank with its entry, and whether this rank counts it in sums over all ranks: those that hold copies
     do not, so that every value counts once."""
     local_experts = blueprint.dims.experts // groups.parallel.expert
     for chunk in chunks:
         first_layer = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
         table = NameTable(blueprint.family, blueprint.dims, first_layer, groups.expert_rank * local_experts)
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in _stored(chunk):
             entry = table.entry(name)
             yield parameter, entry, _counts(entry, groups) and not table.is_copy(name)
 
@@ -81,6 +81,13 @@ def _local(reader: CheckpointReader, entry: Entry, blueprint: Blueprint, groups:
     return join(entry.rule.kind, slices, kv_heads // parts)
 
 
+def _stored(model: HeadlessGPT) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and the buffers that are part of a checkpoint (a router's correction)."""
+    yield from model.named_parameters()
+    names = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in names)
+
+
 def _pad_rows(rows: Tensor, count: int) -> Tensor:
     """Zero rows for the padded end of the vocabulary."""
     return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
@@ -89,7 +96,7 @@ def _pad_rows(rows: Tensor, count: int) -> Tensor:
 def unload(model: HeadlessGPT, blueprint: Blueprint) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors of a model built whole (tensor = pipeline = expert = 1), vocabulary padding removed."""
     table = NameTable(blueprint.family, blueprint.dims)
-    for name, parameter in model.named_parameters():
+    for name, parameter in _stored(model):
         if table.is_copy(name):
             continue
         entry = table.entry(name)

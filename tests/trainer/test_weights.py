@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,12 @@ from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.runtime import Runtime
 from tests.helpers.distributed import ROOT
-from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe
+from tests.helpers.tiny_models import tiny, tiny_qwen3, tiny_qwen3_moe
 
 PICO = ROOT / "examples/pico_moe/model"
+ROPE = {"rope_type": "default", "rope_theta": 5e5}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+GROUPS: dict[str, Any] = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "qwen3_moe": lambda path: tiny_qwen3_moe(path, dtype="bfloat16"),
     "qwen3_moe, not renormalised": lambda path: tiny_qwen3_moe(path, norm_topk_prob=False),
@@ -30,6 +34,17 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "qwen3": lambda path: tiny_qwen3(path, dtype="bfloat16"),
     "qwen3, tied": lambda path: tiny_qwen3(path, tie_word_embeddings=True),
     "qwen3, padded vocabulary": lambda path: tiny_qwen3(path, vocab_size=200),
+    "deepseek_v2": lambda path: tiny("deepseek_v2", path),
+    "deepseek_v2, low-rank queries": lambda path: tiny("deepseek_v2", path, dtype="bfloat16", q_lora_rank=24),
+    "deepseek_v2, plain rotary positions": lambda path: tiny("deepseek_v2", path, rope_parameters=ROPE, rms_norm_eps=0.1),
+    "deepseek_v2, YaRN without mscale": lambda path: tiny("deepseek_v2", path, rope_parameters=YARN),
+    "deepseek_v2, YaRN's softmax scale alone": lambda path: tiny("deepseek_v2", path, rope_parameters={**YARN, "mscale_all_dim": 0.5}),
+    "deepseek_v2, YaRN with its factor": lambda path: tiny("deepseek_v2", path, rope_parameters={**YARN, "attention_factor": 1.3}),
+    "deepseek_v2, narrow values": lambda path: tiny("deepseek_v2", path, v_head_dim=8, routed_scaling_factor=1.0),
+    "deepseek_v2, groups ranked by their best": lambda path: tiny("deepseek_v2", path, **GROUPS, topk_method="group_limited_greedy"),
+    "deepseek_v2, dense": lambda path: tiny("deepseek_v2", path, first_k_dense_replace=4),
+    "deepseek_v3": lambda path: tiny("deepseek_v3", path),
+    "deepseek_v3, four active, whole queries": lambda path: tiny("deepseek_v3", path, num_experts_per_tok=4, q_lora_rank=None),
     "pico_moe": lambda path: PICO,  # noqa: ARG005
 }
 

@@ -10,13 +10,17 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_moe2dense.trainer.runtime.latent_attention import use_latent_attention
 from megatron_moe2dense.trainer.runtime.modules import RMSNorm, SdpaCoreAttention
 
 
 def block_spec(config: TransformerConfig, transformer_engine: bool, chunk: int) -> TransformerBlockSubmodules:
     """The decoder layers of a model chunk of this pipeline stage; `config.moe_layer_freq` says which of them have experts."""
     if transformer_engine:
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization=config.normalization, vp_stage=chunk)
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization=config.normalization, vp_stage=chunk)
+        for layer in (block.layer_specs or []) if config.multi_latent_attention else []:
+            use_latent_attention(layer.submodules, transformer_engine)
+        return block
     first = get_transformer_layer_offset(config, chunk)
     numbers = range(first, first + get_num_layers_to_build(config, chunk))
     norm: Any = RMSNorm
@@ -30,6 +34,7 @@ def _local_layer(config: TransformerConfig, number: int) -> Any:
         get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts if has_experts else None,
             qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
             normalization=config.normalization,
         )
     )
@@ -37,6 +42,9 @@ def _local_layer(config: TransformerConfig, number: int) -> Any:
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = SdpaCoreAttention
-    if config.qk_layernorm:
+    if config.multi_latent_attention:
+        use_latent_attention(layer, transformer_engine=False)
+        attention.q_layernorm = attention.kv_layernorm = RMSNorm
+    elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec

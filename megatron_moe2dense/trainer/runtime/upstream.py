@@ -22,6 +22,7 @@ def mend() -> None:
     """Apply every mend; each does nothing where its fault is absent."""
     random_state_on_cpu()
     moe_gemm_name_without_te()
+    latent_attention_without_te()
     all_to_all_split_sizes_on_cpu()
     distributed_optimizer_with_torch_adam()
 
@@ -57,6 +58,14 @@ def moe_gemm_name_without_te() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+
+
+def latent_attention_without_te() -> None:
+    """0.16: `multi_latent_attention` takes the mock instances that stand for TE's classes for TE, and asks isinstance of them."""
+    from megatron.core.transformer import multi_latent_attention
+
+    if not isinstance(multi_latent_attention.TELinear, type):
+        multi_latent_attention.HAVE_TE = False
 
 
 def all_to_all_split_sizes_on_cpu() -> None:
