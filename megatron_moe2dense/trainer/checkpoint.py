@@ -57,7 +57,7 @@ class Checkpointer:
         return {"model": weights, "optimizer": state}
 
     def save(
-        self, chunks: list[HeadlessGPT], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, progress: dict[str, int]
+        self, chunks: list[HeadlessGPT], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, progress: dict[str, Any]
     ) -> None:
         """Write `step_N` (N = progress["step"]) beside the others, then drop the oldest."""
         final = self.directory / f"step_{progress['step']:08d}"
@@ -84,7 +84,7 @@ class Checkpointer:
 
     def load(
         self, path: Path, chunks: list[HeadlessGPT], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
-    ) -> dict[str, int]:
+    ) -> dict[str, Any]:
         """Restore everything from `path`; returns its progress. The parallel layout may differ from the one that saved."""
         state: Any = dist_checkpointing.load(self._state(chunks, optimizer, loading=True), str(path))
         _fill(chunks, state)

@@ -56,9 +56,31 @@ class OptimConfig(Config):
 class ScheduleConfig(Config):
     """Learning rate over the steps of the run."""
 
-    style: Literal["cosine", "linear", "constant"] = key("cosine", "decay after the warm-up")
+    style: Literal["cosine", "linear", "wsd", "constant"] = key("cosine", "after the warm-up; wsd: stable, then decay at the end")
     warmup: float = key(0.02, "share of the steps spent warming up from 0", "fraction", ge=0, lt=1)
-    final: float = key(0.1, "last learning rate as a share of the peak", "fraction", ge=0, le=1)
+    final: float | None = key(None, "last learning rate as a share of the peak (not for constant); null: 0.1", "fraction", ge=0, le=1)
+    decay: float | None = key(None, "share of the steps spent decaying, for wsd; null: 0.2", "fraction", gt=0, le=1)
+    shape: Literal["minus_sqrt", "linear", "cosine", "exponential"] | None = key(None, "how wsd decays; null: minus_sqrt")
+
+    @model_validator(mode="after")
+    def _settings_have_effect(self) -> ScheduleConfig:
+        if self.style == "constant" and self.final is not None:
+            raise ValueError("final has no effect with style: constant")
+        if self.style != "wsd" and (self.decay is not None or self.shape is not None):
+            raise ValueError(f"decay and shape have no effect with style: {self.style}; they belong to wsd")
+        if self.style == "wsd" and self.warmup + self.resolved_decay() > 1:
+            raise ValueError(f"warmup {self.warmup} and decay {self.resolved_decay()} are more than the whole run")
+        return self
+
+    def resolved_final(self) -> float:
+        """`final` with its default filled in; a constant schedule ends at its peak."""
+        if self.style == "constant":
+            return 1.0
+        return 0.1 if self.final is None else self.final
+
+    def resolved_decay(self) -> float:
+        """`decay` with its default filled in."""
+        return 0.2 if self.decay is None else self.decay
 
 
 class BatchConfig(Config):
@@ -80,6 +102,8 @@ class TrainConfig(Config):
     eval_every: int | None = key(None, "steps between evaluations on data.validation; null: at the end only", "steps", gt=0)
     log_every: int = key(10, "steps between lines on stderr; metrics.jsonl has every step", "steps", gt=0)
     seed: int = key(0, "seed of data order and of random weights")
+    most_skipped: int = key(10, "steps in a row without a finite loss and gradient after which the run stops", "steps", gt=0)
+    spike: float | None = key(1.5, "warn of a loss above this multiple of the median of the last 64; null: never", gt=1)
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

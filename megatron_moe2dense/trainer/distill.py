@@ -20,10 +20,11 @@ from megatron_moe2dense.trainer.checkpoint import Checkpointer, latest, step_of
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.data import training_stream, validation_stream
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.loop import Trainer, TrainState
+from megatron_moe2dense.trainer.loop import Trainer
 from megatron_moe2dense.trainer.metrics import Metrics
 from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.runtime import Runtime
+from megatron_moe2dense.trainer.state import TrainState
 from megatron_moe2dense.trainer.step import Models
 
 # What may change between the parts of one run: layout and logging, not the mathematics.
@@ -38,7 +39,7 @@ def run(config: DistillConfig) -> None:
         reached_the_end = trainer.fit(state)
         trainer.metrics.close()
         if reached_the_end and dist.get_rank() == 0:
-            _write_manifest(config, "finished", **vars(state))
+            _write_manifest(config, "finished", step=state.step, tokens=state.tokens, skipped_total=state.skipped_total)
             logger.info("finished: %d steps, %d tokens; weights in %s", state.step, state.tokens, latest(trainer.checkpointer.directory))
         dist.barrier()
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -17,21 +15,12 @@ from megatron_moe2dense.trainer.checkpoint import Checkpointer
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.data import SampleStream
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.losses import Loss, losses
+from megatron_moe2dense.trainer.losses import losses
 from megatron_moe2dense.trainer.metrics import Metrics, peak_memory_bytes
+from megatron_moe2dense.trainer.optim import gradients, update
 from megatron_moe2dense.trainer.preemption import StopRequest
+from megatron_moe2dense.trainer.state import TrainState
 from megatron_moe2dense.trainer.step import Models, StepLoss, student_pass
-
-# A run whose loss is not finite for so many steps in a row will not recover.
-_MOST_SKIPPED_IN_A_ROW = 10
-
-
-@dataclass
-class TrainState:
-    """Progress of a run; what a checkpoint restores besides weights and optimizer."""
-
-    step: int = 0
-    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,35 +41,24 @@ class Trainer:
         """Train to the last step, or to the step at which a signal asks to stop; saved either way. True at the last step.
 
         Raises:
-            UserError: the loss stays NaN or infinite.
+            UserError: loss or gradients stay NaN or infinite.
         """
         stop = StopRequest()
         with stop.listening():
             return self._fit(state, stop)
 
     def _fit(self, state: TrainState, stop: StopRequest) -> bool:
-        config, steps, skipped_in_a_row = self.config, self.config.steps(), 0
-        loss = config.resolved_loss()
+        config, steps = self.config, self.config.steps()
         bar = progress(None, "train", "step", total=steps, initial=state.step)
         while state.step < steps:
-            started = time.perf_counter()
-            result, grad_norm = self.step(state, loss)
-            state.step += 1
-            state.tokens += result.tokens
-            skipped_in_a_row = skipped_in_a_row + 1 if grad_norm is None else 0
-            self._log(state, result, grad_norm, time.perf_counter() - started)
+            self.advance(state)
             bar.update()
-            if skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
-                raise UserError(
-                    f"loss {result.means[0]} for {skipped_in_a_row} steps in a row, the last is {state.step}",
-                    "a finite loss",
-                    "resume from an earlier checkpoint with a lower optim.lr, or look at the data of these steps",
-                )
+            self._give_up_on(state)
             if self.validation is not None and self._due(state.step, config.train.eval_every):
                 self.evaluate(state)
             stopping = stop.agreed(self.training.device) and state.step < steps
             if stopping or self._due(state.step, config.train.save_every):
-                self.checkpointer.save(self.models.student, self.optimizer, self.scheduler, vars(state))
+                self.checkpointer.save(self.models.student, self.optimizer, self.scheduler, asdict(state))
             if stopping:
                 logger.warning("asked to stop: saved step %d; the same command continues from there", state.step)
                 return False
@@ -90,19 +68,40 @@ class Trainer:
     def _due(self, step: int, every: int | None) -> bool:
         return step == self.config.steps() or (every is not None and step % every == 0)
 
-    def step(self, state: TrainState, loss: Loss) -> tuple[StepLoss, float | None]:
-        """One optimizer step. Returns the loss and the gradient norm, None when a non-finite loss made it skip the update."""
-        size = self.config.batch.global_
-        batches = self.training.micro_batches(state.step * size, size)
+    def advance(self, state: TrainState) -> float | None:
+        """One step of the run, counted and logged. Returns the gradient norm, None when there was no update (see `optim.update`)."""
+        started = time.perf_counter()
+        result, grad_norm = self._step(state)
+        usual, factor = state.median_loss(), self.config.train.spike
+        state.advance(result.tokens, result.means[0], updated=grad_norm is not None)
+        self._log(state, result, grad_norm, time.perf_counter() - started)
+        if factor is not None and usual is not None and result.means[0] > factor * usual:
+            self._log_spike(state, result.means[0], usual)
+        return grad_norm
+
+    def _step(self, state: TrainState) -> tuple[StepLoss, float | None]:
+        batches = self.training.micro_batches(*self._samples(state.step))
         for chunk in self.models.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        result = student_pass(self.models, [loss], batches, self.groups)
+        result = student_pass(self.models, [self.config.resolved_loss()], batches, self.groups)
         self.scheduler.step(1)
-        if not math.isfinite(result.means[0]):
-            return result, None
-        outcome: Any = self.optimizer.step()
-        return result, float(outcome[1])
+        return result, update(self.optimizer, gradients(self.models.wrapped), result.means[0])
+
+    def _samples(self, step: int) -> tuple[int, int]:
+        """First sample of the step that follows `step` finished ones, and how many."""
+        return step * self.config.batch.global_, self.config.batch.global_
+
+    def _give_up_on(self, state: TrainState) -> None:
+        if state.skipped_in_a_row < self.config.train.most_skipped:
+            return
+        first, _ = self._samples(state.step - state.skipped_in_a_row)
+        last, size = self._samples(state.step - 1)
+        raise UserError(
+            f"{state.skipped_in_a_row} steps in a row without a finite loss and gradient, the last is {state.step}",
+            "finite losses and gradients",
+            f"look at the data (samples {first} to {last + size - 1}), or start a run with a lower optim.lr in another output",
+        )
 
     def evaluate(self, state: TrainState) -> None:
         """Held-out next-token loss and, with a teacher, KL(teacher || student), written as an eval row."""
@@ -133,9 +132,16 @@ class Trainer:
             "tokens_per_second": round(result.tokens / seconds, 1),
             "peak_memory_bytes": peak_memory_bytes(),
             "skipped": grad_norm is None,
+            "skipped_total": state.skipped_total,
         }
         self.metrics.write(row)
         if state.step % self.config.train.log_every == 0 or state.step == self.config.steps() or grad_norm is None:
             norm = "skipped" if grad_norm is None else f"{grad_norm:.3f}"
             speed = f"{row['tokens_per_second']:.0f}"
             logger.info("step %d: loss %.4f, grad norm %s, lr %.2e, %s tokens/s", state.step, result.means[0], norm, lr, speed)
+
+    def _log_spike(self, state: TrainState, loss: float, usual: float) -> None:
+        first, size = self._samples(state.step - 1)
+        logger.warning("step %d: loss %.4f, median of the last %.4f, samples %d to %d", state.step, loss, usual, first, first + size - 1)
+        numbers = {"spike": loss / usual, "median_loss": usual, "first_sample": first, "last_sample": first + size - 1}
+        self.metrics.write({"step": state.step, "tokens": state.tokens, **numbers})

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.groups import Groups
@@ -36,7 +43,7 @@ def build(
     settings = OptimizerConfig(
         optimizer="adam",
         lr=config.optim.lr,
-        min_lr=config.optim.lr * config.schedule.final,
+        min_lr=config.optim.lr * config.schedule.resolved_final(),
         weight_decay=config.optim.weight_decay,
         adam_beta1=config.optim.betas[0],
         adam_beta2=config.optim.betas[1],
@@ -50,18 +57,64 @@ def build(
     shared = chunks[0].config  # one object, shared by all chunks
     shared.grad_scale_func = optimizer.scale_loss
     shared.finalize_model_grads_func = finalize_model_grads
-    steps = config.steps()
-    scheduler = OptimizerParamScheduler(
+    return optimizer, learning_rate(config, optimizer)
+
+
+def learning_rate(config: DistillConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Warm-up from 0 to optim.lr, then `schedule.style` down to its `final` share; sets the learning rate of step 0."""
+    settings, steps, peak = config.schedule, config.steps(), config.optim.lr
+    wsd = settings.style == "wsd"
+    return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=config.optim.lr,
-        min_lr=config.optim.lr * (config.schedule.final if config.schedule.style != "constant" else 1.0),
-        lr_warmup_steps=round(steps * config.schedule.warmup),
+        max_lr=peak,
+        min_lr=peak * settings.resolved_final(),
+        lr_warmup_steps=min(round(steps * settings.warmup), steps - 1),  # a warm-up of the whole run is none of Megatron's
         lr_decay_steps=steps,
-        lr_decay_style=config.schedule.style,
+        lr_decay_style="WSD" if wsd else settings.style,
         start_wd=config.optim.weight_decay,
         end_wd=config.optim.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
+        wsd_decay_steps=max(1, round(steps * settings.resolved_decay())) if wsd else None,
+        lr_wsd_decay_style=(settings.shape or "minus_sqrt") if wsd else None,
     )
-    return optimizer, scheduler
+
+
+def gradients(chunks: list[DistributedDataParallel]) -> list[Tensor]:
+    """This rank's gradient buffers [float32, one-dimensional], expert-parallel ones among them."""
+    wrapped: Any = chunks  # their `buffers` hide the method of torch modules
+    return [buffer.grad_data for chunk in wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+
+
+@torch.no_grad()
+def update(optimizer: MegatronOptimizer, buffers: Iterable[Tensor], loss: float) -> float | None:
+    """Clip and step, unless loss or gradients are not finite anywhere. Returns the gradient norm before clipping, None for no update.
+
+    Without an update weights, master weights and Adam's moments stay as they are, on every rank. Megatron's own `step` looks for NaN only
+    with a loss scaler (float16); its clipping lets NaN through, and an infinite norm would make every gradient 0.
+
+    Args:
+        optimizer: over the wrapped chunks. buffers: their `gradients`. loss: of the step.
+    """
+    assert isinstance(optimizer, ChainedOptimizer)
+    assert optimizer.config is not None
+    healthy = math.isfinite(loss) and all(_is_finite(buffer) for buffer in buffers)
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    unhealthy = torch.tensor(float(not (healthy and math.isfinite(norm))), device=optimizer.get_loss_scale().device)
+    dist.all_reduce(unhealthy, op=dist.ReduceOp.MAX)
+    if unhealthy:
+        return None
+    clip = optimizer.config.clip_grad
+    for part in optimizer.chained_optimizers:
+        parameters: list[Tensor] = list(part.get_parameters())
+        if clip > 0 and parameters:
+            clip_grad_by_total_norm_fp32(parameters, clip, norm)
+    optimizer.step_with_ready_grads()
+    return norm
+
+
+def _is_finite(gradients: Tensor) -> bool:
+    """One pass without a copy; the extremes are NaN where anything is."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(gradients))).all()) if gradients.numel() else True

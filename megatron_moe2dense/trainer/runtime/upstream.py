@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import pickle
+import queue
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +28,34 @@ def mend() -> None:
     latent_attention_without_te()
     all_to_all_split_sizes_on_cpu()
     distributed_optimizer_with_torch_adam()
+
+
+def checkpoint_results_without_a_server() -> None:
+    """Checkpoint writers report to the trainer through a server process, which a SIGTERM to the process group kills (all versions).
+
+    Torchrun and Slurm signal whole groups, and the checkpoint asked for by that signal would be lost. Here a file takes its place.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._get_write_results_queue = _ResultsFile
+
+
+class _ResultsFile:
+    """The part of `multiprocessing.Queue` that the writers use, for one result: made before the fork, put after, got when it has ended."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
+
+    def put(self, results: Any) -> None:
+        pickle.dump(results, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        self._file.seek(0)
+        try:
+            return pickle.load(self._file)
+        except EOFError:
+            raise queue.Empty from None
 
 
 def random_state_on_cpu() -> None:

@@ -1,0 +1,39 @@
+"""Progress of a run: what a checkpoint restores besides weights and optimizer, skipped steps and the recent losses among it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, field
+
+# A spike is told from the median of so many last finite losses, and only once there are the fewest.
+_WINDOW, _FEWEST = 64, 8
+
+
+@dataclass
+class TrainState:
+    """The same on every rank.
+
+    Attributes:
+        step: finished steps. tokens: unmasked tokens seen. recent: the last finite losses [nats per token], the newest last.
+        skipped_total: steps without an update because loss or gradients were not finite. skipped_in_a_row: those since the last update.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    skipped_total: int = 0
+    skipped_in_a_row: int = 0
+    recent: list[float] = field(default_factory=list)
+
+    def advance(self, tokens: int, loss: float, updated: bool) -> None:
+        """Count one step."""
+        self.step += 1
+        self.tokens += tokens
+        self.skipped_total += not updated
+        self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
+        if math.isfinite(loss):
+            self.recent = [*self.recent, loss][-_WINDOW:]
+
+    def median_loss(self) -> float | None:
+        """Median of the recent losses, None while there are too few."""
+        return statistics.median(self.recent) if len(self.recent) >= _FEWEST else None
