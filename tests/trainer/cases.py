@@ -54,6 +54,7 @@ def loss_and_gradients(cases: list[dict[str, Any]]) -> list[dict[str, torch.Tens
     over all processes."""
     from megatron_moe2dense.trainer.losses import losses, measures
     from megatron_moe2dense.trainer.losses.shards import VocabShard
+    from megatron_moe2dense.trainer.losses.targets import TopKTarget
 
     world, rank, results = (dist.get_world_size(), dist.get_rank(), []) if dist.is_initialized() else (1, 0, [])
     group = dist.group.WORLD if world > 1 else None
@@ -63,7 +64,8 @@ def loss_and_gradients(cases: list[dict[str, Any]]) -> list[dict[str, torch.Tens
         student = VocabShard.of(hidden, head, case["vocab"], group)
         teacher = VocabShard.of(case["teacher_hidden"], case["teacher_head"].chunk(world)[rank].clone(), case["vocab"], group)
         loss = losses.build(case["loss"])
-        loss_T = loss.per_token(student, teacher if loss.needs_teacher else None, case["labels"], case["mask"])
+        known = TopKTarget.of_logits(teacher.logits(slice(None)), case["cached"], teacher.start, group) if "cached" in case else teacher
+        loss_T = loss.per_token(student, known if loss.needs_teacher else None, case["labels"], case["mask"])
         ((loss_T * case["mask"]).sum() * case["scale"]).backward()
         assert hidden.grad is not None
         grad_head = head.grad if head.grad is not None else torch.zeros_like(head)  # a loss of hidden states leaves the head alone

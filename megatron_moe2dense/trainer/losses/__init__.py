@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from megatron_moe2dense.trainer.losses.chunked import Chunk
     from megatron_moe2dense.trainer.losses.shards import VocabShard
+    from megatron_moe2dense.trainer.losses.targets import Known
 
 
 class Loss(Method, ABC):
@@ -22,16 +23,20 @@ class Loss(Method, ABC):
         """Whether the teacher's shard is used."""
         return True
 
+    def tokens_of_cache(self) -> int | None:
+        """How many tokens of a teacher cache it needs; 0 without a teacher, None when it takes a live teacher alone."""
+        return None if self.needs_teacher else 0
+
     def is_plain_kl(self) -> bool:
         """Whether the value is KL(teacher || student) in nats itself, so that it may be reported as `kl`."""
         return False
 
     @abstractmethod
-    def per_token(self, student: VocabShard, teacher: VocabShard | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:
+    def per_token(self, student: VocabShard, teacher: Known | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:
         """Nats per token, float32 [T], not yet masked, the same on all ranks of the tensor-parallel group.
 
         Args:
-            student, teacher: final hidden states and this rank's rows of the heads.
+            student, teacher: final hidden states and this rank's rows of the heads; of a teacher cache its `TopKTarget`.
             labels_T: the next tokens, int64 (full-vocabulary numbers). mask_T: 1.0 where a token counts; the result may only be
                 differentiated as a multiple of `(result * mask_T).sum()`.
         """
@@ -44,7 +49,7 @@ class LogitLoss(Loss):
     def of_chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """(nats per token [T], gradient in the student's logits [T, V]) of one chunk."""
 
-    def per_token(self, student: VocabShard, teacher: VocabShard | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:
+    def per_token(self, student: VocabShard, teacher: Known | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:
         """See `Loss.per_token`."""
         from megatron_moe2dense.trainer.losses import chunked  # configs import this file, and it has no torch
 

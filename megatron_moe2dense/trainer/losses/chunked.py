@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe2dense.trainer.losses.shards import VocabShard
+from megatron_moe2dense.trainer.losses.targets import Known, TopKTarget
 
 if TYPE_CHECKING:
     from megatron_moe2dense.trainer.losses import LogitLoss
@@ -27,12 +28,13 @@ _COPIES, _CHUNK_BYTES = 4, 512 * 1024**2
 class Chunk:
     """The logits of some tokens, float32, real columns only; a loss may overwrite them.
 
-    student_TV, teacher_TV: [tokens, valid]; the teacher is None for losses without one. labels_T: vocabulary numbers.
-    start: vocabulary number of column 0. group: over which the vocabulary is split.
+    student_TV, teacher_TV: [tokens, valid]. Of teacher_TV and top (a cached teacher) one is there, or neither for losses without a
+    teacher. labels_T: vocabulary numbers. start: vocabulary number of column 0. group: over which the vocabulary is split.
     """
 
     student_TV: Tensor
     teacher_TV: Tensor | None
+    top: TopKTarget | None
     labels_T: Tensor
     start: int
     group: dist.ProcessGroup | None
@@ -48,8 +50,9 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden_TD = torch.zeros_like(hidden_TD) if wants_gradient else None
         grad_head_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_gradient else None
         for tokens in chunks(len(hidden_TD), max(student.valid, 1)):
-            teacher_TV = teacher.logits(tokens) if teacher is not None else None
-            chunk = Chunk(student.logits(tokens), teacher_TV, labels_T[tokens], student.start, student.group)
+            teacher_TV = teacher.logits(tokens) if isinstance(teacher, VocabShard) else None
+            top = teacher.at(tokens) if isinstance(teacher, TopKTarget) else None
+            chunk = Chunk(student.logits(tokens), teacher_TV, top, labels_T[tokens], student.start, student.group)
             loss_T[tokens], grad_TV = loss.of_chunk(chunk)
             if grad_hidden_TD is not None and grad_head_VD is not None:
                 # the mask goes onto the narrow factors: tokens x hidden, not tokens x vocabulary
@@ -84,10 +87,10 @@ def chunks(tokens: int, columns: int) -> list[slice]:
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
-def per_token(loss: LogitLoss, shards: tuple[VocabShard, VocabShard | None], labels_T: Tensor, mask_T: Tensor) -> Tensor:
+def per_token(loss: LogitLoss, shards: tuple[VocabShard, Known | None], labels_T: Tensor, mask_T: Tensor) -> Tensor:
     """Nats per token, float32 [T], unmasked; differentiable only as a multiple of `(result * mask_T).sum()`."""
     student, teacher = shards
-    if teacher is not None:
+    if isinstance(teacher, VocabShard):
         assert (student.start, student.valid) == (teacher.start, teacher.valid), "teacher and student shard the vocabulary differently"
     result = _ChunkedLoss.apply(student.hidden_TD, student.weight_VD, mask_T, (student, teacher, labels_T, loss))
     assert isinstance(result, Tensor)

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer.losses import Loss, losses
 from megatron_moe2dense.trainer.losses.shards import VocabShard
+from megatron_moe2dense.trainer.losses.targets import Known
 
 
 class _Shared(torch.autograd.Function):
@@ -30,9 +31,9 @@ class _Shared(torch.autograd.Function):
 class HiddenState(Loss):
     """mean over the hidden size of (student - teacher)^2, after the final norm (ours; the paper's exact form is in no reachable text)."""
 
-    def per_token(self, student: VocabShard, teacher: VocabShard | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:  # noqa: ARG002
+    def per_token(self, student: VocabShard, teacher: Known | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:  # noqa: ARG002
         """Squared units of the hidden states, [T]. UserError when the hidden sizes differ."""
-        assert teacher is not None
+        assert isinstance(teacher, VocabShard)
         if student.hidden_TD.shape != teacher.hidden_TD.shape:
             raise UserError(
                 f"hidden sizes {student.hidden_TD.shape[-1]} and {teacher.hidden_TD.shape[-1]}",

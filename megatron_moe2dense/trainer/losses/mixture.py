@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_moe2dense.common.config import Config, key
 from megatron_moe2dense.trainer.losses import Loss, losses
 from megatron_moe2dense.trainer.losses.shards import VocabShard
+from megatron_moe2dense.trainer.losses.targets import Known
 
 
 class Term(Config):
@@ -29,7 +30,12 @@ class Mixture(Loss):
         """Whether any term does."""
         return any(term.loss.needs_teacher for term in self.terms)
 
-    def per_token(self, student: VocabShard, teacher: VocabShard | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:
+    def tokens_of_cache(self) -> int | None:
+        """The most that any term needs, None when one takes a live teacher alone."""
+        needs = [term.loss.tokens_of_cache() for term in self.terms]
+        return None if None in needs else max(need for need in needs if need is not None)
+
+    def per_token(self, student: VocabShard, teacher: Known | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:
         """The weighted sum, [T]."""
         values = [term.weight * term.loss.per_token(student, teacher, labels_T, mask_T) for term in self.terms]
         return sum(values[1:], values[0])

@@ -1,4 +1,4 @@
-"""Forward KL over the teacher's k most likely tokens and the mass of all others as one more outcome, for ablations."""
+"""Forward KL over the teacher's k most likely tokens and the mass of all others as one more outcome, for ablations and teacher caches."""
 
 from __future__ import annotations
 
@@ -8,37 +8,45 @@ from torch import Tensor
 from megatron_moe2dense.common.config import key
 from megatron_moe2dense.trainer.losses import LogitLoss, losses
 from megatron_moe2dense.trainer.losses.chunked import Chunk
-from megatron_moe2dense.trainer.losses.shards import gather, log_partition, total
+from megatron_moe2dense.trainer.losses.shards import log_partition, total
+from megatron_moe2dense.trainer.losses.targets import TopKTarget, local
 
 
 @losses.register("top_k_kl")
 class TopKKl(LogitLoss):
     """sum over the top k of p_T log(p_T / p_S), plus R_T log(R_T / R_S) with R the rest of each distribution; never renormalised.
 
-    The gradient is p_S - p_T inside the top k and p_S (1 - R_T / R_S) outside. Tokens that tie with the k-th are all inside.
+    The gradient is p_S - p_T inside the top k and p_S (1 - R_T / R_S) outside.
     """
 
     k: int = key(..., "tokens of the teacher that are compared one by one", "tokens", gt=0)
 
+    def tokens_of_cache(self) -> int | None:
+        """k: it takes a teacher cache, of as many tokens or more."""
+        return self.k
+
     def of_chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Nats per token and their gradient."""
-        assert chunk.teacher_TV is not None
-        log_s_TV, log_t_TV = chunk.student_TV, chunk.teacher_TV
-        inside_TV = log_t_TV >= self._threshold(log_t_TV, chunk)[:, None]
-        log_s_TV -= log_partition(log_s_TV, chunk.group)[:, None]
-        log_t_TV -= log_partition(log_t_TV, chunk.group)[:, None]
-        p_s_TV, p_t_TV = log_s_TV.exp(), log_t_TV.exp()
-        divergence_TV = log_t_TV.sub_(log_s_TV).mul_(p_t_TV)
-        sums = [torch.where(inside_TV, divergence_TV, 0.0), *(p.masked_fill(inside_TV, 0.0) for p in (p_t_TV, p_s_TV))]
-        inside_T, rest_t_T, rest_s_T = total(torch.stack([part.sum(-1) for part in sums]), chunk.group)
+        teacher = self._target(chunk)
+        tokens_N, columns_N, places_N = here = local(teacher.indices_TK, chunk.start, chunk.student_TV.shape[-1])
+        inside = here[:2]
+        log_t_N = teacher.log_p_TK[tokens_N, places_N]
+        p_t_N = log_t_N.exp()
+        log_s_TV = chunk.student_TV.sub_(log_partition(chunk.student_TV, chunk.group)[:, None])
+        inside_T = torch.zeros_like(teacher.tail_T).index_add_(0, tokens_N, p_t_N * (log_t_N - log_s_TV[inside]))
+        p_s_TV = log_s_TV.exp_()
+        p_s_N = p_s_TV[inside]
+        p_s_TV[inside] = 0.0
+        inside_T, rest_s_T = total(torch.stack([inside_T, p_s_TV.sum(-1)]), chunk.group)
         smallest = torch.finfo(torch.float32).tiny
-        ratio_T = rest_t_T / rest_s_T.clamp_min(smallest)
-        loss_T = inside_T + torch.xlogy(rest_t_T, ratio_T.clamp_min(smallest))
-        return loss_T, p_s_TV - torch.where(inside_TV, p_t_TV, p_s_TV * ratio_T[:, None])
+        ratio_T = teacher.tail_T / rest_s_T.clamp_min(smallest)
+        loss_T = inside_T + torch.xlogy(teacher.tail_T, ratio_T.clamp_min(smallest))
+        grad_TV = p_s_TV.mul_((1.0 - ratio_T)[:, None])
+        grad_TV[tokens_N, columns_N] = p_s_N - p_t_N
+        return loss_T, grad_TV
 
-    def _threshold(self, logits_TV: Tensor, chunk: Chunk) -> Tensor:
-        """The teacher's k-th largest logit over the whole vocabulary, [T]."""
-        mine_TK = logits_TV.topk(min(self.k, logits_TV.shape[-1]), -1).values
-        padded_TK = torch.nn.functional.pad(mine_TK, (0, self.k - mine_TK.shape[-1]), value=-torch.inf)
-        all_TK = gather(padded_TK.t().contiguous(), chunk.group).flatten(0, 1).t()
-        return all_TK.topk(self.k, -1).values[:, -1]
+    def _target(self, chunk: Chunk) -> TopKTarget:
+        if chunk.top is not None:
+            return chunk.top.best(self.k)
+        assert chunk.teacher_TV is not None
+        return TopKTarget.of_logits(chunk.teacher_TV, self.k, chunk.start, chunk.group)
