@@ -32,8 +32,8 @@ def load(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups, di
 
 
 def placed(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups) -> Iterator[tuple[Tensor, Entry, bool]]:
-    """Every parameter (and stored buffer) of this rank with its entry, and whether this rank counts it in sums over all ranks: those that hold copies
-    do not, so that every value counts once."""
+    """Every parameter (and stored buffer) of this rank with its entry, and whether this rank counts it in sums over all ranks: those
+    that hold copies do not, so that every value counts once."""
     local_experts = blueprint.dims.experts // groups.parallel.expert
     for chunk in chunks:
         first_layer = get_transformer_layer_offset(chunk.config, chunk.vp_stage)

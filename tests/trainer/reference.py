@@ -1,14 +1,24 @@
-"""One distillation step in plain PyTorch: stock transformers models, torch's AdamW, one process, float32."""
+"""One distillation step in plain PyTorch: stock transformers models, torch's AdamW, one process, float32. And what a run of the trainer
+must have in common with it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_moe2dense.common import records
+from megatron_moe2dense.common.config import build
 from megatron_moe2dense.tokens.indexed import TokenFile
+from megatron_moe2dense.trainer import export
+from megatron_moe2dense.trainer.config import ExportConfig
+
+LENGTH, SAMPLES, LR = 32, 8, 1e-3
 
 
 @dataclass(frozen=True)
@@ -18,11 +28,11 @@ class Reference:
     weights: dict[str, torch.Tensor]
 
 
-def one_step(student_dir: Path, teacher_dir: Path | None, prefix: str, length: int, lr: float) -> Reference:
+def one_step(student_dir: Path, teacher_dir: Path | None, prefix: str) -> Reference:
     """All samples of the file in one batch, so that their order does not matter; clip 1.0, weight decay 0.1 on matrices."""
     tokens = torch.from_numpy(TokenFile.open(prefix).tokens.astype("int64"))
-    count = (len(tokens) - 1) // length
-    inputs, labels = tokens[: count * length].view(count, length), tokens[1 : count * length + 1].view(count, length)
+    count = (len(tokens) - 1) // LENGTH
+    inputs, labels = tokens[: count * LENGTH].view(count, LENGTH), tokens[1 : count * LENGTH + 1].view(count, LENGTH)
     student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32)
     logits = student(input_ids=inputs).logits.flatten(0, 1)
     if teacher_dir is None:
@@ -36,5 +46,36 @@ def one_step(student_dir: Path, teacher_dir: Path | None, prefix: str, length: i
     matrices = [p for p in student.parameters() if p.dim() > 1]
     vectors = [p for p in student.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8).step()
+    torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8).step()
     return Reference(loss.item(), norm.item(), {name: p.detach() for name, p in student.named_parameters()})
+
+
+def step_config(root: Path, models: tuple[str, str | None], output: Path, parallel: dict[str, Any]) -> dict[str, Any]:
+    """Config of one step over `root`/tokens. models: folders of student and teacher in `root`."""
+    student, teacher = models
+    return {
+        "student": str(root / student),
+        "teacher": str(root / teacher) if teacher else None,
+        "output": str(output),
+        "data": {"path": str(root / "tokens"), "sequence_length": LENGTH},
+        "parallel": parallel,
+        "optim": {"lr": LR},
+        "schedule": {"style": "constant", "warmup": 0.0},
+        "batch": {"micro": 2, "global": SAMPLES},
+        "train": {"steps": 1},
+        "dtype": "float32",
+    }
+
+
+def assert_same(run: Path, expected: Reference) -> None:
+    """Loss and gradient norm of the run's first step, and its exported weights."""
+    row = records.read(run / "metrics.jsonl")[0]
+    assert row["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-5)
+    target = run.parent / f"{run.name} exported"
+    export.run(build(ExportConfig, {"checkpoint": str(run), "output": str(target), "dtype": "float32"}, "the test"))
+    found = load_file(target / "model.safetensors")
+    assert found.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        difference = torch.linalg.vector_norm(found[name].double() - weight.double()) / torch.linalg.vector_norm(weight.double())
+        assert difference < 1e-5, f"{name}: {difference}"

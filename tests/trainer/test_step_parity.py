@@ -6,18 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from megatron_moe2dense.common import records
-from megatron_moe2dense.common.config import build
-from megatron_moe2dense.trainer import export
-from megatron_moe2dense.trainer.config import ExportConfig
 from tests.helpers.distributed import launch
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
-from tests.trainer.reference import Reference, one_step
+from tests.trainer.reference import LENGTH, SAMPLES, Reference, assert_same, one_step, step_config
 
-LENGTH, SAMPLES, LR = 32, 8, 1e-3
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP1": (1, {}),
     "TP2": (2, {"tensor": 2}),
@@ -44,18 +38,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(root: Path, output: str, parallel: dict[str, Any], teacher: str | None = "teacher") -> dict[str, Any]:
-    return {
-        "student": str(root / ("student" if teacher else "teacher")),
-        "teacher": str(root / teacher) if teacher else None,
-        "output": str(root / "runs" / output),
-        "data": {"path": str(root / "tokens"), "sequence_length": LENGTH},
-        "parallel": parallel,
-        "optim": {"lr": LR},
-        "schedule": {"style": "constant", "warmup": 0.0},
-        "batch": {"micro": 2, "global": SAMPLES},
-        "train": {"steps": 1},
-        "dtype": "float32",
-    }
+    return step_config(root, (("student" if teacher else "teacher"), teacher), root / "runs" / output, parallel)
 
 
 @pytest.fixture(scope="module")
@@ -70,20 +53,7 @@ def runs(inputs: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(inputs: Path) -> Reference:
-    return one_step(inputs / "student", inputs / "teacher", str(inputs / "tokens"), LENGTH, LR)
-
-
-def assert_same(run: Path, expected: Reference) -> None:
-    row = records.read(run / "metrics.jsonl")[0]
-    assert row["loss"] == pytest.approx(expected.loss, rel=1e-5)
-    assert row["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-5)
-    target = run.parent / f"{run.name} exported"
-    export.run(build(ExportConfig, {"checkpoint": str(run), "output": str(target), "dtype": "float32"}, "the test"))
-    found = load_file(target / "model.safetensors")
-    assert found.keys() == expected.weights.keys()
-    for name, weight in expected.weights.items():
-        difference = torch.linalg.vector_norm(found[name].double() - weight.double()) / torch.linalg.vector_norm(weight.double())
-        assert difference < 1e-5, f"{name}: {difference}"
+    return one_step(inputs / "student", inputs / "teacher", str(inputs / "tokens"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,7 +64,7 @@ def test_a_distillation_step_equals_plain_pytorch(layout: str, runs: Path, refer
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_a_language_modelling_step_of_a_moe_equals_plain_pytorch(processes: int, runs: Path, inputs: Path):
     """teacher: null, expert parallelism over the processes, no balancing loss."""
-    expected = one_step(inputs / "teacher", None, str(inputs / "tokens"), LENGTH, LR)
+    expected = one_step(inputs / "teacher", None, str(inputs / "tokens"))
     row = records.read(runs / f"language {processes}" / "metrics.jsonl")[0]
     assert row["loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert row["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-5)

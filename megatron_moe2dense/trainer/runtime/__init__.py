@@ -48,6 +48,7 @@ def session(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Runtime]:
         raise UserError("device: cpu on a machine with a GPU", "device: auto", "hide the GPUs with CUDA_VISIBLE_DEVICES= to train on CPU")
     runtime = _gpu() if available else _cpu()
     upstream.checkpoint_results_without_a_server()
+    upstream.all_reduce_of_strided_tensors()
     joined = _join(runtime.backend)
     logger.info(
         "runtime: %s, %s, %d processes, %s kernels",

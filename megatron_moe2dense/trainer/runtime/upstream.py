@@ -1,4 +1,4 @@
-"""Faults of Megatron-Core that show without CUDA, Transformer Engine or Apex: one named mend each, with its versions."""
+"""Faults of Megatron-Core, most of which show without CUDA, Transformer Engine or Apex only: one named mend each, with its versions."""
 
 from __future__ import annotations
 
@@ -22,12 +22,29 @@ def has_transformer_engine() -> bool:
 
 
 def mend() -> None:
-    """Apply every mend; each does nothing where its fault is absent."""
+    """Apply the mends for machines without CUDA; each does nothing where its fault is absent."""
     random_state_on_cpu()
     moe_gemm_name_without_te()
     latent_attention_without_te()
     all_to_all_split_sizes_on_cpu()
     distributed_optimizer_with_torch_adam()
+
+
+def all_reduce_of_strided_tensors() -> None:
+    """On GPUs too (0.16): `mappings._reduce` sums a contiguous copy over the group and returns the tensor it was given.
+
+    A gradient that is a view with strides, such as a slice of the last axis, is then not summed at all.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    def reduce(input_: torch.Tensor, group: Any) -> torch.Tensor:
+        if group.size() == 1:
+            return input_
+        whole = input_.contiguous()
+        torch.distributed.all_reduce(whole, group=group)
+        return whole
+
+    mappings._reduce = reduce
 
 
 def checkpoint_results_without_a_server() -> None:

@@ -1,0 +1,57 @@
+"""One distillation step of every family, MoE teacher to dense student, in every layout, against stock transformers in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.distributed import launch
+from tests.helpers.tiny_models import tiny, write_tokens
+from tests.trainer.reference import LENGTH, SAMPLES, Reference, assert_same, one_step, step_config
+
+# Family and options of the teacher, then of the student.
+PAIRS: dict[str, tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]] = {
+    "deepseek_v2": (("deepseek_v2", {}), ("deepseek_v2", {"first_k_dense_replace": 4})),
+    "deepseek_v3": (("deepseek_v3", {}), ("deepseek_v3", {"first_k_dense_replace": 4, "v_head_dim": 8})),
+}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "TP2": (2, {"tensor": 2}),
+    "TP2 SP": (2, {"tensor": 2, "sequence": True}),
+    "PP2": (2, {"pipeline": 2}),
+    "EP2 teacher": (2, {"expert": 2}),
+}
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and tokens of all families, and all runs; one spawn for each number of processes."""
+    root = tmp_path_factory.mktemp("families")
+    write_tokens(root / "tokens", LENGTH * SAMPLES + 1)
+    for name, ((teacher, of_teacher), (student, of_student)) in PAIRS.items():
+        tiny(teacher, root / f"{name} teacher", seed=1, **of_teacher)
+        tiny(student, root / f"{name} student", seed=2, **of_student)
+    for processes in (1, 2):
+        configs = [
+            step_config(root, (f"{name} student", f"{name} teacher"), root / f"{name}, {layout}", parallel)
+            for name in PAIRS
+            for layout, (count, parallel) in LAYOUTS.items()
+            if count == processes
+        ]
+        launch(processes, "tests.trainer.cases:distill_all", configs)
+    return root
+
+
+@pytest.fixture(scope="module")
+def references(root: Path) -> dict[str, Reference]:
+    return {name: one_step(root / f"{name} student", root / f"{name} teacher", str(root / "tokens")) for name in PAIRS}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_distillation_step_equals_plain_pytorch(name: str, layout: str, root: Path, references: dict[str, Reference]):
+    assert_same(root / f"{name}, {layout}", references[name])
