@@ -33,14 +33,15 @@ def training_curves(runs: Mapping[str, Sequence[Row]]) -> Figure:
     figure = new_figure(8.5, 8.0)
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[2.4, 1, 1])
     for number, (label, rows) in enumerate(runs.items()):
-        colour = PALETTE[number % len(PALETTE)]
+        # earlier runs are drawn wider, so that curves which lie on each other all show
+        colour, width = PALETTE[number % len(PALETTE)], 1.2 + 0.9 * min(len(runs) - 1 - number, 4)
         steps = [row for row in rows if row.get("loss") is not None]
         if not steps:
             raise UserError(f"{label} has no training steps", "rows with a loss", "leave the run out, or wait for its first step")
-        _line(top, steps, value, colour, label)
+        _line(top, steps, value, (colour, width, label))
         _evaluations(top, rows, f"eval_{value}", colour, f"{label}, held out")
-        _line(middle, steps, "lr", colour, label)
-        _line(bottom, steps, "grad_norm", colour, label)
+        _line(middle, steps, "lr", (colour, width, label))
+        _line(bottom, steps, "grad_norm", (colour, width, label))
     top.set_ylabel(f"{name} [nats/token]")
     middle.set_ylabel("learning rate")
     bottom.set_ylabel("gradient norm")
@@ -57,10 +58,11 @@ def training_curves(runs: Mapping[str, Sequence[Row]]) -> Figure:
     return figure
 
 
-def _line(axes: Axes, rows: Sequence[Row], name: str, colour: str, label: str) -> None:
+def _line(axes: Axes, rows: Sequence[Row], name: str, style: tuple[str, float, str]) -> None:
+    colour, width, label = style
     shown = [(row["tokens"], row[name]) for row in rows if row.get(name) is not None]
     # Many thin steps: a lighter line keeps the evaluation's points readable.
-    axes.plot([x for x, _ in shown], [y for _, y in shown], color=colour, label=label, alpha=0.85, linewidth=1.2)
+    axes.plot([x for x, _ in shown], [y for _, y in shown], color=colour, label=label, alpha=0.85, linewidth=width)
 
 
 def _evaluations(axes: Axes, rows: Sequence[Row], name: str, colour: str, label: str) -> None:
