@@ -8,8 +8,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.dims import decoder_dims, first_of, without
 from megatron_moe2dense.families.layout import FfnTensors, MoeTensors
+from megatron_moe2dense.families.megatron import (
+    TRUNK_RULES,
+    attention_rules,
+    decoder_fields,
+    dense_rules,
+    expert_rules,
+    sliding_layers,
+    window_fields,
+)
 from megatron_moe2dense.families.spec import ClampedSwiglu, Dims, FamilySpec, HfConfig, Router
 
 _BLOCK = "model.layers.{layer}.mlp."
@@ -24,6 +34,11 @@ _EXPERTS = FfnTensors(
     interleaved=True,
 )
 _MXFP4 = dataclasses.replace(_EXPERTS, transposed=False, mxfp4=True)
+_MOE = tuple(MoeTensors(_BLOCK, _ROUTER, experts, router_bias=_ROUTER_BIAS) for experts in (_EXPERTS, _MXFP4))
+# What the stock class takes where config.json does not say.
+_ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
+_WINDOW = 128
+_QUICK_GELU = 1.702  # Megatron-Core's only slope of x * sigmoid(slope * x)
 
 
 def _dims(config: HfConfig) -> Dims:
@@ -41,17 +56,52 @@ def _dense_config(config: HfConfig, width: int) -> dict[str, Any]:
     return {**kept, "num_local_experts": 1, "num_experts_per_tok": 1, "intermediate_size": width}
 
 
+def _clamped_swiglu(config: HfConfig) -> ClampedSwiglu:
+    return ClampedSwiglu(config.get("swiglu_alpha", _QUICK_GELU), config.get("swiglu_limit", 7.0))
+
+
+def _megatron_config(config: HfConfig) -> dict[str, Any]:
+    swiglu = _clamped_swiglu(config)
+    if swiglu.alpha != _QUICK_GELU or not config.get("attention_bias", True):
+        raise UserError(
+            f"config.json: swiglu_alpha {swiglu.alpha}, attention_bias {config.get('attention_bias', True)}",
+            f"swiglu_alpha {_QUICK_GELU} and attention_bias true, as published",
+            "use a model with these",
+        )
+    has_rope = config.get("rope_parameters") or config.get("rope_scaling")
+    alternate = [layer % 2 == 0 for layer in range(config["num_hidden_layers"])]
+    return {
+        **decoder_fields(config if has_rope else {**config, "rope_parameters": _ROPE}),
+        "activation": "quick_gelu",
+        "glu_linear_offset": 1.0,
+        "activation_func_clamp_value": swiglu.limit,
+        "add_bias_linear": True,
+        "softmax_type": "learnable",
+        **window_fields(config.get("sliding_window", _WINDOW), sliding_layers(config, alternate)),
+        # Megatron's fused kernels take no bias of experts, and no clamp without a weight per token.
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+    }
+
+
 GPT_OSS = FamilySpec(
     name="gpt_oss",
     architecture="GptOssForCausalLM",
     dims=_dims,
     ffn=_EXPERTS,
-    moe=tuple(MoeTensors(_BLOCK, _ROUTER, experts, router_bias=_ROUTER_BIAS) for experts in (_EXPERTS, _MXFP4)),
+    megatron=(
+        *TRUNK_RULES,
+        *attention_rules(output_bias=True, sinks=True),
+        *dense_rules(_EXPERTS),
+        *expert_rules(_MOE),
+    ),
+    megatron_config=_megatron_config,
+    moe=_MOE,
     moe_layers=lambda config: tuple(range(config["num_hidden_layers"])),
     # The stock router takes the softmax over the selected logits: the same as renormalising the softmax over all.
     router=lambda _config: Router("softmax", renormalize=True),
     returns_scores=True,
-    clamped_swiglu=lambda config: ClampedSwiglu(config.get("swiglu_alpha", 1.702), config.get("swiglu_limit", 7.0)),
+    clamped_swiglu=_clamped_swiglu,
     dense_target="gpt_oss",
     dense_config=_dense_config,
     added=lambda config: {_ROUTER: (1, config["hidden_size"]), _ROUTER_BIAS: (1,)},

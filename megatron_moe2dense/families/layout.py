@@ -10,6 +10,20 @@ MXFP4_BLOCK = 32
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How the stored tensors of one matrix, or of a gate and an up matrix, differ from [outputs, inputs] matrices of their own.
+
+    stacked: axis 0 numbers the experts. transposed: stored [inputs, outputs]. interleaved: in one tensor, gate and up rows alternate;
+    else gate rows, then up rows. mxfp4: blocks and scales (checkpoint/mxfp4.py) in place of a tensor.
+    """
+
+    stacked: bool = False
+    transposed: bool = False
+    interleaved: bool = False
+    mxfp4: bool = False
+
+
+@dataclass(frozen=True)
 class FfnTensors:
     """Name templates of gated FFNs, with `{layer}`, and `{expert}` where every expert has tensors of its own.
 
@@ -53,11 +67,18 @@ class FfnTensors:
             return {template.format(layer=layer): (experts, *shape) for template, shape in stored.items()}
         return {template.format(layer=layer, expert=e): shape for e in range(experts) for template, shape in stored.items()}
 
+    @property
+    def packing(self) -> Packing:
+        """Of the matrices; biases are stacked and interleaved as these are."""
+        return Packing(self.stacked, self.transposed, self.interleaved, self.mxfp4)
+
+    def stored(self, *templates: str) -> tuple[str, ...]:
+        """Templates of the tensors that hold these matrices."""
+        return tuple(f"{name}_{part}" for name in templates for part in ("blocks", "scales")) if self.mxfp4 else templates
+
     def names(self, layer: int, expert: int = 0) -> list[str]:
         """The tensors that hold one FFN (stacked: they hold the others of the layer too)."""
-        templates = [*self.gate_up, self.down]
-        if self.mxfp4:
-            templates = [f"{template}_{part}" for template in templates for part in ("blocks", "scales")]
+        templates = list(self.stored(*self.gate_up, self.down))
         templates += [bias for bias in (self.gate_up_bias, self.down_bias) if bias is not None]
         return [template.format(layer=layer, expert=expert) for template in templates]
 

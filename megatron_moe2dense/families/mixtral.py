@@ -7,12 +7,17 @@ from typing import Any
 
 from megatron_moe2dense.families.dims import decoder_dims, first_of, rope_theta, without
 from megatron_moe2dense.families.layout import MoeTensors, fused, mlp
-from megatron_moe2dense.families.mistral import MISTRAL
+from megatron_moe2dense.families.megatron import TRUNK_RULES, attention_rules, expert_rules
+from megatron_moe2dense.families.mistral import MISTRAL, mistral_megatron_config
 from megatron_moe2dense.families.spec import Dims, FamilySpec, HfConfig, Router
 
 _NORM_EPS, _THETA = 1e-5, 1e6  # where config.json does not say
 _PUBLISHED = "model.layers.{layer}.block_sparse_moe."
 _IN_MEMORY = "model.layers.{layer}.mlp."
+_MOE = (
+    MoeTensors(_PUBLISHED, _PUBLISHED + "gate.weight", mlp(_PUBLISHED + "experts.{expert}.", ("w1", "w3", "w2"))),
+    MoeTensors(_IN_MEMORY, _IN_MEMORY + "gate.weight", fused(_IN_MEMORY + "experts.")),
+)
 
 
 def _dims(config: HfConfig) -> Dims:
@@ -45,10 +50,9 @@ MIXTRAL = FamilySpec(
     architecture="MixtralForCausalLM",
     dims=_dims,
     ffn=MISTRAL.ffn,
-    moe=(
-        MoeTensors(_PUBLISHED, _PUBLISHED + "gate.weight", mlp(_PUBLISHED + "experts.{expert}.", ("w1", "w3", "w2"))),
-        MoeTensors(_IN_MEMORY, _IN_MEMORY + "gate.weight", fused(_IN_MEMORY + "experts.")),
-    ),
+    megatron=(*TRUNK_RULES, *attention_rules(), *expert_rules(_MOE)),
+    megatron_config=lambda config: mistral_megatron_config(config, window=None),
+    moe=_MOE,
     moe_layers=lambda config: tuple(range(config["num_hidden_layers"])),
     router=lambda _config: Router("softmax", renormalize=True),
     dense_target=MISTRAL.name,

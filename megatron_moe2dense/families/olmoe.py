@@ -8,13 +8,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.dims import decoder_dims, first_of, without
 from megatron_moe2dense.families.layout import MoeTensors, fused, mlp
+from megatron_moe2dense.families.megatron import TRUNK_RULES, attention_rules, decoder_fields, dense_rules, expert_rules
 from megatron_moe2dense.families.spec import Dims, FamilySpec, HfConfig, Router
 
 _BLOCK = "model.layers.{layer}.mlp."
 _ROUTER = _BLOCK + "gate.weight"
 _EXPERTS = mlp(_BLOCK + "experts.{expert}.")
+_MOE = (MoeTensors(_BLOCK, _ROUTER, _EXPERTS), MoeTensors(_BLOCK, _ROUTER, fused(_BLOCK + "experts.")))
 
 
 def _dims(config: HfConfig) -> Dims:
@@ -36,12 +39,29 @@ def _dense_config(config: HfConfig, width: int) -> dict[str, Any]:
     return {**kept, "num_experts": 1, "num_experts_per_tok": 1, "intermediate_size": width}
 
 
+def _megatron_config(config: HfConfig) -> dict[str, Any]:
+    if config.get("clip_qkv") is not None or config.get("attention_bias"):
+        raise UserError(
+            f"config.json: clip_qkv {config.get('clip_qkv')}, attention_bias {config.get('attention_bias', False)}",
+            "null and false, as published",
+            "use a model without them",
+        )
+    return {**decoder_fields(config), "qk_norm_over_heads": True}
+
+
 OLMOE = FamilySpec(
     name="olmoe",
     architecture="OlmoeForCausalLM",
     dims=_dims,
     ffn=_EXPERTS,
-    moe=(MoeTensors(_BLOCK, _ROUTER, _EXPERTS), MoeTensors(_BLOCK, _ROUTER, fused(_BLOCK + "experts."))),
+    megatron=(
+        *TRUNK_RULES,
+        *attention_rules(qk_norm="heads"),
+        *(rule for layout in _MOE for rule in dense_rules(layout.experts)),
+        *expert_rules(_MOE),
+    ),
+    megatron_config=_megatron_config,
+    moe=_MOE,
     moe_layers=lambda config: tuple(range(config["num_hidden_layers"])),
     router=_router,
     dense_target="olmoe",

@@ -10,7 +10,8 @@ from typing import Any
 
 from megatron_moe2dense.families.dims import without
 from megatron_moe2dense.families.layout import MoeTensors, fused, mlp
-from megatron_moe2dense.families.qwen2 import QWEN2
+from megatron_moe2dense.families.megatron import decoder_fields, expert_rules, shared_expert_rules
+from megatron_moe2dense.families.qwen2 import QWEN2, QWEN2_RULES, qwen_window_fields
 from megatron_moe2dense.families.qwen3_moe import QWEN_MOE_KEYS, qwen_moe_dims, sparse_layers
 from megatron_moe2dense.families.spec import Dims, FamilySpec, HfConfig, Router
 
@@ -26,13 +27,17 @@ def _router(config: HfConfig) -> Router:
     return Router("softmax", renormalize=bool(config.get("norm_topk_prob", False)))
 
 
+def _sliding_layers(config: HfConfig) -> list[bool]:
+    """By layer, with `use_sliding_window` and without `layer_types`: every other one of the first."""
+    last = config.get("max_window_layers", 28)
+    return [layer % 2 == 0 and layer < last for layer in range(config["num_hidden_layers"])]
+
+
 def _dense_config(config: HfConfig, width: int) -> dict[str, Any]:
     kept = without(config, *_MOE_KEYS)
     if config.get("use_sliding_window") and "layer_types" not in config:
         # Which layers slide is another rule in Qwen2: say it out loud.
-        last = config.get("max_window_layers", 28)
-        slides = [i % 2 == 0 and i < last for i in range(config["num_hidden_layers"])]
-        kept["layer_types"] = ["sliding_attention" if each else "full_attention" for each in slides]
+        kept["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in _sliding_layers(config)]
     return {**kept, "model_type": QWEN2.name, "architectures": [QWEN2.architecture], "intermediate_size": width}
 
 
@@ -51,12 +56,26 @@ def _layout(stacked: bool) -> MoeTensors:
     return MoeTensors(_BLOCK, _BLOCK + "gate.weight", experts, shared=shared, shared_gate=gate)
 
 
+_MOE = (_layout(stacked=False), _layout(stacked=True))
+
+
+def _megatron_config(config: HfConfig) -> dict[str, Any]:
+    return {
+        **decoder_fields(config),
+        "add_qkv_bias": config.get("qkv_bias", True),
+        "moe_shared_expert_gate": True,
+        **qwen_window_fields(config, _sliding_layers(config)),
+    }
+
+
 QWEN2_MOE = FamilySpec(
     name="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
     dims=_dims,
     ffn=QWEN2.ffn,
-    moe=(_layout(stacked=False), _layout(stacked=True)),
+    megatron=(*QWEN2_RULES, *shared_expert_rules(_MOE[0]), *expert_rules(_MOE)),
+    megatron_config=_megatron_config,
+    moe=_MOE,
     moe_layers=sparse_layers,
     router=_router,
     dense_target=QWEN2.name,

@@ -7,13 +7,15 @@ from typing import Any
 
 from megatron_moe2dense.families.dims import decoder_dims, first_of, without
 from megatron_moe2dense.families.layout import MoeTensors, fused, mlp
-from megatron_moe2dense.families.qwen3 import QWEN3_FFN, QWEN3_FFN_RULES, QWEN3_TRUNK, qwen3_megatron_config
-from megatron_moe2dense.families.spec import Dims, FamilySpec, HfConfig, MegatronRule, Router
+from megatron_moe2dense.families.megatron import expert_rules
+from megatron_moe2dense.families.qwen2 import qwen_window_fields
+from megatron_moe2dense.families.qwen3 import QWEN3_FFN, QWEN3_RULES, qwen3_megatron_config
+from megatron_moe2dense.families.spec import Dims, FamilySpec, HfConfig, Router
 
 _BLOCK = "model.layers.{layer}.mlp."
-_MEGATRON = "decoder.layers.{layer}.mlp."
 _ROUTER = _BLOCK + "gate.weight"
 _EXPERTS = mlp(_BLOCK + "experts.{expert}.")
+_MOE = (MoeTensors(_BLOCK, _ROUTER, _EXPERTS), MoeTensors(_BLOCK, _ROUTER, fused(_BLOCK + "experts.")))
 
 # Keys of a Qwen MoE's config that mean nothing to its dense relative.
 QWEN_MOE_KEYS = (
@@ -52,9 +54,7 @@ def _dense_config(config: HfConfig, width: int) -> dict[str, Any]:
 
 
 def _megatron_config(config: HfConfig) -> dict[str, Any]:
-    # Megatron applies the softmax after the top-k by default, which equals softmax, top-k, renormalise.
-    renormalize = bool(config.get("norm_topk_prob", False))
-    return {**qwen3_megatron_config(config), "moe_router_pre_softmax": not renormalize, "moe_router_score_function": "softmax"}
+    return {**qwen3_megatron_config(config), **qwen_window_fields(config, [True] * config["num_hidden_layers"])}
 
 
 QWEN3_MOE = FamilySpec(
@@ -62,26 +62,9 @@ QWEN3_MOE = FamilySpec(
     architecture="Qwen3MoeForCausalLM",
     dims=qwen_moe_dims,
     ffn=QWEN3_FFN,
-    megatron=(
-        *QWEN3_TRUNK,
-        *QWEN3_FFN_RULES,  # of layers without experts
-        MegatronRule(_MEGATRON + "router.weight", (_ROUTER,)),
-        MegatronRule(
-            _MEGATRON + "experts.local_experts.{expert}.linear_fc1.weight",
-            _EXPERTS.gate_up,
-            kind="gate_up",
-            split=0,
-            aliases=(_MEGATRON + "experts.linear_fc1.weight{expert}",),
-        ),
-        MegatronRule(
-            _MEGATRON + "experts.local_experts.{expert}.linear_fc2.weight",
-            (_EXPERTS.down,),
-            split=1,
-            aliases=(_MEGATRON + "experts.linear_fc2.weight{expert}",),
-        ),
-    ),
+    megatron=(*QWEN3_RULES, *expert_rules(_MOE)),
     megatron_config=_megatron_config,
-    moe=(MoeTensors(_BLOCK, _ROUTER, _EXPERTS), MoeTensors(_BLOCK, _ROUTER, fused(_BLOCK + "experts."))),
+    moe=_MOE,
     moe_layers=sparse_layers,
     router=_router,
     dense_target="qwen3",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_moe2dense.families.layout import FfnTensors, MoeTensors
+from megatron_moe2dense.families.layout import FfnTensors, MoeTensors, Packing
 
 HfConfig = Mapping[str, Any]
 
@@ -70,14 +70,19 @@ class ClampedSwiglu:
 class MegatronRule:
     """One row of the weight-name table between Megatron-Core and Hugging Face.
 
+    Several rows for one Megatron name are the layouts found on disk: the first whose tensors the checkpoint has is read, and the first
+    is written.
+
     megatron: name with `{layer}` (global number) and `{expert}` (global number) where it has them.
     hf: the Hugging Face tensors it is made of. kind: how.
         plain    one tensor, the same layout
         qkv      q, k, v -> per KV group [q heads of the group; k; v] along axis 0
-        gate_up  gate, up -> [gate; up] along axis 0, each split by tensor parallelism on its own
+        gate_up  gate, up (or one tensor of both) -> [gate; up] along axis 0, each split by tensor parallelism on its own
         vocab    one tensor with a row per vocabulary entry, padded with zero rows in Megatron
     split: the axis that tensor parallelism splits, None when replicated; "expert" splits follow the expert-TP group.
     aliases: names of the same tensor under other layer specs (Transformer Engine fuses norms into linears).
+    packing: how `hf` store plain and gate_up tensors; where experts are stacked, the Megatron name tells which one is meant (the first,
+        without a number).
     """
 
     megatron: str
@@ -85,6 +90,7 @@ class MegatronRule:
     kind: Literal["plain", "qkv", "gate_up", "vocab"] = "plain"
     split: int | None = None
     aliases: tuple[str, ...] = ()
+    packing: Packing = field(default=Packing())
 
 
 def _no_layers(_config: HfConfig) -> tuple[int, ...]:

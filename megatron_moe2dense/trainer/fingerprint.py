@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_moe2dense.checkpoint import mxfp4
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from megatron_moe2dense.common.errors import UserError
@@ -83,7 +84,8 @@ def verify(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups, 
             "the weights of the files in the model",
             "nothing was trained; a family's weight-name table may be wrong (docs/adding.md), or the files change while they are read",
         )
-    zeros = tuple(name for name, value in zip(names, in_files_N, strict=True) if value == 0 and len(index.tensors[name].shape) > 1)
+    matrices = {name for name in names if len(index.tensors[name].shape) > 1 and not _is_exponents(name, index)}
+    zeros = tuple(name for name, value in zip(names, in_files_N, strict=True) if value == 0 and name in matrices)
     content = [(name, index.tensors[name].shape, value) for name, value in zip(names, in_files_N, strict=True)]
     return Fingerprint(hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32], zeros)
 
@@ -94,7 +96,7 @@ def _of_model(
     """By number of a tensor: sum of the parameter whose first tensor it is; number of its parameter's first tensor, -1 for none."""
     sums_N = torch.zeros(len(number_of), dtype=torch.int64, device=device)
     first_N = torch.full_like(sums_N, -1)
-    for parameter, entry, counts in placed(chunks, *place):
+    for parameter, entry, counts in placed(chunks, *place, number_of):
         first = number_of[entry.hf[0]]
         first_N[[number_of[name] for name in entry.hf]] = first
         if counts:
@@ -114,11 +116,28 @@ def _of_files(index: CheckpointIndex, names: Sequence[str], dtype: torch.dtype, 
             mine = int((passed + info.nbytes / 2) / share) == rank
             passed += info.nbytes
             if mine:
-                stored = TORCH_DTYPES[info.dtype]
-                for _, raw in reader.chunks(name, _READ):
-                    sums_N[number] += bit_sum(torch.from_numpy(raw).view(stored).to(dtype))
+                sums_N[number] += _of_file(reader, name, dtype)
     dist.all_reduce(sums_N)
     return sums_N.tolist()
+
+
+def _of_file(reader: CheckpointReader, name: str, dtype: torch.dtype) -> int:
+    """Sum of one tensor; MXFP4 values count where their blocks are, their exponents nowhere."""
+    tensors = reader.index.tensors
+    matrix = name.removesuffix("_blocks")
+    if _is_exponents(name, reader.index):
+        return 0
+    if f"{matrix}_scales" in tensors:
+        experts = range(tensors[name].shape[0])
+        pairs = ([reader.rows(f"{matrix}_{part}", 0, expert, expert + 1) for part in ("blocks", "scales")] for expert in experts)
+        return _wrapped(sum(bit_sum(mxfp4.decode(blocks, scales, matrix).to(dtype)) for blocks, scales in pairs))
+    stored = TORCH_DTYPES[tensors[name].dtype]
+    return _wrapped(sum(bit_sum(torch.from_numpy(raw).view(stored).to(dtype)) for _, raw in reader.chunks(name, _READ)))
+
+
+def _is_exponents(name: str, index: CheckpointIndex) -> bool:
+    """True for the exponents of MXFP4 blocks."""
+    return name.endswith("_scales") and name.removesuffix("_scales") + "_blocks" in index.tensors
 
 
 def _wrapped(value: int) -> int:
@@ -127,7 +146,13 @@ def _wrapped(value: int) -> int:
 
 
 def _may_be_left(name: str, blueprint: Blueprint) -> bool:
-    """The head of a tied model saved a second time, rotary frequencies (computed), layers beyond the model's (next-token predictors)."""
+    """The head of a tied model saved a second time, rotary frequencies (computed), layers beyond the model's (next-token predictors),
+    routers with one expert."""
     layer = _LAYER.search(name)
     beyond = layer is not None and int(layer[1]) >= blueprint.dims.layers
-    return beyond or name.endswith("rotary_emb.inv_freq") or (blueprint.dims.tied_embeddings and name == "lm_head.weight")
+    return (
+        beyond
+        or name in blueprint.idle_router()
+        or name.endswith("rotary_emb.inv_freq")
+        or (blueprint.dims.tied_embeddings and name == "lm_head.weight")
+    )

@@ -5,15 +5,17 @@ Loss and LM head meet in the loss function, so that pipeline stages exchange and
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
-from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_moe2dense.common.errors import UserError
@@ -22,11 +24,12 @@ from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses.shards import VocabShard
 from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.runtime import Runtime
+from megatron_moe2dense.trainer.runtime.configs import config_of
 from megatron_moe2dense.trainer.runtime.latent_attention import latent_fields
 from megatron_moe2dense.trainer.runtime.routing import finish_routers, router_fields
 from megatron_moe2dense.trainer.runtime.specs import block_spec
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "quick_gelu": quick_gelu}
 # The vocabulary is padded to this whatever the tensor-parallel size, so that checkpoints reshard.
 VOCABULARY_MULTIPLE = 128
 
@@ -47,7 +50,26 @@ class Blueprint:
         if family.megatron is None or family.megatron_config is None:
             known = [name for name, other in FAMILIES.items() if other.megatron is not None]
             raise UserError(f"{where}: {family.name}, which the trainer can not build", f"one of {', '.join(known)}", "use another model")
-        return cls(config, family, family.dims(config), dtype)
+        return cls(config, family, _dense_where_one_expert(family, family.dims(config)), dtype)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with experts to choose from."""
+        return self.family.moe_layers(self.config) if self.dims.experts else ()
+
+    def idle_router(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what the Hugging Face class has and a dense model lacks: the routers of layers with one expert."""
+        if self.dims.experts or not self.family.moe_layers(self.config):
+            return {}
+        added = self.family.added(self.config)
+        return {name.format(layer=layer): shape for layer in range(self.dims.layers) for name, shape in added.items()}
+
+
+def _dense_where_one_expert(family: FamilySpec, dims: Dims) -> Dims:
+    """A family that writes its dense result as one expert is trained as a dense model: the softmax over one logit is 1."""
+    if dims.experts != 1 or all(layout.experts != family.ffn for layout in family.moe):
+        return dims
+    return dataclasses.replace(dims, experts=0, active=0, expert_width=0, dense_width=dims.expert_width)
 
 
 class HeadlessGPT(GPTModel):
@@ -85,7 +107,8 @@ def build(blueprint: Blueprint, groups: Groups, runtime: Runtime, split: Split, 
     """
     _check_layout(blueprint.dims, groups)
     fields = {**transformer_fields(blueprint, groups, runtime), **_pipeline_fields(split, groups), **overrides}
-    config = (MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig)(**fields)
+    _check_biases(fields)
+    config = config_of(fields)
     return [_chunk(blueprint, config, groups, runtime, number) for number in range(split.chunks)]
 
 
@@ -168,7 +191,7 @@ def _device_fields(runtime: Runtime) -> dict[str, Any]:
 
 def _moe_fields(blueprint: Blueprint, groups: Groups, runtime: Runtime) -> dict[str, Any]:
     dims = blueprint.dims
-    moe_layers = set(blueprint.family.moe_layers(blueprint.config))
+    moe_layers = set(blueprint.moe_layers)
     return {
         "num_moe_experts": dims.experts,
         "moe_router_topk": dims.active,
@@ -193,7 +216,7 @@ def _router(blueprint: Blueprint) -> Router:
 def count_parameters(blueprint: Blueprint) -> tuple[int, int]:
     """Parameters of the whole model and those active per token, in matrices (norms are left out), from its sizes."""
     dims = blueprint.dims
-    moe_layers = len(blueprint.family.moe_layers(blueprint.config))
+    moe_layers = len(blueprint.moe_layers)
     attention = _attention_parameters(blueprint)
     shared = moe_layers * 3 * dims.hidden_size * dims.shared_width
     dense = (dims.layers - moe_layers) * 3 * dims.hidden_size * dims.dense_width
@@ -226,3 +249,13 @@ def _check_layout(dims: Dims, groups: Groups) -> None:
     for name, (what, size, parts) in wanted.items():
         if size % parts:
             raise UserError(f"parallel.{name}: {parts} with {what} = {size}", f"a divisor of {size}", f"choose another parallel.{name}")
+
+
+def _check_biases(fields: Mapping[str, Any]) -> None:
+    """Megatron-Core would add the bias of an expert's second layer once on every rank that holds a part of the expert."""
+    if fields.get("num_moe_experts") and fields["add_bias_linear"] and fields["expert_tensor_parallel_size"] > 1:
+        raise UserError(
+            f"parallel.tensor {fields['tensor_model_parallel_size']}, parallel.expert 1 with experts that have biases",
+            "experts that are whole on a rank",
+            "set parallel.expert above 1, so that experts are spread over the ranks instead of split",
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.mapping import Entry, NameTable, join, split
+from megatron_moe2dense.trainer.mapping import Entry, NameTable, is_packed, join, pack, split, unpack
 from megatron_moe2dense.trainer.model import Blueprint, HeadlessGPT, padded_vocabulary
 
 
@@ -26,18 +26,24 @@ def load(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups, di
     """
     index = CheckpointIndex.open(directory)
     with CheckpointReader(index) as reader:
-        for parameter, entry, _ in placed(chunks, blueprint, groups):
+        for parameter, entry, _ in placed(chunks, blueprint, groups, index.tensors):
             index.require(entry.hf)
             parameter.copy_(_checked(_local(reader, entry, blueprint, groups), parameter, f"{directory}: {', '.join(entry.hf)}"))
 
 
-def placed(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups) -> Iterator[tuple[Tensor, Entry, bool]]:
+def placed(
+    chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups, present: Container[str]
+) -> Iterator[tuple[Tensor, Entry, bool]]:
     """Every parameter (and stored buffer) of this rank with its entry, and whether this rank counts it in sums over all ranks: those
-    that hold copies do not, so that every value counts once."""
+    that hold copies do not, so that every value counts once.
+
+    Args:
+        present: the names of the checkpoint's tensors.
+    """
     local_experts = blueprint.dims.experts // groups.parallel.expert
     for chunk in chunks:
         first_layer = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
-        table = NameTable(blueprint.family, blueprint.dims, first_layer, groups.expert_rank * local_experts)
+        table = NameTable(blueprint.family, blueprint.dims, first_layer, groups.expert_rank * local_experts, present)
         for name, parameter in _stored(chunk):
             entry = table.entry(name)
             yield parameter, entry, _counts(entry, groups) and not table.is_copy(name)
@@ -66,11 +72,11 @@ def _checked(value: Tensor, parameter: Tensor, where: str) -> Tensor:
 def _local(reader: CheckpointReader, entry: Entry, blueprint: Blueprint, groups: Groups) -> Tensor:
     """This rank's slice of one Megatron parameter."""
     axis, kv_heads = entry.rule.split, blueprint.dims.kv_heads
+    if is_packed(entry.rule):
+        return _local_of_packed(reader, entry, groups)
     if axis is None:
         return join(entry.rule.kind, (reader.tensor(name) for name in entry.hf), kv_heads)
-    is_expert = "{expert}" in entry.rule.megatron
-    parts = groups.parallel.expert_tensor if is_expert else groups.parallel.tensor
-    rank = groups.tensor_rank if parts > 1 else 0
+    parts, rank = _share(entry, groups)
     slices = []
     for name in entry.hf:
         size = reader.index.tensors[name].shape[axis]
@@ -79,6 +85,23 @@ def _local(reader: CheckpointReader, entry: Entry, blueprint: Blueprint, groups:
         rows = reader.rows(name, axis, min(rank * step, size), min((rank + 1) * step, size))
         slices.append(_pad_rows(rows, step) if entry.rule.kind == "vocab" else rows)
     return join(entry.rule.kind, slices, kv_heads // parts)
+
+
+def _share(entry: Entry, groups: Groups) -> tuple[int, int]:
+    """In how many parts tensor parallelism splits this parameter, and which of them is this rank's."""
+    is_expert = "{expert}" in entry.rule.megatron
+    parts = groups.parallel.expert_tensor if is_expert else groups.parallel.tensor
+    return parts, groups.tensor_rank if parts > 1 else 0
+
+
+def _local_of_packed(reader: CheckpointReader, entry: Entry, groups: Groups) -> Tensor:
+    """This rank's slice where it does not lie in one piece: the expert is read whole."""
+    rule, expert = entry.rule, entry.expert
+    stored = [reader.rows(name, 0, expert, expert + 1)[0] if rule.packing.stacked else reader.tensor(name) for name in entry.hf]
+    whole = unpack(rule, stored, f"{reader.index.tensors[entry.hf[0]].file}: {entry.hf[0]}")
+    parts, rank = _share(entry, groups)
+    slices = whole if rule.split is None else [tensor.chunk(parts, rule.split)[rank] for tensor in whole]
+    return join(rule.kind, slices, kv_heads=1)
 
 
 def _stored(model: HeadlessGPT) -> Iterator[tuple[str, Tensor]]:
@@ -94,10 +117,26 @@ def _pad_rows(rows: Tensor, count: int) -> Tensor:
 
 
 def unload(model: HeadlessGPT, blueprint: Blueprint) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors of a model built whole (tensor = pipeline = expert = 1), vocabulary padding removed."""
+    """The Hugging Face tensors of a model built whole (tensor = pipeline = expert = 1), vocabulary padding removed.
+
+    Tensors of all experts of a layer are gathered first; a router that has nothing to choose from is zero.
+    """
     table = NameTable(blueprint.family, blueprint.dims)
+    experts: dict[str, list[Tensor]] = {}
     for name, parameter in _stored(model):
         if table.is_copy(name):
             continue
         entry = table.entry(name)
-        yield from zip(entry.hf, split(entry.rule.kind, parameter.detach(), blueprint.dims), strict=True)
+        tensors = pack(entry.rule, split(entry.rule.kind, parameter.detach(), blueprint.dims))
+        if not entry.rule.packing.stacked:
+            yield from zip(entry.hf, tensors, strict=True)
+            continue
+        for hf, tensor in zip(entry.hf, tensors, strict=True):
+            gathered = experts.setdefault(hf, [])
+            assert len(gathered) == entry.expert, "experts come in the order of their numbers"
+            gathered.append(tensor)
+            if len(gathered) == max(1, blueprint.dims.experts):
+                yield hf, torch.stack(experts.pop(hf))
+    assert not experts, "every layer has all its experts"
+    for hf, shape in blueprint.idle_router().items():
+        yield hf, torch.zeros(shape, dtype=blueprint.dtype)

@@ -37,16 +37,15 @@ def loaded(directory: Path, place: tuple[Groups, Runtime], dtype: str) -> tuple[
     return [chunk.eval() for chunk in chunks], blueprint
 
 
-def fingerprints(directories: list[Path], layouts: list[dict[str, Any]]) -> list[list[Fingerprint]]:
-    """Of every checkpoint in every layout, verified."""
-    found: list[list[Fingerprint]] = [[] for _ in directories]
-    for layout in layouts:
-        parallel = ParallelConfig(**layout)
-        with runtime.session("cpu") as device, process_groups.initialized(parallel, seed=0) as groups:
-            for directory, results in zip(directories, found, strict=True):
-                chunks, blueprint = loaded(directory, (groups, device), "bfloat16" if directory.name == "tied" else "float32")
-                results.append(fingerprint.verify(chunks, blueprint, groups, directory))
-    return found
+def fingerprints(cases: list[tuple[Path, list[dict[str, Any]]]]) -> list[list[Fingerprint]]:
+    """Of every checkpoint in its layouts, verified."""
+    return [[_fingerprint(directory, ParallelConfig(**layout)) for layout in layouts] for directory, layouts in cases]
+
+
+def _fingerprint(directory: Path, parallel: ParallelConfig) -> Fingerprint:
+    with runtime.session("cpu") as device, process_groups.initialized(parallel, seed=0) as groups:
+        chunks, blueprint = loaded(directory, (groups, device), "bfloat16" if directory.name == "tied" else "float32")
+        return fingerprint.verify(chunks, blueprint, groups, directory)
 
 
 def loss_and_gradients(cases: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:

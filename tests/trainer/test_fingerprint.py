@@ -18,7 +18,7 @@ from megatron_moe2dense.trainer.fingerprint import Fingerprint, bit_sum
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.runtime import Runtime
 from tests.helpers.distributed import launch
-from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe
+from tests.helpers.tiny_models import as_mxfp4, tiny, tiny_qwen3, tiny_qwen3_moe
 from tests.trainer.cases import loaded
 
 Place = tuple[Groups, Runtime]
@@ -90,16 +90,40 @@ def test_the_sum_of_bits_does_not_depend_on_how_the_values_are_split():
 
 @pytest.mark.distributed
 def test_a_fingerprint_is_the_same_in_every_layout(tmp_path: Path, place: Place):
-    directories = [
-        tiny_qwen3_moe(tmp_path / "moe", vocab_size=200, max_shard_size="200KB"),
-        tiny_qwen3(tmp_path / "tied", "bfloat16", tie_word_embeddings=True),
+    whole_experts = [{"tensor": 2, "sequence": True, "expert": 2}, {"pipeline": 2}, {"expert": 2}, {}]
+    layouts = [{"tensor": 2}, *whole_experts]
+    one = {"num_local_experts": 1, "num_experts_per_tok": 1}
+    cases = [
+        (tiny_qwen3_moe(tmp_path / "moe", vocab_size=200, max_shard_size="200KB"), layouts),
+        (tiny_qwen3(tmp_path / "tied", "bfloat16", tie_word_embeddings=True), layouts),
+        (as_mxfp4(tiny("gpt_oss", tmp_path / "plain", intermediate_size=64), tmp_path / "packed")[1], whole_experts),
+        (tiny("gpt_oss", tmp_path / "stacked"), whole_experts),
+        (tiny("gpt_oss", tmp_path / "one expert", **one), layouts),
+        (tiny("olmoe", tmp_path / "norms over heads", save_original_format=False), layouts),
     ]
-    layouts = [{"tensor": 2}, {"tensor": 2, "sequence": True, "expert": 2}, {"pipeline": 2}, {"expert": 2}, {}]
-    for directory, found in zip(directories, launch(2, "tests.trainer.cases:fingerprints", directories, layouts), strict=True):
-        assert found == [of(directory, place, "bfloat16" if directory.name == "tied" else "float32")] * len(layouts)
+    for (directory, its_layouts), found in zip(cases, launch(2, "tests.trainer.cases:fingerprints", cases), strict=True):
+        assert found == [of(directory, place, "bfloat16" if directory.name == "tied" else "float32")] * len(its_layouts)
 
 
 def test_every_parameter_counts_once(tmp_path: Path, place: Place):
-    chunks, blueprint = loaded(tiny_qwen3(tmp_path / "model", tie_word_embeddings=True), place, "float32")
-    counted = [entry.hf for _, entry, counts in weights.placed(chunks, blueprint, place[0]) if counts]
+    directory = tiny_qwen3(tmp_path / "model", tie_word_embeddings=True)
+    chunks, blueprint = loaded(directory, place, "float32")
+    present = load_file(directory / "model.safetensors")
+    counted = [entry.hf for _, entry, counts in weights.placed(chunks, blueprint, place[0], present) if counts]
     assert len(counted) == len(set(counted)) == len(list(chunks[0].parameters()))
+
+
+def test_values_of_mxfp4_count_and_one_code_makes_the_difference(tmp_path: Path, place: Place):
+    plain, packed = as_mxfp4(tiny("gpt_oss", tmp_path / "plain", intermediate_size=64), tmp_path / "packed")
+    assert of(packed, place).zeros == of(plain, place).zeros == ()
+    chunks, blueprint = loaded(packed, place, "float32")
+    tensors = load_file(packed / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.down_proj_blocks"][7, 3, 1, 2] ^= 2
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 parameters .* model\.layers\.1\.mlp\.experts\.down_proj_blocks"):
+        fingerprint.verify(chunks, blueprint, place[0], packed)
+
+
+def test_a_router_with_one_expert_is_no_parameter(tmp_path: Path, place: Place):
+    one = {"num_local_experts": 1, "num_experts_per_tok": 1}
+    assert of(tiny("gpt_oss", tmp_path / "model", **one), place)

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime, weights
@@ -20,9 +21,10 @@ from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.runtime import Runtime
 from tests.helpers.distributed import ROOT
-from tests.helpers.tiny_models import tiny, tiny_qwen3, tiny_qwen3_moe
+from tests.helpers.tiny_models import as_mxfp4, tiny, tiny_qwen3, tiny_qwen3_moe
 
 PICO = ROOT / "examples/pico_moe/model"
+FUSED = ("qwen3_moe", "olmoe", "mixtral", "qwen2_moe")
 ROPE = {"rope_type": "default", "rope_theta": 5e5}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 GROUPS: dict[str, Any] = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
@@ -46,7 +48,33 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "deepseek_v3": lambda path: tiny("deepseek_v3", path),
     "deepseek_v3, four active, whole queries": lambda path: tiny("deepseek_v3", path, num_experts_per_tok=4, q_lora_rank=None),
     "pico_moe": lambda path: PICO,  # noqa: ARG005
+    "gpt_oss": lambda path: tiny("gpt_oss", path, dtype="bfloat16", hidden_size=48),
+    "gpt_oss, one expert": lambda path: without_routing(tiny("gpt_oss", path, num_local_experts=1, num_experts_per_tok=1)),
+    "olmoe": lambda path: tiny("olmoe", path, dtype="bfloat16"),
+    "olmoe, one expert": lambda path: without_routing(tiny("olmoe", path, num_experts=1, num_experts_per_tok=1)),
+    "mixtral": lambda path: tiny("mixtral", path, sliding_window=6),
+    "mistral": lambda path: tiny("mistral", path, sliding_window=6),
+    "qwen2_moe": lambda path: tiny("qwen2_moe", path, use_sliding_window=True, sliding_window=6, max_window_layers=3, mlp_only_layers=[1]),
+    "qwen2": lambda path: tiny("qwen2", path, use_sliding_window=True, sliding_window=6, max_window_layers=2),
+    "qwen3, windows": lambda path: tiny("qwen3", path, use_sliding_window=True, sliding_window=6, max_window_layers=2),
+    "qwen3, YaRN": lambda path: tiny("qwen3", path, rope_parameters=YARN),
 }
+# Read, but written in another layout: as the published checkpoints are.
+ALSO_READ: dict[str, Callable[[Path], Path]] = {
+    **{f"{family}, fused": lambda path, family=family: tiny(family, path, save_original_format=False) for family in FUSED},
+    "olmoe, fused, one expert": lambda path: tiny("olmoe", path, save_original_format=False, num_experts=1, num_experts_per_tok=1),
+    "gpt_oss, one expert, routed": lambda path: tiny("gpt_oss", path, num_local_experts=1, num_experts_per_tok=1),
+}
+
+
+def without_routing(directory: Path) -> Path:
+    """As `convert` writes a model with one expert: routers are zero."""
+    tensors = load_file(directory / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "mlp.gate." in name or "router" in name:
+            tensor.zero_()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +101,37 @@ def test_there_and_back_is_the_identity(name: str, tmp_path: Path, place: tuple[
         assert torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)), key
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", [*MAKERS, *ALSO_READ])
 def test_logits_equal_stock_transformers(name: str, tmp_path: Path, place: tuple[Groups, Runtime]):
-    directory = MAKERS[name](tmp_path / "model")
+    directory = {**MAKERS, **ALSO_READ}[name](tmp_path / "model")
+    assert_same_logits(directory, directory, place)
+
+
+def assert_same_logits(directory: Path, stock_directory: Path, place: tuple[Groups, Runtime]) -> None:
+    """Ours from the first, transformers' from the second; sequences are longer than the windows."""
     model, blueprint = load(directory, place, torch.float32)
-    stock = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(stock_directory, dtype=torch.float32)
     tokens = torch.randint(0, blueprint.dims.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         shard = model.vocab_shard(model(tokens, torch.arange(64).expand(2, -1), None), blueprint.dims.vocab_size)
         expected = stock(input_ids=tokens).logits.transpose(0, 1).flatten(0, 1)
     assert (shard.logits(slice(None)) - expected).abs().max() < 1e-4
+
+
+def test_mxfp4_and_its_values_are_the_same_model(tmp_path: Path, place: tuple[Groups, Runtime]):
+    source = tiny("gpt_oss", tmp_path / "plain", dtype="bfloat16", intermediate_size=64)
+    plain, packed = as_mxfp4(source, tmp_path / "packed")
+    of_plain, of_packed = (dict(weights.unload(*load(directory, place, torch.bfloat16))) for directory in (plain, packed))
+    assert of_plain.keys() == of_packed.keys()
+    assert all(torch.equal(tensor, of_packed[name]) for name, tensor in of_plain.items())
+    assert_same_logits(packed, plain, place)
+
+
+@pytest.mark.parametrize("name", ["blocks", "scales"])
+def test_a_missing_part_of_mxfp4_is_named(name: str, tmp_path: Path, place: tuple[Groups, Runtime]):
+    _, packed = as_mxfp4(tiny("gpt_oss", tmp_path / "plain", dtype="bfloat16", intermediate_size=64), tmp_path / "packed")
+    tensors = load_file(packed / "model.safetensors")
+    del tensors[f"model.layers.2.mlp.experts.down_proj_{name}"]
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.layers\.2\.mlp\.experts\.down_proj"):
+        load(packed, place, torch.bfloat16)

@@ -1,7 +1,7 @@
-"""Plain PyTorch modules for Megatron's local layer spec, where the stock ones are missing something.
+"""Plain PyTorch modules for Megatron's layer specs, where the stock ones are missing something.
 
-RMSNorm that takes part in sequence parallelism (the stock WrappedTorchNorm refuses it), and scaled-dot-product attention
-(the stock local attention holds the whole score matrix).
+RMSNorm that takes part in sequence parallelism (the stock WrappedTorchNorm refuses it), one over all heads of all
+tensor-parallel ranks, and scaled-dot-product attention (the stock local attention holds the whole score matrix).
 """
 
 from __future__ import annotations
@@ -9,8 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
+from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
 
 
@@ -29,17 +36,104 @@ class RMSNorm(torch.nn.Module):
         return torch.nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-class SdpaCoreAttention(MegatronModule):
-    """Causal attention through torch's scaled_dot_product_attention, grouped queries included."""
+class HeadsRMSNorm(torch.nn.Module):
+    """Root-mean-square norm over all heads together, which tensor parallelism spreads over its ranks.
 
-    def __init__(self, config: TransformerConfig, *_args: Any, softmax_scale: float | None = None, **_options: Any):
+    Every rank has its heads' part of the weight; the sum of squares goes over the group, and so does its gradient.
+
+    Args:
+        heads: of the whole model. hidden_size: of one head.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, heads: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps, self._width = eps, heads * hidden_size
+        size = self._width // config.tensor_model_parallel_size
+        self.weight = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype))
+        _split_over_tensor_ranks(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [S, B, heads of this rank, head] to the same shape."""
+        wide = x.float()
+        # The all-reduce's backward is the identity, the copy's is an all-reduce.
+        squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(wide.pow(2).sum((-2, -1), keepdim=True)))
+        normed = wide * torch.rsqrt(squares / self._width + self.eps)
+        return self.weight.view(x.shape[-2:]) * normed.to(x.dtype)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
+        """For Megatron's distributed checkpoints."""
+        return _sharded(self, {"weight": 0}, (prefix, sharded_offsets), metadata)
+
+
+class SdpaCoreAttention(MegatronModule):
+    """Causal attention through torch's scaled_dot_product_attention: grouped queries, sliding windows, learned sinks.
+
+    `softmax_offset` [heads of this rank] is named and shaped as in Megatron's own attention and Transformer Engine's.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, *_args: Any, softmax_scale: float | None = None, **_options: Any):
         super().__init__(config=config)
         self._scale = softmax_scale
+        slides = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)  # type: ignore[arg-type]
+        self._window = config.window_size[0] + 1 if slides and config.window_size else None
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
+            _split_over_tensor_ranks(self.softmax_offset)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_options: Any) -> Tensor:
         """query [S, B, heads, d], key and value [S, B, groups, d] to [S, B, heads * d]."""
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self._scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        scale = self._scale if self._scale is not None else q.shape[-1] ** -0.5
+        mask = None if self._window is None else causal_mask(torch.arange(q.shape[2], device=q.device), self._window)
+        if self.softmax_offset is not None:
+            out = _attention_with_sinks((q, k, v), self.softmax_offset, mask, scale)
+        else:
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
+        """For Megatron's distributed checkpoints."""
+        return _sharded(self, {"softmax_offset": 0}, (prefix, sharded_offsets), metadata)
+
+
+def causal_mask(positions_S: Tensor, window: int | None) -> Tensor:
+    """[S, S], True where a query sees a key: itself and earlier ones, `window` of them in all."""
+    distance = positions_S[:, None] - positions_S[None, :]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def _attention_with_sinks(qkv: tuple[Tensor, Tensor, Tensor], sinks_H: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Softmax over the keys and one more logit a head, which takes part of the probability and has no value.
+
+    The logit becomes a key of its own, in an added channel where queries are 1 and other keys 0, so that the fused kernel and its
+    gradients serve. q [B, H, S, d], k and v [B, groups, S, d] to [B, H, S, d].
+    """
+    q, k, v = qkv
+    batch, heads, length, channels = q.shape
+    k, v = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (k, v))
+    sink = torch.nn.functional.pad((sinks_H / scale).to(k.dtype).view(1, heads, 1, 1), (channels, 0)).expand(batch, -1, -1, -1)
+    q = torch.nn.functional.pad(q, (0, 1), value=1.0)
+    k = torch.cat((torch.nn.functional.pad(k, (0, 1)), sink), dim=2)
+    v = torch.nn.functional.pad(v, (0, 1, 0, 1))
+    mask = causal_mask(torch.arange(length, device=q.device), None) if mask is None else mask
+    mask = torch.nn.functional.pad(mask, (0, 1), value=True)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[..., :channels]
+
+
+def _split_over_tensor_ranks(parameter: torch.nn.Parameter) -> None:
+    """Mark a parameter of which every tensor-parallel rank has its own part: counted on each in the gradient norm."""
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    parameter.partition_dim = 0  # type: ignore[attr-defined]
+    parameter.partition_stride = 1  # type: ignore[attr-defined]
+
+
+def _sharded(module: torch.nn.Module, axes: dict[str, int], place: tuple[str, tuple], metadata: Any) -> dict[str, Any]:
+    prefix, offsets = place
+    group = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
+    own = module.state_dict(prefix="", keep_vars=True)
+    tensor_group: Any = get_tensor_model_parallel_group_if_none(None)
+    return make_sharded_tensors_for_checkpoint(own, prefix, axes, offsets, tp_group=tensor_group, dp_cp_group=group)

@@ -6,20 +6,23 @@ import copy
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_moe2dense.trainer.runtime.latent_attention import use_latent_attention
-from megatron_moe2dense.trainer.runtime.modules import RMSNorm, SdpaCoreAttention
+from megatron_moe2dense.trainer.runtime.modules import HeadsRMSNorm, RMSNorm, SdpaCoreAttention
 
 
 def block_spec(config: TransformerConfig, transformer_engine: bool, chunk: int) -> TransformerBlockSubmodules:
     """The decoder layers of a model chunk of this pipeline stage; `config.moe_layer_freq` says which of them have experts."""
     if transformer_engine:
         block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization=config.normalization, vp_stage=chunk)
-        for layer in (block.layer_specs or []) if config.multi_latent_attention else []:
-            use_latent_attention(layer.submodules, transformer_engine)
+        for layer in block.layer_specs or ():
+            if config.multi_latent_attention:
+                use_latent_attention(layer.submodules, transformer_engine)
+            _norm_over_heads(config, layer)
         return block
     first = get_transformer_layer_offset(config, chunk)
     numbers = range(first, first + get_num_layers_to_build(config, chunk))
@@ -47,4 +50,13 @@ def _local_layer(config: TransformerConfig, number: int) -> Any:
         attention.q_layernorm = attention.kv_layernorm = RMSNorm
     elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    _norm_over_heads(config, spec)
     return spec
+
+
+def _norm_over_heads(config: TransformerConfig, layer: Any) -> None:
+    """Give the layer norms of queries and keys over all heads, where the model has them."""
+    if getattr(config, "qk_norm_over_heads", False):
+        attention = layer.submodules.self_attention.submodules
+        attention.q_layernorm = ModuleSpec(HeadsRMSNorm, params={"heads": config.num_attention_heads})
+        attention.k_layernorm = ModuleSpec(HeadsRMSNorm, params={"heads": config.num_query_groups})
