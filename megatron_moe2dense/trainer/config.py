@@ -120,6 +120,17 @@ class RoutingConfig(Config):
     )
 
 
+class TeacherCheckConfig(Config):
+    """What the teacher has to show before step 0, besides weights that are those of its files."""
+
+    loss_bound: float | None = key(
+        0.8, "most next-token loss on the first sample, as a share of log(vocabulary), a uniform guess; null: any", "fraction", gt=0
+    )
+    stock_forward: Literal["auto", "always", "never"] = key(
+        "auto", "compare its logits with those of stock transformers; auto: when that model fits in free host memory"
+    )
+
+
 class MoeConfig(Config):
     """Training a MoE as a plain language model."""
 
@@ -156,6 +167,7 @@ class DistillConfig(Config):
     batch: BatchConfig = key(BatchConfig(), "batch sizes")
     train: TrainConfig = key(..., "length of the run")
     teacher_routing: RoutingConfig | None = key(None, "teacher routing")
+    teacher_check: TeacherCheckConfig | None = key(None, "checks of the teacher; null: the defaults")
     moe: MoeConfig | None = key(None, "balancing losses of a MoE student (plain language modelling only)")
     logging: LoggingConfig = key(LoggingConfig(), "metrics")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "cuda where there is a GPU, else cpu")
@@ -169,6 +181,8 @@ class DistillConfig(Config):
             raise ValueError(f"loss {self.loss.method_name()} {wants}")
         if self.teacher is None and self.teacher_routing is not None:
             raise ValueError("teacher_routing has no effect without a teacher")
+        if self.teacher is None and self.teacher_check is not None:
+            raise ValueError("teacher_check has no effect without a teacher")
         if self.teacher is not None and self.moe is not None:
             raise ValueError("moe has no effect with a teacher: it is for training a MoE as a language model")
         if self.data.validation is None and self.train.eval_every is not None:
@@ -178,6 +192,10 @@ class DistillConfig(Config):
     def resolved_loss(self) -> Loss:
         """The loss, with its default filled in."""
         return self.loss or losses["cross_entropy" if self.teacher is None else "forward_kl"]()
+
+    def resolved_teacher_check(self) -> TeacherCheckConfig:
+        """The checks, with their defaults filled in."""
+        return self.teacher_check or TeacherCheckConfig()
 
     def steps(self) -> int:
         """Optimizer steps of the run."""

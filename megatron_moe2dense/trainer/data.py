@@ -75,6 +75,10 @@ class SampleStream:
     def __len__(self) -> int:
         return len(self._samples)
 
+    def first(self) -> Batch:
+        """Sample 0 alone, the same on every rank."""
+        return self._samples.batch([0], self.device)
+
     def micro_batches(self, first_sample: int, count: int) -> list[Batch]:
         """This rank's micro-batches for `count` samples from `first_sample` on."""
         per_round = self._micro * self._groups.data_size

@@ -13,12 +13,12 @@ from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import MANIFEST, Status, claim, config_hash, read_json, write_json, write_manifest
+from megatron_moe2dense.trainer import fingerprint, optim, proof, runtime, teacher, weights
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
-from megatron_moe2dense.trainer import optim, runtime, teacher, weights
 from megatron_moe2dense.trainer.checkpoint import Checkpointer, latest, step_of
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.data import training_stream, validation_stream
+from megatron_moe2dense.trainer.data import SampleStream, training_stream, validation_stream
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.loop import Trainer
 from megatron_moe2dense.trainer.metrics import Metrics
@@ -28,7 +28,7 @@ from megatron_moe2dense.trainer.state import TrainState
 from megatron_moe2dense.trainer.step import Models
 
 # What may change between the parts of one run: layout and logging, not the mathematics.
-_MAY_CHANGE = ("parallel", "logging", "device", "overwrite")
+_MAY_CHANGE = ("parallel", "logging", "device", "overwrite", "teacher_check")
 
 
 def run(config: DistillConfig) -> None:
@@ -102,12 +102,24 @@ def claim_output(config: DistillConfig) -> None:
         raise problem[0]
 
 
-def _write_manifest(config: DistillConfig, status: Status, **facts: int) -> None:
-    """The run's manifest; the plan that made the student stays known through to the export."""
+def _write_manifest(config: DistillConfig, status: Status, **facts: Any) -> None:
+    """The run's manifest; the plan that made the student stays known through to the export, the teacher's proof over resumes."""
     made_by = Path(config.student) / MANIFEST
     plan_hash = read_json(made_by, "the student's manifest").get("plan_hash") if made_by.exists() else None
-    facts_of_run = {"config_hash": _identity_hash(config), "plan_hash": plan_hash, **facts}
+    facts_of_run = {"config_hash": _identity_hash(config), "plan_hash": plan_hash, "teacher": _proof_of(config), **facts}
     write_manifest(Path(config.output), status, "distill", _dump(config), **facts_of_run)
+
+
+def _proof_of(config: DistillConfig) -> dict[str, Any] | None:
+    """What an earlier part of this run recorded of its teacher."""
+    manifest = Path(config.output) / MANIFEST
+    return read_json(manifest, "the manifest of this run").get("teacher") if manifest.exists() else None
+
+
+def _prove(config: DistillConfig, groups: Groups, frozen: teacher.LiveTeacher, training: SampleStream) -> None:
+    recorded = proof.prove(frozen, config, groups, training.first(), _proof_of(config))
+    if dist.get_rank() == 0:
+        _write_manifest(config, "unfinished", teacher=recorded)
 
 
 def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Trainer, TrainState]:
@@ -121,18 +133,24 @@ def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Train
     wrapped = optim.wrap(student, config, groups)
     for chunk in wrapped:
         chunk.broadcast_params()
+    checkpoints = Path(config.output) / "checkpoints"
+    if config.initialize == "checkpoint" and latest(checkpoints) is None:
+        fingerprint.verify(student, blueprint, groups, Path(config.student))
     optimizer, scheduler = optim.build(config, wrapped, groups)
     frozen = teacher.build(config, blueprint, groups, device) if config.teacher is not None else None
-    checkpointer = Checkpointer(Path(config.output) / "checkpoints", config.train.keep, groups)
+    checkpointer = Checkpointer(checkpoints, config.train.keep, groups)
     state = _resume(checkpointer, student, optimizer, scheduler)
     vocab_size = blueprint.dims.vocab_size
+    training = training_stream(config, groups, device.device, vocab_size)
+    if frozen is not None:
+        _prove(config, groups, frozen, training)
     trainer = Trainer(
         config=config,
         groups=groups,
         models=Models(student, wrapped, frozen, vocab_size),
         optimizer=optimizer,
         scheduler=scheduler,
-        training=training_stream(config, groups, device.device, vocab_size),
+        training=training,
         validation=validation_stream(config, groups, device.device, vocab_size),
         checkpointer=checkpointer,
         metrics=Metrics(config, groups.writes_metrics, _identity_hash(config), state.step),

@@ -41,7 +41,7 @@ class LiveTeacher:
     """A model of this job; its targets are final hidden states [S, B, D], never logits."""
 
     chunks: list[models.HeadlessGPT]
-    vocab_size: int
+    blueprint: models.Blueprint
 
     @torch.no_grad()
     def targets(self, batches: list[Batch]) -> list[Tensor]:
@@ -56,7 +56,7 @@ class LiveTeacher:
     @torch.no_grad()
     def known(self, target: Tensor) -> VocabShard:
         """See `Teacher.known`."""
-        return self.chunks[-1].vocab_shard(target, self.vocab_size)
+        return self.chunks[-1].vocab_shard(target, self.blueprint.dims.vocab_size)
 
 
 def build(config: DistillConfig, student: models.Blueprint, groups: Groups, runtime: Runtime) -> LiveTeacher:
@@ -80,7 +80,7 @@ def build(config: DistillConfig, student: models.Blueprint, groups: Groups, runt
     for chunk in chunks:
         chunk.requires_grad_(False).eval()
     logger.info("teacher: %s, %d layers, %d parameters on this rank", directory, blueprint.dims.layers, _count(chunks))
-    return LiveTeacher(chunks, blueprint.dims.vocab_size)
+    return LiveTeacher(chunks, blueprint)
 
 
 def _active(config: DistillConfig, dims: Dims) -> int:

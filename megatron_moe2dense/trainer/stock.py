@@ -1,0 +1,59 @@
+"""Logits of the stock transformers forward, the judge of a teacher built by Megatron-Core: the one place of the trainer that uses it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.common.errors import UserError
+
+# Beside the weights: one shard that is being read, and activations.
+_MARGIN = 1.25
+
+
+def host_bytes(index: CheckpointIndex, dtype: torch.dtype) -> int:
+    """Bytes of host memory that the stock model takes, with its margin."""
+    values = sum(torch.Size(info.shape).numel() for info in index.tensors.values())
+    return int(values * dtype.itemsize * _MARGIN)
+
+
+def free_host_bytes() -> int:
+    """Memory of this machine that can be had without swapping."""
+    return psutil.virtual_memory().available
+
+
+@torch.no_grad()
+def logits(directory: Path, dtype: torch.dtype, tokens_S: Tensor, active: int | None) -> Tensor:
+    """float32 logits [S, V] of one sequence, on the CPU; the model is loaded for it and dropped.
+
+    Args:
+        active: experts per token, None: the model's own number.
+
+    Raises:
+        UserError: stock transformers does not load the checkpoint whole.
+    """
+    options: dict[str, Any] = {} if active is None else {"num_experts_per_tok": active}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, local_files_only=True, dtype=dtype, output_loading_info=True, **options
+        )
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        raise UserError(
+            f"{directory}: {error}",
+            "a checkpoint that stock transformers loads",
+            "check config.json and weights, or set teacher_check.stock_forward=never",
+        ) from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise UserError(
+            f"{directory}: stock transformers misses {sorted(info['missing_keys'])[0]}",
+            "every tensor of the model",
+            "check that config.json and the weights are of the same model",
+        )
+    return model.eval()(input_ids=tokens_S[None].cpu(), use_cache=False).logits[0].float()
