@@ -63,6 +63,7 @@ def step_config(root: Path, models: tuple[str, str | None], output: Path, parall
         "schedule": {"style": "constant", "warmup": 0.0},
         "batch": {"micro": 2, "global": SAMPLES},
         "train": {"steps": 1},
+        "teacher_check": {"loss_bound": None} if teacher else None,  # its weights are random
         "dtype": "float32",
     }
 
