@@ -142,6 +142,7 @@ def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Train
     state = _resume(checkpointer, student, optimizer, scheduler)
     vocab_size = blueprint.dims.vocab_size
     training = training_stream(config, groups, device.device, vocab_size)
+    validation = validation_stream(config, groups, device.device, vocab_size)
     if frozen is not None:
         _prove(config, groups, frozen, training)
     trainer = Trainer(
@@ -151,7 +152,7 @@ def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Train
         optimizer=optimizer,
         scheduler=scheduler,
         training=training,
-        validation=validation_stream(config, groups, device.device, vocab_size),
+        validation=validation,
         checkpointer=checkpointer,
         metrics=Metrics(config, groups.writes_metrics, _identity_hash(config), state.step),
     )

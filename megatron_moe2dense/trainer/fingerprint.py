@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def verify(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups, 
     index = CheckpointIndex.open(directory)
     names = sorted(index.tensors)
     device = next(chunks[0].parameters()).device
-    in_model_N, parameter_N = _of_model(chunks, (blueprint, groups), {name: i for i, name in enumerate(names)}, device)
+    in_model_N, parameter_N, bytes_N = _of_model(chunks, (blueprint, groups), {name: i for i, name in enumerate(names)}, device)
     left_over = [name for name, number in zip(names, parameter_N, strict=True) if number < 0 and not _may_be_left(name, blueprint)]
     if left_over:
         raise UserError(
@@ -72,7 +72,9 @@ def verify(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups, 
             f"the tensors of {blueprint.family.architecture}",
             "check that config.json and the weights are of the same model",
         )
-    in_files_N = _of_files(index, names, blueprint.dtype, device)
+    # in bfloat16 models a few parameters are float32 all the same
+    dtypes = {name: torch.float32 if nbytes == 4 else blueprint.dtype for name, nbytes in zip(names, bytes_N, strict=True)}
+    in_files_N = _of_files(index, dtypes, device)
     expected_N = [0] * len(names)
     for value, number in zip(in_files_N, parameter_N, strict=True):
         if number >= 0:
@@ -92,26 +94,29 @@ def verify(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups, 
 
 def _of_model(
     chunks: Sequence[HeadlessGPT], place: tuple[Blueprint, Groups], number_of: dict[str, int], device: torch.device
-) -> tuple[list[int], list[int]]:
-    """By number of a tensor: sum of the parameter whose first tensor it is; number of its parameter's first tensor, -1 for none."""
+) -> tuple[list[int], list[int], list[int]]:
+    """By number of a tensor: sum of the parameter whose first tensor it is; number of its parameter's first tensor, -1 for none; bytes of
+    a value in the parameter."""
     sums_N = torch.zeros(len(number_of), dtype=torch.int64, device=device)
-    first_N = torch.full_like(sums_N, -1)
+    first_N, bytes_N = torch.full_like(sums_N, -1), torch.zeros_like(sums_N)
     for parameter, entry, counts in placed(chunks, *place, number_of):
         first = number_of[entry.hf[0]]
-        first_N[[number_of[name] for name in entry.hf]] = first
+        mine = [number_of[name] for name in entry.hf]
+        first_N[mine], bytes_N[mine] = first, parameter.element_size()
         if counts:
             sums_N[first] += bit_sum(parameter)
     dist.all_reduce(sums_N)
     dist.all_reduce(first_N, op=dist.ReduceOp.MAX)
-    return sums_N.tolist(), first_N.tolist()
+    dist.all_reduce(bytes_N, op=dist.ReduceOp.MAX)
+    return sums_N.tolist(), first_N.tolist(), bytes_N.tolist()
 
 
-def _of_files(index: CheckpointIndex, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> list[int]:
-    """Sum of every tensor after conversion to `dtype`; each rank reads tensors of its share of the bytes."""
-    sums_N = torch.zeros(len(names), dtype=torch.int64, device=device)
+def _of_files(index: CheckpointIndex, dtypes: Mapping[str, torch.dtype], device: torch.device) -> list[int]:
+    """Sum of every tensor after conversion to its dtype; each rank reads tensors of its share of the bytes."""
+    sums_N = torch.zeros(len(dtypes), dtype=torch.int64, device=device)
     rank, share, passed = dist.get_rank(), index.nbytes / dist.get_world_size(), 0
     with CheckpointReader(index) as reader:
-        for number, name in enumerate(names):
+        for number, (name, dtype) in enumerate(dtypes.items()):
             info = index.tensors[name]
             mine = int((passed + info.nbytes / 2) / share) == rank
             passed += info.nbytes

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families import FAMILIES
 from megatron_moe2dense.trainer import fingerprint, runtime, weights
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer.config import ParallelConfig
@@ -44,6 +45,23 @@ def test_sharding_of_the_files_does_not_matter_and_one_bit_does(dtype: str, tmp_
     bits[1, 1] ^= 1 << 15
     save_file(tensors, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
     assert of(tmp_path / "whole", place, dtype).digest != whole.digest
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.megatron is not None])
+def test_every_family_holds_what_its_files_hold(family: str, dtype: str, tmp_path: Path, place: Place):
+    assert of(tiny(family, tmp_path / "model"), place, dtype).digest
+
+
+def test_a_correction_that_stays_float32_is_compared_in_float32(tmp_path: Path, place: Place):
+    directory = tiny("deepseek_v3", tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    correction = [name for name in tensors if name.endswith("e_score_correction_bias")]
+    assert correction
+    assert any(not torch.equal(tensors[name].bfloat16().float(), tensors[name]) for name in correction)
+    chunks, blueprint = loaded(directory, place, "bfloat16")
+    assert {buffer.dtype for name, buffer in chunks[0].named_buffers() if name.endswith("expert_bias")} == {torch.float32}
+    assert fingerprint.verify(chunks, blueprint, place[0], directory)
 
 
 @pytest.mark.parametrize("fault", ["zeros", "one bit", "another tensor"])
@@ -92,7 +110,7 @@ def test_the_sum_of_bits_does_not_depend_on_how_the_values_are_split():
 def test_a_fingerprint_is_the_same_in_every_layout(tmp_path: Path, place: Place):
     whole_experts = [{"tensor": 2, "sequence": True, "expert": 2}, {"pipeline": 2}, {"expert": 2}, {}]
     layouts = [{"tensor": 2}, *whole_experts]
-    one = {"num_local_experts": 1, "num_experts_per_tok": 1}
+    one: dict[str, Any] = {"num_local_experts": 1, "num_experts_per_tok": 1}
     cases = [
         (tiny_qwen3_moe(tmp_path / "moe", vocab_size=200, max_shard_size="200KB"), layouts),
         (tiny_qwen3(tmp_path / "tied", "bfloat16", tie_word_embeddings=True), layouts),
@@ -125,5 +143,5 @@ def test_values_of_mxfp4_count_and_one_code_makes_the_difference(tmp_path: Path,
 
 
 def test_a_router_with_one_expert_is_no_parameter(tmp_path: Path, place: Place):
-    one = {"num_local_experts": 1, "num_experts_per_tok": 1}
+    one: dict[str, Any] = {"num_local_experts": 1, "num_experts_per_tok": 1}
     assert of(tiny("gpt_oss", tmp_path / "model", **one), place)

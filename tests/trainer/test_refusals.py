@@ -56,6 +56,7 @@ REFUSED = {
     "a teacher the loss ignores": ({"loss": "{method: cross_entropy}"}, "does not use the teacher"),
     "balancing losses beside a teacher": ({"moe": "{aux_loss: 0.1}"}, "moe has no effect with a teacher"),
     "balancing losses for a dense student": ({"teacher": "null", "moe": "{aux_loss: 0.1}"}, "is dense"),
+    "checks without a teacher": ({"teacher": "null", "teacher_check": "{loss_bound: 0.5}"}, "no effect without a teacher"),
     "routing without a teacher": ({"teacher": "null", "teacher_routing": "{active: 4}"}, "no effect without a teacher"),
     "more active experts than there are": ({"teacher_routing": "{active: 9}"}, "between 2 and 8"),
     "evaluation without text": ({"train__eval_every": 1}, "no effect without data.validation"),
@@ -95,7 +96,7 @@ def test_distill_refuses_broken_weights(value: float, root: Path, tmp_path: Path
 
 def test_a_finished_run_is_refused_and_another_config_does_not_resume_it(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = ["student=" + str(root / "student"), f"teacher={root / 'teacher'}", f"output={tmp_path / 'run'}", f"data.path={root / 'tokens'}"]
-    run += ["data.sequence_length=32", "batch.micro=2", "batch.global=4", "train.steps=1", "dtype=float32"]
+    run += ["data.sequence_length=32", "batch.micro=2", "batch.global=4", "train.steps=1", "dtype=float32", "teacher_check.loss_bound=null"]
     cli.main(["distill", *run])
     capsys.readouterr()
     assert "is a finished output" in distill(root, capsys, tmp_path, train__steps=1)
