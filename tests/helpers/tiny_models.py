@@ -125,6 +125,16 @@ def _save(stock: str, options: dict[str, Any], directory: Path) -> Path:
     return directory
 
 
+def without_routing(directory: Path) -> Path:
+    """As `convert` writes a model whose layers have one expert each: routers are zero."""
+    tensors = load_file(directory / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "mlp.gate." in name or "router" in name:
+            tensor.zero_()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
 def as_mxfp4(source: Path, directory: Path, seed: int = 0) -> tuple[Path, Path]:
     """Two checkpoints with the same experts: `source`, whose expert matrices are replaced by random values that MXFP4 holds exactly,
     and `directory`, with these as blocks and scales. The encoding is written out here, from the format's description."""

@@ -8,14 +8,21 @@ from typing import Any
 import pytest
 
 from tests.helpers.distributed import launch
-from tests.helpers.tiny_models import tiny, write_tokens
+from tests.helpers.tiny_models import tiny, without_routing, write_tokens
 from tests.trainer.reference import LENGTH, SAMPLES, Reference, assert_same, one_step, step_config
 
 # Family and options of the teacher, then of the student.
 PAIRS: dict[str, tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]] = {
     "deepseek_v2": (("deepseek_v2", {}), ("deepseek_v2", {"first_k_dense_replace": 4})),
     "deepseek_v3": (("deepseek_v3", {}), ("deepseek_v3", {"first_k_dense_replace": 4, "v_head_dim": 8})),
+    "gpt_oss": (("gpt_oss", {"hidden_size": 48}), ("gpt_oss", {"num_local_experts": 1, "num_experts_per_tok": 1, "hidden_size": 48})),
+    # The stock class's embedding has no gradient for the padding token, which is a token like the others here.
+    "olmoe": (("olmoe", {}), ("olmoe", {"num_experts": 1, "num_experts_per_tok": 1, "pad_token_id": None})),
+    "mixtral": (("mixtral", {}), ("mistral", {"sliding_window": 6})),
+    "qwen2_moe": (("qwen2_moe", {}), ("qwen2", {})),
 }
+# Families whose experts can not be split: tensor parallelism comes with expert parallelism.
+WHOLE_EXPERTS = {"gpt_oss"}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "TP2": (2, {"tensor": 2}),
@@ -34,13 +41,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tokens(root / "tokens", LENGTH * SAMPLES + 1)
     for name, ((teacher, of_teacher), (student, of_student)) in PAIRS.items():
         tiny(teacher, root / f"{name} teacher", seed=1, **of_teacher)
-        tiny(student, root / f"{name} student", seed=2, **of_student)
+        without_routing(tiny(student, root / f"{name} student", seed=2, **of_student))
     for processes in (1, 2):
         configs = [
-            step_config(root, (f"{name} student", f"{name} teacher"), root / f"{name}, {layout}", parallel)
+            step_config(root, (f"{name} student", f"{name} teacher"), root / f"{name}, {layout}", parallel | whole)
             for name in PAIRS
             for layout, (count, parallel) in LAYOUTS.items()
             if count == processes
+            for whole in ({"expert": 2} if name in WHOLE_EXPERTS and "tensor" in parallel else {},)
         ]
         launch(processes, "tests.trainer.cases:distill_all", configs)
     return root

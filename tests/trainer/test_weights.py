@@ -21,7 +21,7 @@ from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.runtime import Runtime
 from tests.helpers.distributed import ROOT
-from tests.helpers.tiny_models import as_mxfp4, tiny, tiny_qwen3, tiny_qwen3_moe
+from tests.helpers.tiny_models import as_mxfp4, tiny, tiny_qwen3, tiny_qwen3_moe, without_routing
 
 PICO = ROOT / "examples/pico_moe/model"
 FUSED = ("qwen3_moe", "olmoe", "mixtral", "qwen2_moe")
@@ -65,16 +65,6 @@ ALSO_READ: dict[str, Callable[[Path], Path]] = {
     "olmoe, fused, one expert": lambda path: tiny("olmoe", path, save_original_format=False, num_experts=1, num_experts_per_tok=1),
     "gpt_oss, one expert, routed": lambda path: tiny("gpt_oss", path, num_local_experts=1, num_experts_per_tok=1),
 }
-
-
-def without_routing(directory: Path) -> Path:
-    """As `convert` writes a model with one expert: routers are zero."""
-    tensors = load_file(directory / "model.safetensors")
-    for name, tensor in tensors.items():
-        if "mlp.gate." in name or "router" in name:
-            tensor.zero_()
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
 
 
 @pytest.fixture(scope="module")
