@@ -156,7 +156,10 @@ class DistillConfig(Config):
     """`moe2dense distill`."""
 
     student: str = key(..., "Hugging Face directory of the student (only its config.json with initialize: random)")
-    teacher: str | None = key(..., "Hugging Face directory of the frozen teacher; null: plain language modelling")
+    teacher: str | None = key(..., "Hugging Face directory of the frozen teacher; null: plain language modelling, or see teacher_cache")
+    teacher_cache: str | None = key(
+        None, "directory of `moe2dense cache-teacher`, read in place of the teacher; a `teacher` beside it has to be the cached one"
+    )
     output: str = key(..., "directory of the run: checkpoints/, metrics.jsonl, moe2dense.json")
     initialize: Literal["checkpoint", "random"] = key("checkpoint", "where the student's weights come from")
     data: TrainDataConfig = key(..., "training text")
@@ -176,18 +179,36 @@ class DistillConfig(Config):
 
     @model_validator(mode="after")
     def _settings_have_effect(self) -> DistillConfig:
-        if self.loss is not None and self.loss.needs_teacher != (self.teacher is not None):
+        if self.teacher_cache is not None:
+            self._check_cache_settings()
+        if self.loss is not None and self.loss.needs_teacher != self.has_teacher():
             wants = "needs a teacher" if self.loss.needs_teacher else "does not use the teacher: set teacher to null"
             raise ValueError(f"loss {self.loss.method_name()} {wants}")
         if self.teacher is None and self.teacher_routing is not None:
             raise ValueError("teacher_routing has no effect without a teacher")
         if self.teacher is None and self.teacher_check is not None:
             raise ValueError("teacher_check has no effect without a teacher")
-        if self.teacher is not None and self.moe is not None:
+        if self.has_teacher() and self.moe is not None:
             raise ValueError("moe has no effect with a teacher: it is for training a MoE as a language model")
         if self.data.validation is None and self.train.eval_every is not None:
             raise ValueError("train.eval_every has no effect without data.validation")
         return self
+
+    def _check_cache_settings(self) -> None:
+        if self.loss is None or self.loss.tokens_of_cache() is None:
+            asked = "the default loss" if self.loss is None else f"loss {self.loss.method_name()}"
+            raise ValueError(f"teacher_cache holds the teacher's top k alone, {asked} needs all: set loss to {{method: top_k_kl, k: ...}}")
+        for name in ("teacher_routing", "teacher_check"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect with teacher_cache: it was applied when the cache was written")
+
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher, live or cached."""
+        return self.teacher is not None or self.teacher_cache is not None
+
+    def has_live_teacher(self) -> bool:
+        """Whether the teacher is a model of this job."""
+        return self.teacher is not None and self.teacher_cache is None
 
     def resolved_loss(self) -> Loss:
         """The loss, with its default filled in."""

@@ -181,3 +181,9 @@ def identity(data: StreamConfig, seed: int) -> dict[str, Any]:
         "epochs": data.epochs,
         "seed": seed,
     }
+
+
+def texts(data: TrainDataConfig, seed: int) -> dict[str, Any]:
+    """What the manifest of a run records of its token files."""
+    validation = TokenFile.open(data.validation).fingerprint() if data.validation is not None else None
+    return {"training": identity(data, seed), "validation": validation}

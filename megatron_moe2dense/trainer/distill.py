@@ -16,9 +16,11 @@ from megatron_moe2dense.common.outputs import MANIFEST, Status, claim, config_ha
 from megatron_moe2dense.trainer import fingerprint, optim, proof, runtime, teacher, weights
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
+from megatron_moe2dense.trainer.cache.teacher import CachedTeacher, open_cache
 from megatron_moe2dense.trainer.checkpoint import Checkpointer, latest, step_of
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.data import SampleStream, training_stream, validation_stream
+from megatron_moe2dense.trainer.datasets import texts
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.loop import Trainer
 from megatron_moe2dense.trainer.metrics import Metrics
@@ -54,7 +56,7 @@ def dry_run(config: DistillConfig) -> dict[str, Any]:
     tokens = config.steps() * config.batch.global_ * config.data.sequence_length
     per_parameter = {"student": (6, 2 + 4 + 4 + 8 if half else 4 + 4 + 8), "teacher": (2, 2 if half else 4)}
     facts: dict[str, Any] = {"steps": config.steps(), "tokens": tokens, "flops": 0, "memory_bytes": {}}
-    for name, directory in (("student", config.student), ("teacher", config.teacher)):
+    for name, directory in (("student", config.student), ("teacher", config.teacher if config.has_live_teacher() else None)):
         if directory is None:
             continue
         content = read_json(Path(directory) / "config.json", "a Hugging Face directory with a config.json")
@@ -64,8 +66,8 @@ def dry_run(config: DistillConfig) -> dict[str, Any]:
         facts[name] = {"directory": directory, "family": blueprint.family.name, "parameters": total, "active_parameters": active}
         facts["flops"] += flops * active * tokens
         facts["memory_bytes"][name] = nbytes * total
-    texts = [source.path for source in config.data.sources()]
-    facts["reads"] = [path for path in (*texts, config.data.validation, config.student, config.teacher) if path]
+    files = [source.path for source in config.data.sources()]
+    facts["reads"] = [path for path in (*files, config.data.validation, config.student, config.teacher, config.teacher_cache) if path]
     facts["writes"] = [f"{config.output}/checkpoints", f"{config.output}/metrics.jsonl"]
     return facts
 
@@ -88,7 +90,8 @@ def claim_output(config: DistillConfig) -> None:
     if dist.get_rank() == 0:
         try:
             output = Path(config.output)
-            claim(output, output, _identity(config), config.overwrite)
+            if claim(output, output, _identity(config), config.overwrite):
+                _require_same_text(config)
             _write_manifest(config, "unfinished")
             student = Path(config.student)
             (output / "student").mkdir(exist_ok=True)
@@ -102,12 +105,25 @@ def claim_output(config: DistillConfig) -> None:
         raise problem[0]
 
 
+def _require_same_text(config: DistillConfig) -> None:
+    """UserError when token files have changed since an earlier part of the run: sample n would be another one."""
+    manifest = Path(config.output) / MANIFEST
+    before = read_json(manifest, "the manifest of this run").get("data") if manifest.exists() else None
+    if before is not None and before != texts(config.data, config.train.seed):
+        raise UserError(
+            f"{config.output} was begun with token files of other content than those at its data keys now",
+            "the files it was begun with",
+            "bring them back, or start a run in another output",
+        )
+
+
 def _write_manifest(config: DistillConfig, status: Status, **facts: Any) -> None:
     """The run's manifest; the plan that made the student stays known through to the export, the teacher's proof over resumes."""
     made_by = Path(config.student) / MANIFEST
     plan_hash = read_json(made_by, "the student's manifest").get("plan_hash") if made_by.exists() else None
     facts_of_run = {"config_hash": _identity_hash(config), "plan_hash": plan_hash, "teacher": _proof_of(config), **facts}
-    write_manifest(Path(config.output), status, "distill", _dump(config), **facts_of_run)
+    data = texts(config.data, config.train.seed)
+    write_manifest(Path(config.output), status, "distill", _dump(config), data=data, **facts_of_run)
 
 
 def _proof_of(config: DistillConfig) -> dict[str, Any] | None:
@@ -137,7 +153,7 @@ def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Train
     if config.initialize == "checkpoint" and latest(checkpoints) is None:
         fingerprint.verify(student, blueprint, groups, Path(config.student))
     optimizer, scheduler = optim.build(config, wrapped, groups)
-    frozen = teacher.build(config, blueprint, groups, device) if config.teacher is not None else None
+    frozen = teacher.build(config, blueprint, groups, device) if config.has_live_teacher() else None
     checkpointer = Checkpointer(checkpoints, config.train.keep, groups)
     state = _resume(checkpointer, student, optimizer, scheduler)
     vocab_size = blueprint.dims.vocab_size
@@ -148,7 +164,7 @@ def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Train
     trainer = Trainer(
         config=config,
         groups=groups,
-        models=Models(student, wrapped, frozen, vocab_size),
+        models=Models(student, wrapped, frozen or _cached(config, groups, device, vocab_size), vocab_size),
         optimizer=optimizer,
         scheduler=scheduler,
         training=training,
@@ -157,6 +173,10 @@ def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Train
         metrics=Metrics(config, groups.writes_metrics, _identity_hash(config), state.step),
     )
     return trainer, state
+
+
+def _cached(config: DistillConfig, groups: Groups, device: Runtime, vocab_size: int) -> CachedTeacher | None:
+    return open_cache(config, vocab_size, groups, device.device) if config.teacher_cache is not None else None
 
 
 def _resume(checkpointer: Checkpointer, *parts: Any) -> TrainState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -104,14 +104,15 @@ class Trainer:
         )
 
     def evaluate(self, state: TrainState) -> None:
-        """Held-out next-token loss and, with a teacher, KL(teacher || student), written as an eval row."""
+        """Held-out next-token loss and, with a live teacher, KL(teacher || student), written as an eval row."""
         assert self.validation is not None
-        has_teacher = self.models.teacher is not None
+        teacher = self.models.teacher.of_other_text() if self.models.teacher is not None else None
+        has_teacher = teacher is not None
         measured = [losses["cross_entropy"](), *([losses["forward_kl"]()] if has_teacher else [])]
         batches = self.validation.micro_batches(0, self.config.data.validation_sequences)
         for chunk in self.models.student:
             chunk.eval()
-        result = student_pass(self.models, measured, batches, self.groups, forward_only=True)
+        result = student_pass(replace(self.models, teacher=teacher), measured, batches, self.groups, forward_only=True)
         for chunk in self.models.student:
             chunk.train()
         kl = result.means[1] if has_teacher else None

@@ -20,6 +20,7 @@ from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.data import Batch
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses.shards import VocabShard
+from megatron_moe2dense.trainer.losses.targets import Known
 from megatron_moe2dense.trainer.pipeline import Split, run_schedule
 from megatron_moe2dense.trainer.runtime import Runtime
 
@@ -31,8 +32,12 @@ class Teacher(Protocol):
         """Before the student's pass, on every rank: one entry a micro-batch on the last stage, an empty list elsewhere."""
         ...
 
-    def known(self, target: Any) -> VocabShard:
+    def known(self, target: Any) -> Known:
         """On the last stage, when the student's hidden states of that micro-batch are there: what the losses take."""
+        ...
+
+    def of_other_text(self) -> Teacher | None:
+        """This teacher for text that is not trained on, None when it knows no other."""
         ...
 
 
@@ -57,6 +62,10 @@ class LiveTeacher:
     def known(self, target: Tensor) -> VocabShard:
         """See `Teacher.known`."""
         return self.chunks[-1].vocab_shard(target, self.blueprint.dims.vocab_size)
+
+    def of_other_text(self) -> LiveTeacher:
+        """See `Teacher.of_other_text`."""
+        return self
 
 
 def build(config: DistillConfig, student: models.Blueprint, groups: Groups, runtime: Runtime) -> LiveTeacher:

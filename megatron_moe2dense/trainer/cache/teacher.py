@@ -1,0 +1,81 @@
+"""A teacher cache in place of the teacher: refused unless it is of this very run, then read a micro-batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.trainer.cache.files import CacheFacts, CacheReader, tokenizer_hash
+from megatron_moe2dense.trainer.config import DistillConfig
+from megatron_moe2dense.trainer.data import Batch
+from megatron_moe2dense.trainer.datasets import identity
+from megatron_moe2dense.trainer.groups import Groups
+from megatron_moe2dense.trainer.losses.targets import TopKTarget
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """`Teacher` whose targets were computed before; it knows the training samples alone."""
+
+    reader: CacheReader
+    groups: Groups
+    device: torch.device
+
+    def targets(self, batches: list[Batch]) -> list[Batch]:
+        """See `Teacher.targets`: which samples to read; they are read when the student's hidden states are there."""
+        return batches if self.groups.is_last_stage else []
+
+    def known(self, target: Batch) -> TopKTarget:
+        """See `Teacher.known`."""
+        found = self.reader.read(target.samples, target.positions)
+        return TopKTarget(*(part.to(self.device) for part in (found.indices_TK, found.log_p_TK, found.tail_T)))
+
+    def of_other_text(self) -> None:
+        """See `Teacher.of_other_text`."""
+
+
+def open_cache(config: DistillConfig, vocab_size: int, groups: Groups, device: torch.device) -> CachedTeacher:
+    """The cache of `teacher_cache`.
+
+    Raises:
+        UserError: it is of other text, order, vocabulary, tokenizer or teacher, or has too few samples or tokens.
+    """
+    assert config.teacher_cache is not None
+    reader = CacheReader(Path(config.teacher_cache))
+    for name, cached, wanted, mend in _conditions(config, reader.facts, vocab_size):
+        raise UserError(f"{config.teacher_cache}: {name} {cached}", f"{name} {wanted}, as in this run", mend)
+    return CachedTeacher(reader, groups, device)
+
+
+def _conditions(config: DistillConfig, facts: CacheFacts, vocab_size: int) -> Iterator[tuple[str, Any, Any, str]]:
+    """(what, in the cache, in the run, what to do) of everything that does not fit."""
+    again = "write the cache with the data and seed of this run"
+    wanted, needed = identity(config.data, config.train.seed), config.steps() * config.batch.global_
+    for name in ("sequence_length", "epochs", "seed"):
+        if facts.data[name] != wanted[name]:
+            yield name, facts.data[name], wanted[name], again
+    if facts.data["sources"] != wanted["sources"]:
+        yield "text", _short(facts.data["sources"]), _short(wanted["sources"]), again
+    if facts.vocab_size != vocab_size:
+        yield "vocabulary", facts.vocab_size, vocab_size, "use a cache of a teacher with the student's vocabulary"
+    tokenizer = tokenizer_hash(Path(config.student))
+    if None not in (tokenizer, facts.tokenizer) and tokenizer != facts.tokenizer:
+        yield "tokenizer", facts.tokenizer, tokenizer, "use a cache of a teacher with the student's tokenizer"
+    if facts.samples < needed:
+        yield "samples", facts.samples, f"{needed} or more", "write a longer cache, or train fewer steps"
+    k = config.resolved_loss().tokens_of_cache()
+    assert k is not None, "the config refuses other losses"
+    if facts.k < k:
+        yield "k", facts.k, f"{k} or more", f"set loss.k to {facts.k} or less, or write the cache with a larger k"
+    if config.teacher is not None and CheckpointIndex.open(config.teacher).fingerprint() != facts.teacher:
+        yield "teacher", facts.teacher, f"that of {config.teacher}", "set teacher to null, or write the cache with this teacher"
+
+
+def _short(sources: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{source['fingerprint'][:12]} x {source['weight']:.4g}" for source in sources)

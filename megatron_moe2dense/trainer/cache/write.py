@@ -1,0 +1,185 @@
+"""`moe2dense cache-teacher`: the teacher alone over the samples of a training stream, its top-k log-probabilities to disk.
+
+Shards go to the data-parallel ranks in turns. Any layout may go on where another was killed: a shard is complete or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.log import logger
+from megatron_moe2dense.common.outputs import MANIFEST, claim, config_hash, publish, read_json, write_manifest
+from megatron_moe2dense.tokens.indexed import TokenFile
+from megatron_moe2dense.trainer import groups as process_groups
+from megatron_moe2dense.trainer import model as models
+from megatron_moe2dense.trainer import proof, runtime, teacher
+from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
+from megatron_moe2dense.trainer.cache.files import STAGE, CacheFacts, shard_path, tokenizer_hash
+from megatron_moe2dense.trainer.cache.fill import Filler
+from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, TrainConfig
+from megatron_moe2dense.trainer.data import Samples
+from megatron_moe2dense.trainer.data_config import TrainDataConfig
+from megatron_moe2dense.trainer.datasets import Reading, identity, training_dataset
+
+# Where and how it is computed; the content of the cache is the same, or nearly so.
+_MAY_CHANGE = ("parallel", "micro_batch", "device", "overwrite", "teacher_check")
+
+
+def run(config: CacheTeacherConfig) -> None:
+    """Write the cache; started again after a kill, only the shards that are not there yet.
+
+    Raises:
+        UserError: output in the way, text or teacher changed since a first part was written, too few samples, k above the vocabulary.
+    """
+    with runtime.session(config.device) as device, process_groups.initialized(config.parallel, config.seed) as groups:
+        working, facts = _claimed(config)
+        with _nothing_left_of_a_refusal(working):
+            blueprint = models.Blueprint.of(CheckpointIndex.open(config.teacher).config, config.teacher, getattr(torch, config.dtype))
+            reading = Reading(config.data, config.seed, facts.vocab_size, working / "data_index")
+            samples = Samples(training_dataset(reading, facts.samples), reading)
+            live = teacher.build(_as_a_run(config), blueprint, groups, device)
+            proof.prove(live, _as_a_run(config), groups, samples.batch([0], device.device), recorded=None)
+        filler = Filler(facts, working, groups, live, samples, config.micro_batch, device.device)
+        filler.fill(_missing(working, facts))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(samples.reading.index)
+            _write_manifest(working, "finished", config, facts)
+            publish(working, Path(config.output))
+            nbytes = facts.samples * config.data.sequence_length * config.bytes_per_token()
+            print(f"{config.output}: {facts.samples} samples, {nbytes} bytes")
+        dist.barrier()
+
+
+def dry_run(config: CacheTeacherConfig) -> dict[str, Any]:
+    """Samples, tokens, FLOPs (2 per active parameter and token), bytes of the cache, and of full bfloat16 logits beside it."""
+    content = read_json(Path(config.teacher) / "config.json", "a Hugging Face directory with a config.json")
+    blueprint = models.Blueprint.of(content, config.teacher, getattr(torch, config.dtype))
+    tokens = _samples(config) * config.data.sequence_length
+    _, active = models.count_parameters(blueprint)
+    return {
+        "samples": _samples(config),
+        "tokens": tokens,
+        "flops": 2 * active * tokens,
+        "bytes": tokens * config.bytes_per_token(),
+        "bytes_per_token": config.bytes_per_token(),
+        "bytes_per_token_of_full_logits": 2 * blueprint.dims.vocab_size,
+        "reads": [config.teacher, *(source.path for source in config.data.sources())],
+        "writes": config.output,
+    }
+
+
+def _samples(config: CacheTeacherConfig) -> int:
+    if config.samples is not None:
+        return config.samples
+    assert config.data.path is not None, "a blend needs `samples`"
+    return (len(TokenFile.open(config.data.path).tokens) - 1) // config.data.sequence_length * config.data.epochs
+
+
+def _facts(config: CacheTeacherConfig) -> CacheFacts:
+    index = CheckpointIndex.open(config.teacher)
+    dims = models.Blueprint.of(index.config, config.teacher, getattr(torch, config.dtype)).dims
+    if config.k > dims.vocab_size:
+        raise UserError(f"k={config.k}", f"at most the vocabulary of {dims.vocab_size}", "choose a smaller k")
+    active = config.teacher_routing.active if config.teacher_routing else None
+    return CacheFacts(
+        teacher=index.fingerprint(),
+        tokenizer=tokenizer_hash(Path(config.teacher)),
+        vocab_size=dims.vocab_size,
+        active=active if active is not None else dims.active or None,
+        data=identity(config.data, config.seed),
+        samples=_samples(config),
+        k=config.k,
+        store=config.store,
+        shard_samples=config.shard_samples,
+    )
+
+
+def _claimed(config: CacheTeacherConfig) -> tuple[Path, CacheFacts]:
+    """Rank 0 takes the working directory; its facts, or its error, reach every rank."""
+    working = Path(config.output + ".tmp")
+    outcome: list[CacheFacts | UserError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [_claim(config, working)]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    assert outcome[0] is not None
+    return working, outcome[0]
+
+
+def _claim(config: CacheTeacherConfig, working: Path) -> CacheFacts:
+    facts = _facts(config)
+    if claim(Path(config.output), working, _identity(config), config.overwrite):
+        before = CacheFacts.of_manifest(read_json(working / MANIFEST, "the manifest of an unfinished run"), working)
+        if before != facts:
+            raise UserError(
+                f"{working} was begun with other text or another teacher: {_differences(before, facts)}",
+                "the files it was begun with",
+                "bring them back, or remove it and start again",
+            )
+    working.mkdir(parents=True, exist_ok=True)
+    _write_manifest(working, "unfinished", config, facts)
+    return facts
+
+
+@contextlib.contextmanager
+def _nothing_left_of_a_refusal(working: Path) -> Iterator[None]:
+    """What is refused before its first shard does not stand in the way of the config that mends it."""
+    try:
+        yield
+    except UserError:
+        if dist.get_rank() == 0 and not list(working.glob("shard_*")):
+            shutil.rmtree(working)
+        raise
+
+
+def _missing(working: Path, facts: CacheFacts) -> list[int]:
+    """Shards to write, the same list on every rank."""
+    found = [[number for number in range(facts.shards) if not shard_path(working, number).exists()]]
+    dist.broadcast_object_list(found)
+    if len(found[0]) < facts.shards:
+        logger.info("%d of %d shards are there", facts.shards - len(found[0]), facts.shards)
+    return found[0]
+
+
+def _differences(before: CacheFacts, now: CacheFacts) -> str:
+    return ", ".join(name for name in vars(now) if getattr(before, name) != getattr(now, name))
+
+
+def _identity(config: CacheTeacherConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.model_dump(mode="json").items() if name not in _MAY_CHANGE}
+
+
+def _write_manifest(working: Path, status: Any, config: CacheTeacherConfig, facts: CacheFacts) -> None:
+    stated = {"config_hash": config_hash(_identity(config)), **facts.as_manifest()}
+    write_manifest(working, status, STAGE, config.model_dump(mode="json", by_alias=True), **stated)
+
+
+def _as_a_run(config: CacheTeacherConfig) -> DistillConfig:
+    """The run whose teacher this is, as far as building the teacher goes."""
+    return DistillConfig(
+        student=config.teacher,
+        teacher=config.teacher,
+        output=config.output,
+        data=TrainDataConfig(**config.data.model_dump()),
+        parallel=config.parallel,
+        batch=BatchConfig(micro=config.micro_batch),
+        train=TrainConfig(steps=1, seed=config.seed),
+        teacher_routing=config.teacher_routing,
+        teacher_check=config.teacher_check,
+        device=config.device,
+        dtype=config.dtype,
+    )
