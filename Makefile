@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench format chaos
+.PHONY: quickstart test lint bench format chaos parity
 
 quickstart: .venv/.installed-train-plot  ## a trained MoE becomes a distilled dense model, in out/quickstart
 	launch/quickstart_cpu.sh
@@ -12,6 +12,9 @@ test: .venv/.installed-dev  ## all tests, in two processes
 
 chaos: .venv/.installed-dev  ## every stage killed at random moments (20 times each in surgery) and resumed
 	MOE2DENSE_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/surgery/test_kills.py tests/trainer/test_resume.py
+
+parity: .venv/.installed-dev  ## table: every layout of the trainer against stock transformers in one process
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.trainer.parity
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -23,10 +23,13 @@ class ParallelConfig(Config):
     teacher_layers_per_stage: list[int] | None = key(
         None, "decoder layers of the teacher on every pipeline stage; null: the same number on all", "layers"
     )
-    context: Literal[1] = key(1, "context parallel size", "processes")
+    context: int = key(1, "context parallel size: each sequence is shared by so many", "processes", gt=0)
     expert: int = key(1, "expert parallel size of the MoE", "processes", gt=0)
     sequence: bool = key(False, "sequence parallelism inside the tensor-parallel group")
     distributed_optimizer: bool = key(True, "shard optimizer state over data-parallel ranks, when there are several")
+    recompute: Literal["none", "selective", "full"] = key(
+        "none", "activations of the student computed again in the backward pass: those inside its FFN blocks, or all of each layer"
+    )
 
     @model_validator(mode="after")
     def _stages(self) -> ParallelConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,8 @@ def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Train
     _check_batch(config, groups)
     blueprint = _student_blueprint(config)
     split = Split.of_student(config.parallel, blueprint.dims.layers)
-    student = models.build(blueprint, groups, device, split, **_balancing(config, blueprint))
+    fields = {**models.recompute_fields(config.parallel, blueprint), **_balancing(config, blueprint)}
+    student = models.build(blueprint, groups, device, split, **fields)
     if config.initialize == "checkpoint":
         weights.load(student, blueprint, groups, Path(config.student))
     wrapped = optim.wrap(student, config, groups)
@@ -211,10 +213,28 @@ def _balancing(config: DistillConfig, blueprint: models.Blueprint) -> dict[str, 
 
 
 def _check_batch(config: DistillConfig, groups: Groups) -> None:
-    per_round = config.batch.micro * groups.data_size
+    parallel, per_round = config.parallel, config.batch.micro * groups.data_size
     if config.batch.global_ % per_round:
         raise UserError(
             f"batch.global={config.batch.global_}, batch.micro={config.batch.micro}, {groups.data_size} data-parallel ranks",
             f"batch.global a multiple of micro x ranks = {per_round}",
             "change batch.global or batch.micro",
+        )
+    sizes = {"batch.global": config.batch.global_}
+    if config.data.validation is not None:
+        sizes["data.validation_sequences"] = config.data.validation_sequences
+    for name, size in sizes.items():
+        if parallel.virtual_pipeline > 1 and size % (per_round * parallel.pipeline):
+            raise UserError(
+                f"{name}={size} with parallel.virtual_pipeline={parallel.virtual_pipeline}",
+                f"micro-batches in whole rounds of the pipeline: a multiple of micro x ranks x stages = {per_round * parallel.pipeline}",
+                f"change {name}, batch.micro or parallel.virtual_pipeline",
+            )
+    halves, slices = (2 if parallel.context > 1 else 1), (parallel.tensor if parallel.sequence else 1)
+    blocks = parallel.context * math.lcm(halves, slices)
+    if config.data.sequence_length % blocks:
+        raise UserError(
+            f"data.sequence_length={config.data.sequence_length} with context={parallel.context}, sequence={parallel.sequence}",
+            f"a multiple of {blocks}: of 2 x context with context parallelism, of context x tensor with sequence parallelism",
+            "change data.sequence_length or `parallel`",
         )

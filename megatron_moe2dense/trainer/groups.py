@@ -60,7 +60,7 @@ class Groups:
     @property
     def writes_metrics(self) -> bool:
         """True on the one rank that writes metrics: first of its kind on the last stage, where the loss is."""
-        return self.is_last_stage and self.tensor_rank == 0 and self.data_rank == 0
+        return self.is_last_stage and self.tensor_rank == 0 and self.collection.dp_cp.rank() == 0
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES, Dims, FamilySpec, Router, family_of
+from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses.shards import VocabShard
 from megatron_moe2dense.trainer.pipeline import Split
@@ -211,6 +212,16 @@ def _moe_fields(blueprint: Blueprint, groups: Groups, runtime: Runtime) -> dict[
 def _router(blueprint: Blueprint) -> Router:
     assert blueprint.family.router is not None, "a family with experts has a router"
     return blueprint.family.router(blueprint.config)
+
+
+def recompute_fields(parallel: ParallelConfig, blueprint: Blueprint) -> dict[str, Any]:
+    """TransformerConfig fields of `parallel.recompute`. Selective means the FFN blocks, which keep most (attention is recomputed by its
+    kernel anyway)."""
+    if parallel.recompute == "none":
+        return {}
+    if parallel.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": "selective", "recompute_modules": ["mlp", *(["moe"] if blueprint.dims.experts else [])]}
 
 
 def count_parameters(blueprint: Blueprint) -> tuple[int, int]:

@@ -60,7 +60,8 @@ def run_schedule(forward: Callable[..., Any], chunks: Sequence[torch.nn.Module],
 
     Args:
         forward: Megatron's forward_step_func; its iterator gives the items of `batches` in order, to every chunk.
-        chunks: of one model. batches: items whose first member is a `Batch`. options: of Megatron's schedules.
+        chunks: of one model. options: of Megatron's schedules.
+        batches: items whose first member is a `Batch`, of this rank's part of the sequences.
 
     Returns:
         What the loss function reported, one entry a micro-batch, on the last stage; an empty list elsewhere.
@@ -74,7 +75,7 @@ def run_schedule(forward: Callable[..., Any], chunks: Sequence[torch.nn.Module],
         data_iterator=iterators,
         model=list(chunks),
         num_microbatches=len(batches),
-        seq_length=length,
+        seq_length=length * config.context_parallel_size,
         micro_batch_size=batch_size,
         **{"forward_only": False, **options},
     )

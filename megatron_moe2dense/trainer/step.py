@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses import Loss
 from megatron_moe2dense.trainer.model import HeadlessGPT
 from megatron_moe2dense.trainer.pipeline import run_schedule
+from megatron_moe2dense.trainer.runtime.context import local_part
 from megatron_moe2dense.trainer.teacher import Teacher
 
 
@@ -49,8 +51,10 @@ class StepLoss:
 def student_pass(models: Models, losses: Sequence[Loss], batches: list[Batch], groups: Groups, forward_only: bool = False) -> StepLoss:
     """Forward (and backward) over the micro-batches; gradients end up reduced and divided by the number of tokens.
 
-    Only the first of `losses` is trained; the others are reported.
+    Only the first of `losses` is trained; the others are reported. `batches` hold whole sequences, of which a rank takes its part here.
     """
+    if groups.parallel.context > 1:
+        batches = [_on_this_rank(batch, groups) for batch in batches]
     # the teacher's targets are on the last stage only
     targets = models.teacher.targets(batches) if models.teacher is not None else []
     pairs = list(zip(batches, targets or [None] * len(batches), strict=True))
@@ -62,6 +66,11 @@ def student_pass(models: Models, losses: Sequence[Loss], batches: list[Batch], g
     chunks: Sequence[torch.nn.Module] = models.student if forward_only else models.wrapped
     sums = run_schedule(forward, chunks, pairs, forward_only=forward_only)
     return _reduce(sums, len(losses), groups)
+
+
+def _on_this_rank(batch: Batch, groups: Groups) -> Batch:
+    parts = {name: local_part(getattr(batch, name), groups.collection.cp) for name in ("tokens", "labels", "mask", "positions")}
+    return dataclasses.replace(batch, **parts)
 
 
 def _loss(models: Models, losses: Sequence[Loss], hidden: Tensor, against: tuple[Batch, Any]) -> tuple[Tensor, Tensor, Tensor]:

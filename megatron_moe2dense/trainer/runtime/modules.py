@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,6 +20,8 @@ from megatron.core.transformer.utils import (
 )
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
+
+from megatron_moe2dense.trainer.runtime import context
 
 
 class RMSNorm(torch.nn.Module):
@@ -68,12 +71,23 @@ class HeadsRMSNorm(torch.nn.Module):
 class SdpaCoreAttention(MegatronModule):
     """Causal attention through torch's scaled_dot_product_attention: grouped queries, sliding windows, learned sinks.
 
+    Under context parallelism keys and values are gathered over the ranks; the scores of a rank are [S / C, S].
     `softmax_offset` [heads of this rank] is named and shaped as in Megatron's own attention and Transformer Engine's.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, *_args: Any, softmax_scale: float | None = None, **_options: Any):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *_args: Any,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_options: Any,
+    ):
         super().__init__(config=config)
         self._scale = softmax_scale
+        self._context_group = pg_collection.cp if pg_collection is not None else None
+        assert config.context_parallel_size == 1 or self._context_group is not None
         slides = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)  # type: ignore[arg-type]
         self._window = config.window_size[0] + 1 if slides and config.window_size else None
         self.softmax_offset: torch.nn.Parameter | None = None
@@ -84,10 +98,13 @@ class SdpaCoreAttention(MegatronModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_options: Any) -> Tensor:
         """query [S, B, heads, d], key and value [S, B, groups, d] to [S, B, heads * d]."""
+        mask = self._mask(query.shape[0], query.device)
+        if self._context_group is not None and self.config.context_parallel_size > 1:
+            key, value = (context.gather_sequence(tensor, self._context_group) for tensor in (key, value))
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         scale = self._scale if self._scale is not None else q.shape[-1] ** -0.5
-        mask = None if self._window is None else causal_mask(torch.arange(q.shape[2], device=q.device), self._window)
         if self.softmax_offset is not None:
+            assert mask is not None
             out = _attention_with_sinks((q, k, v), self.softmax_offset, mask, scale)
         else:
             out = torch.nn.functional.scaled_dot_product_attention(
@@ -95,31 +112,39 @@ class SdpaCoreAttention(MegatronModule):
             )
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
+    def _mask(self, length: int, device: torch.device) -> Tensor | None:
+        """[queries, keys] of this rank, None where the kernel's own causal mask serves."""
+        if self._context_group is not None and self.config.context_parallel_size > 1:
+            return causal_mask(context.positions(length, self._context_group, device), self._window)
+        positions_S = torch.arange(length, device=device)
+        plain = self._window is None and self.softmax_offset is None
+        return None if plain else causal_mask((positions_S, positions_S), self._window)
+
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         """For Megatron's distributed checkpoints."""
         return _sharded(self, {"softmax_offset": 0}, (prefix, sharded_offsets), metadata)
 
 
-def causal_mask(positions_S: Tensor, window: int | None) -> Tensor:
-    """[S, S], True where a query sees a key: itself and earlier ones, `window` of them in all."""
-    distance = positions_S[:, None] - positions_S[None, :]
+def causal_mask(positions: tuple[Tensor, Tensor], window: int | None) -> Tensor:
+    """Positions of Q queries and K keys to [Q, K], True where a query sees a key: itself and earlier ones, `window` of them in all."""
+    queries_Q, keys_K = positions
+    distance = queries_Q[:, None] - keys_K[None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
-def _attention_with_sinks(qkv: tuple[Tensor, Tensor, Tensor], sinks_H: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _attention_with_sinks(qkv: tuple[Tensor, Tensor, Tensor], sinks_H: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Softmax over the keys and one more logit a head, which takes part of the probability and has no value.
 
     The logit becomes a key of its own, in an added channel where queries are 1 and other keys 0, so that the fused kernel and its
-    gradients serve. q [B, H, S, d], k and v [B, groups, S, d] to [B, H, S, d].
+    gradients serve. q [B, H, Q, d], k and v [B, groups, K, d], mask [Q, K] to [B, H, Q, d].
     """
     q, k, v = qkv
-    batch, heads, length, channels = q.shape
+    batch, heads, _, channels = q.shape
     k, v = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (k, v))
     sink = torch.nn.functional.pad((sinks_H / scale).to(k.dtype).view(1, heads, 1, 1), (channels, 0)).expand(batch, -1, -1, -1)
     q = torch.nn.functional.pad(q, (0, 1), value=1.0)
     k = torch.cat((torch.nn.functional.pad(k, (0, 1)), sink), dim=2)
     v = torch.nn.functional.pad(v, (0, 1, 0, 1))
-    mask = causal_mask(torch.arange(length, device=q.device), None) if mask is None else mask
     mask = torch.nn.functional.pad(mask, (0, 1), value=True)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[..., :channels]
 
