@@ -1,48 +1,39 @@
-"""Trainer checkpoints through Megatron's distributed checkpointing: `checkpoints/step_00000100/`, complete or absent."""
+"""What a trainer checkpoint holds, through Megatron's distributed checkpointing: weights, optimizer, schedule, random states, progress."""
 
 from __future__ import annotations
 
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.common.outputs import disk_errors
+from megatron_moe2dense.common.log import logger
+from megatron_moe2dense.trainer import seal
+from megatron_moe2dense.trainer.agreement import together
+from megatron_moe2dense.trainer.config import TrainConfig
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.model import HeadlessGPT
-
-_NAME = re.compile(r"step_(\d{8})")
-
-
-def latest(directory: Path) -> Path | None:
-    """The complete checkpoint of the highest step, None when there is none. Half-written ones end in .tmp and never match."""
-    found = [path for path in directory.glob("step_*") if _NAME.fullmatch(path.name)]
-    return max(found, default=None)
-
-
-def step_of(path: Path) -> int:
-    """The step a checkpoint was taken after."""
-    match = _NAME.fullmatch(path.name)
-    if match is None:
-        raise UserError(f"{path} is no checkpoint", "a folder like step_00000100", "point to a run directory or one of its checkpoints")
-    return int(match[1])
+from megatron_moe2dense.trainer.writer import Writer, complete
 
 
 class Checkpointer:
     """Saves and loads model, optimizer, schedule and progress; on every rank alike.
 
     Args:
-        directory: `<output>/checkpoints`. keep: how many to keep.
+        directory: `<output>/checkpoints`. settings: how many to keep, and whether training goes on while one is written.
     """
 
-    def __init__(self, directory: Path, keep: int, groups: Groups):
-        self.directory, self._keep = directory, keep
+    def __init__(self, directory: Path, settings: TrainConfig, groups: Groups):
+        self.directory, self._behind = directory, settings.async_save
+        self._writer = Writer(directory, settings.keep)
+        self._layout = {"processes": dist.get_world_size(), **groups.parallel.model_dump()}
         self._metadata = {
             "dp_cp_group": groups.collection.dp_cp,
             "distrib_optim_sharding_type": "fully_reshardable",
@@ -59,43 +50,112 @@ class Checkpointer:
     def save(
         self, chunks: list[HeadlessGPT], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, progress: dict[str, Any]
     ) -> None:
-        """Write `step_N` (N = progress["step"]) beside the others, then drop the oldest."""
-        final = self.directory / f"step_{progress['step']:08d}"
-        partial = final.with_name(final.name + ".tmp")
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        content = {**self._state(chunks, optimizer, loading=False), "scheduler": scheduler.state_dict(), "progress": progress}
+        """Write `step_N` (N = progress["step"]) beside the others, then drop the oldest; see `Writer.start` for errors."""
+        content = {
+            **self._state(chunks, optimizer, loading=False),
+            "random": _random_states(),
+            "scheduler": scheduler.state_dict(),
+            "progress": progress,
+            "layout": self._layout,
+        }
         described = {name: value for name, value in self._metadata.items() if name != "dp_cp_group"}
-        with disk_errors(final):
-            dist_checkpointing.save(content, str(partial), content_metadata=described)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            self._drop_old()
-        dist.barrier()
+        self._writer.start(progress["step"], content, described)
+        if not self._behind:
+            self._writer.wait()
 
-    def _drop_old(self) -> None:
-        complete = sorted(path for path in self.directory.glob("step_*") if _NAME.fullmatch(path.name))
-        for path in complete[: -self._keep]:
-            shutil.rmtree(path)
+    def _check_layout(self, path: Path, saved: dict[str, Any], moe: bool) -> None:
+        """UserError where Megatron-Core can not reshard optimizer states; all other sizes may change."""
+        for name in ("distributed_optimizer", *(["expert"] if moe else [])):
+            if saved[name] != self._layout[name]:
+                setting = f"parallel.{name}={str(saved[name]).lower()}"
+                problem = f"the same parallel.{name} in all parts of this run: optimizer states do not reshard over it"
+                raise UserError(f"{path} was written with {setting}", problem, f"set {setting}")
+
+    def poll(self) -> None:
+        """Complete the save in flight if it can be; once a step, on every rank."""
+        self._writer.poll()
+
+    def wait(self) -> None:
+        """Complete the save in flight; UserError when it failed."""
+        self._writer.wait()
 
     def load(
         self, path: Path, chunks: list[HeadlessGPT], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
     ) -> dict[str, Any]:
-        """Restore everything from `path`; returns its progress. The parallel layout may differ from the one that saved."""
-        state: Any = dist_checkpointing.load(self._state(chunks, optimizer, loading=True), str(path))
+        """Restore everything from `path`; returns its progress.
+
+        The parallel layout may differ from the one that saved; random states are only restored in the same one.
+
+        Raises:
+            UserError: files changed since they were written; a checkpoint of another model.
+        """
+        verify(path)
+        wanted = self._state(chunks, optimizer, loading=True)
+        check_shapes(path, wanted["model"])
+        layout = dist_checkpointing.load_common_state_dict(str(path))["layout"]
+        self._check_layout(path, layout, moe=chunks[0].config.num_moe_experts is not None)
+        same_layout = layout == self._layout
+        if same_layout:
+            wanted["random"] = _random_states()
+        else:
+            logger.info("%s was written in another parallel layout: random states start anew", path)
+        state: Any = dist_checkpointing.load(wanted, str(path))
         _fill(chunks, state)
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
+        if same_layout:
+            _restore_random_states(state["random"])
         return state["progress"]
 
 
 def load_weights(path: Path, chunks: list[HeadlessGPT], groups: Groups) -> None:
-    """Only the weights, for export."""
-    _fill(chunks, dist_checkpointing.load({"model": _weights(chunks, {"dp_cp_group": groups.collection.dp_cp})}, str(path)))
+    """Only the weights, for export; errors as of `Checkpointer.load`."""
+    verify(path)
+    weights = _weights(chunks, {"dp_cp_group": groups.collection.dp_cp})
+    check_shapes(path, weights)
+    _fill(chunks, dist_checkpointing.load({"model": weights}, str(path)))
+
+
+def verify(path: Path) -> None:
+    """Read all files of a checkpoint, each rank its share of them; UserError on every rank when one is not as it was written."""
+    with together():
+        fault = seal.broken(path, slice(dist.get_rank(), None, dist.get_world_size()))
+        if fault is not None:
+            before = [other for other in complete(path.parent) if other.name < path.name]
+            then = f"the same command then continues from {before[-1].name}" if before else "the same command then starts from step 0"
+            raise UserError(fault, f"the files that {seal.SEAL} lists, as they were written", f"remove {path}; {then}")
+
+
+def check_shapes(path: Path, weights: dict[str, Any]) -> None:
+    """UserError when the checkpoint is one of another model than these weights belong to."""
+    saved = dist_checkpointing.load_tensors_metadata(str(path))
+    with together():
+        for tensor in nested_values(weights):
+            found: Any = saved.get(tensor.key) if isinstance(tensor, ShardedTensor) else tensor
+            if found is None or (found is not tensor and tuple(found.global_shape) != tuple(tensor.global_shape)):
+                has = "absent" if found is None else list(found.global_shape)
+                raise UserError(
+                    f"{path}: {tensor.key} is {has}, in the student's model {list(tensor.global_shape)}",
+                    "a checkpoint of the student that the run began with",
+                    "give `student` as it was, or start in another output",
+                )
+
+
+def _random_states() -> ShardedObject:
+    """This rank's generators; each rank has its own."""
+    tracker: Any = tensor_parallel.get_cuda_rng_tracker()
+    states = {"torch": torch.get_rng_state(), "megatron": tracker.get_states()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return ShardedObject("random", states, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _restore_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    tracker: Any = tensor_parallel.get_cuda_rng_tracker()
+    tracker.set_states(states["megatron"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _weights(chunks: list[HeadlessGPT], metadata: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class ParallelConfig(Config):
     context: int = key(1, "context parallel size: each sequence is shared by so many", "processes", gt=0)
     expert: int = key(1, "expert parallel size of the MoE", "processes", gt=0)
     sequence: bool = key(False, "sequence parallelism inside the tensor-parallel group")
-    distributed_optimizer: bool = key(True, "shard optimizer state over data-parallel ranks, when there are several")
+    distributed_optimizer: bool = key(True, "shard optimizer state over data-parallel ranks")
     recompute: Literal["none", "selective", "full"] = key(
         "none", "activations of the student computed again in the backward pass: those inside its FFN blocks, or all of each layer"
     )
@@ -102,6 +102,7 @@ class TrainConfig(Config):
     tokens: int | None = key(None, "training tokens, rounded down to whole steps", "tokens", gt=0)
     save_every: int = key(500, "steps between checkpoints; the last step is always saved", "steps", gt=0)
     keep: int = key(2, "checkpoints kept", "checkpoints", gt=0)
+    async_save: bool = key(True, "go on training while a checkpoint is written; costs host memory for a copy of this rank's state")
     eval_every: int | None = key(None, "steps between evaluations on data.validation; null: at the end only", "steps", gt=0)
     log_every: int = key(10, "steps between lines on stderr; metrics.jsonl has every step", "steps", gt=0)
     seed: int = key(0, "seed of data order and of random weights")

@@ -18,7 +18,7 @@ from megatron_moe2dense.trainer import fingerprint, optim, proof, runtime, teach
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer.cache.teacher import CachedTeacher, open_cache
-from megatron_moe2dense.trainer.checkpoint import Checkpointer, latest, step_of
+from megatron_moe2dense.trainer.checkpoint import Checkpointer
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.data import SampleStream, training_stream, validation_stream
 from megatron_moe2dense.trainer.datasets import texts
@@ -29,9 +29,11 @@ from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.state import TrainState
 from megatron_moe2dense.trainer.step import Models
+from megatron_moe2dense.trainer.writer import latest, step_of
 
 # What may change between the parts of one run: layout and logging, not the mathematics.
 _MAY_CHANGE = ("parallel", "logging", "device", "overwrite", "teacher_check")
+_MAY_CHANGE_IN_TRAIN = ("save_every", "keep", "async_save", "eval_every", "log_every", "most_skipped", "spike")
 
 
 def run(config: DistillConfig) -> None:
@@ -82,7 +84,9 @@ def _identity_hash(config: DistillConfig) -> str:
 
 
 def _identity(config: DistillConfig) -> dict[str, Any]:
-    return {name: value for name, value in _dump(config).items() if name not in _MAY_CHANGE}
+    content = {name: value for name, value in _dump(config).items() if name not in _MAY_CHANGE}
+    content["train"] = {name: value for name, value in content["train"].items() if name not in _MAY_CHANGE_IN_TRAIN}
+    return content
 
 
 def claim_output(config: DistillConfig) -> None:
@@ -154,9 +158,9 @@ def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Train
     checkpoints = Path(config.output) / "checkpoints"
     if config.initialize == "checkpoint" and latest(checkpoints) is None:
         fingerprint.verify(student, blueprint, groups, Path(config.student))
-    optimizer, scheduler = optim.build(config, wrapped, groups)
+    optimizer, scheduler = optim.build(config, wrapped)
     frozen = teacher.build(config, blueprint, groups, device) if config.has_live_teacher() else None
-    checkpointer = Checkpointer(checkpoints, config.train.keep, groups)
+    checkpointer = Checkpointer(checkpoints, config.train, groups)
     state = _resume(checkpointer, student, optimizer, scheduler)
     vocab_size = blueprint.dims.vocab_size
     training = training_stream(config, groups, device.device, vocab_size)

@@ -54,14 +54,17 @@ class Trainer:
             self.advance(state)
             bar.update()
             self._give_up_on(state)
+            self.checkpointer.poll()
             if self.validation is not None and self._due(state.step, config.train.eval_every):
                 self.evaluate(state)
             stopping = stop.agreed(self.training.device) and state.step < steps
             if stopping or self._due(state.step, config.train.save_every):
                 self.checkpointer.save(self.models.student, self.optimizer, self.scheduler, asdict(state))
             if stopping:
+                self.checkpointer.wait()
                 logger.warning("asked to stop: saved step %d; the same command continues from there", state.step)
                 return False
+        self.checkpointer.wait()
         bar.close()
         return True
 
@@ -95,6 +98,7 @@ class Trainer:
     def _give_up_on(self, state: TrainState) -> None:
         if state.skipped_in_a_row < self.config.train.most_skipped:
             return
+        self.checkpointer.wait()
         first, _ = self._samples(state.step - state.skipped_in_a_row)
         last, size = self._samples(state.step - 1)
         raise UserError(

@@ -24,20 +24,13 @@ def wrap(chunks: list[HeadlessGPT], config: DistillConfig, groups: Groups) -> li
     """Every chunk's gradients in float32 buffers, reduced over data-parallel ranks."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=distributed(config, groups),
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
         check_for_nan_in_grad=False,
     )
     return [DistributedDataParallel(chunk.config, settings, chunk, pg_collection=groups.collection) for chunk in chunks]
 
 
-def distributed(config: DistillConfig, groups: Groups) -> bool:
-    """Whether optimizer state is sharded."""
-    return config.parallel.distributed_optimizer and groups.data_size > 1
-
-
-def build(
-    config: DistillConfig, chunks: list[DistributedDataParallel], groups: Groups
-) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+def build(config: DistillConfig, chunks: list[DistributedDataParallel]) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW over the wrapped chunks, and its schedule over `config.steps()` steps."""
     half = config.dtype == "bfloat16"
     settings = OptimizerConfig(
@@ -51,7 +44,7 @@ def build(
         clip_grad=config.optim.clip,
         bf16=half,
         params_dtype=torch.bfloat16 if half else torch.float32,
-        use_distributed_optimizer=distributed(config, groups),
+        use_distributed_optimizer=config.parallel.distributed_optimizer,  # also for one data-parallel rank: one checkpoint format
     )
     optimizer = get_megatron_optimizer(settings, list(chunks))
     shared = chunks[0].config  # one object, shared by all chunks

@@ -66,3 +66,29 @@ def poisoned_steps(cases: list[tuple[dict[str, Any], str]]) -> list[dict[str, An
             dist.all_gather_object(ranks, (kept, healthy, [norm is None for norm in norms]))
             found.append({"ranks": ranks, "total": state.skipped_total, "in_a_row": state.skipped_in_a_row, "step": state.step})
     return found
+
+
+def random_numbers(config: dict[str, Any], other_layout: dict[str, Any]) -> dict[str, list[list[float]]]:
+    """Numbers that each rank draws after a save, after a resume from it in the same layout, and in another one."""
+    from megatron.core import tensor_parallel
+
+    def draw() -> list[list[float]]:
+        tracker: Any = tensor_parallel.get_cuda_rng_tracker()
+        with tracker.fork():
+            forked = torch.rand(3).tolist()
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, torch.rand(3).tolist() + forked)
+        return ranks
+
+    with _trainer(config) as (trainer, state):
+        torch.manual_seed(100 + dist.get_rank())
+        draw()
+        trainer.advance(state)
+        trainer.checkpointer.save(trainer.models.student, trainer.optimizer, trainer.scheduler, vars(state))
+        found = {"straight": draw()}
+        trainer.checkpointer.wait()
+    with _trainer(config):
+        found["resumed"] = draw()
+    with _trainer(other_layout):
+        found["other layout"] = draw()
+    return found
