@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families.deepseek import BLOCK, FFN
+from megatron_moe2dense.families.deepseek import BLOCK, FFN, layouts
 from megatron_moe2dense.families.dims import rope_theta
-from megatron_moe2dense.families.layout import FfnTensors, mlp
+from megatron_moe2dense.families.megatron import TRUNK_RULES, dense_rules, expert_rules, shared_expert_rules
 from megatron_moe2dense.families.spec import HfConfig, MegatronRule
 
 _HF = "model.layers.{layer}."
@@ -36,39 +36,12 @@ _ATTENTION_RULES = (
 )
 
 
-def _ffn_rules(megatron: str, ffn: FfnTensors) -> tuple[MegatronRule, ...]:
-    return (
-        MegatronRule(megatron + "linear_fc1.weight", ffn.gate_up, kind="gate_up", split=0),
-        MegatronRule(megatron + "linear_fc2.weight", (ffn.down,), split=1),
-    )
-
-
-def _expert_rules() -> tuple[MegatronRule, ...]:
-    experts, grouped = mlp(BLOCK + "experts.{expert}."), _LAYER + "mlp.experts."
-    each = grouped + "local_experts.{expert}."
-    return (
-        MegatronRule(
-            each + "linear_fc1.weight", experts.gate_up, kind="gate_up", split=0, aliases=(grouped + "linear_fc1.weight{expert}",)
-        ),
-        MegatronRule(each + "linear_fc2.weight", (experts.down,), split=1, aliases=(grouped + "linear_fc2.weight{expert}",)),
-    )
-
-
 MEGATRON = (
-    MegatronRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), kind="vocab", split=0),
-    MegatronRule("output_layer.weight", ("lm_head.weight",), kind="vocab", split=0),
-    MegatronRule("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    MegatronRule(_LAYER + "input_layernorm.weight", (_HF + "input_layernorm.weight",)),
+    *TRUNK_RULES,
     *_ATTENTION_RULES,
-    MegatronRule(
-        _LAYER + "pre_mlp_layernorm.weight",
-        (_HF + "post_attention_layernorm.weight",),
-        aliases=(_LAYER + "mlp.linear_fc1.layer_norm_weight",),
-    ),
-    *_ffn_rules(_LAYER + "mlp.", FFN),
-    *_ffn_rules(_LAYER + "mlp.shared_experts.", mlp(BLOCK + "shared_experts.")),
-    MegatronRule(_LAYER + "mlp.router.weight", (BLOCK + "gate.weight",)),
-    *_expert_rules(),
+    *dense_rules(FFN),
+    *expert_rules(layouts()),
+    *shared_expert_rules(layouts()[0]),
 )
 CORRECTION = MegatronRule(_LAYER + "mlp.router.expert_bias", (BLOCK + "gate.e_score_correction_bias",))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,45 @@ def _fingerprint(directory: Path, parallel: ParallelConfig) -> Fingerprint:
     with runtime.session("cpu") as device, process_groups.initialized(parallel, seed=0) as groups:
         chunks, blueprint = loaded(directory, (groups, device), "bfloat16" if directory.name == "tied" else "float32")
         return fingerprint.verify(chunks, blueprint, groups, directory)
+
+
+def global_tensors(cases: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, torch.Tensor]]:
+    """Of every checkpoint in its layout: all weights of all ranks, put together as Megatron's own sharded state dict places them."""
+    found = []
+    with runtime.session("cpu") as device:
+        for layout, group in itertools.groupby(cases, key=lambda case: case[1]):
+            with process_groups.initialized(ParallelConfig(**layout), seed=0) as groups:
+                for directory, _ in group:
+                    ranks: list[Any] = [None] * dist.get_world_size()
+                    dist.all_gather_object(ranks, _placed_shards(loaded(directory, (groups, device), "float32")[0], groups))
+                    found.append(_put_together([shard for rank in ranks for shard in rank]))
+    return found
+
+
+def _placed_shards(chunks: list[HeadlessGPT], groups: Groups) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]]:
+    """Name, shape of the whole, place in it, values."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    placed = []
+    for chunk in chunks:
+        for item in nested_values(chunk.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})):
+            parts = nested_values(item.build()) if isinstance(item, ShardedTensorFactory) else [item]
+            for part in parts:
+                if isinstance(part, ShardedTensor) and part.data is not None:
+                    shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+                    where = tuple(slice(start, start + size) for start, size in zip(part.global_offset, shape, strict=True))
+                    placed.append((part.key, tuple(part.global_shape), where, part.data.detach().clone().view(shape)))
+    return placed
+
+
+def _put_together(shards: list[tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]]) -> dict[str, torch.Tensor]:
+    whole: dict[str, torch.Tensor] = {}
+    for name, shape, where, values in shards:
+        target = whole.setdefault(name, torch.full(shape, float("nan")))
+        assert target[where].isnan().all() or target[where].equal(values), f"copies of {name} differ between ranks"
+        target[where] = values
+    return whole
 
 
 def loss_and_gradients(cases: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.mapping import NameTable
 from megatron_moe2dense.trainer.runtime import Runtime
-from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe
+from tests.helpers.tiny_models import tiny, tiny_qwen3_moe
 
 GPU = Runtime(torch.device("cuda", 0), "nccl", transformer_engine=True)
 
@@ -70,8 +71,21 @@ def test_numbers_of_layers_and_experts_are_global(tmp_path: Path):
     assert entry.hf == ("model.layers.3.mlp.experts.7.down_proj.weight",)
 
 
-@pytest.mark.parametrize("make", [tiny_qwen3, tiny_qwen3_moe])
-def test_parameters_are_counted_from_the_config_alone(make, tmp_path: Path):
-    directory = make(tmp_path / "model")
-    matrices = sum(tensor.numel() for tensor in load_file(directory / "model.safetensors").values() if tensor.dim() > 1)
-    assert models.count_parameters(blueprint(directory))[0] == matrices
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen3", {}),
+        ("qwen3_moe", {}),
+        ("deepseek_v2", {}),
+        ("deepseek_v2", {"q_lora_rank": 24, "v_head_dim": 8}),
+        ("deepseek_v2", {"first_k_dense_replace": 4}),
+        ("deepseek_v3", {}),
+    ],
+)
+def test_parameters_are_counted_from_the_config_alone(family: str, options: dict[str, Any], tmp_path: Path):
+    directory = tiny(family, tmp_path / "model", **options)
+    model = blueprint(directory)
+    sizes = {name: t.numel() for name, t in load_file(directory / "model.safetensors").items() if t.dim() > 1}
+    matrices, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
+    idle = experts // model.dims.experts * (model.dims.experts - model.dims.active) if experts else 0
+    assert models.count_parameters(model) == (matrices, matrices - idle)

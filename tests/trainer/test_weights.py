@@ -20,11 +20,11 @@ from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.runtime import Runtime
-from tests.helpers.distributed import ROOT
+from tests.helpers.distributed import ROOT, launch
 from tests.helpers.tiny_models import as_mxfp4, tiny, tiny_qwen3, tiny_qwen3_moe, without_routing
 
 PICO = ROOT / "examples/pico_moe/model"
-FUSED = ("qwen3_moe", "olmoe", "mixtral", "qwen2_moe")
+FUSED = ("qwen3_moe", "olmoe", "mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3")
 ROPE = {"rope_type": "default", "rope_theta": 5e5}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 GROUPS: dict[str, Any] = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
@@ -125,3 +125,40 @@ def test_a_missing_part_of_mxfp4_is_named(name: str, tmp_path: Path, place: tupl
     save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"model\.layers\.2\.mlp\.experts\.down_proj"):
         load(packed, place, torch.bfloat16)
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2": {"tensor": 2},
+    "TP2 x EP2": {"tensor": 2, "expert": 2},
+    "PP2": {"pipeline": 2},
+    "EP2": {"expert": 2},
+}
+# Same tensors as another of the table, or too large.
+LEFT_OUT = ("pico_moe", "YaRN", "positions", "groups", "not renormalised", "windows", "sharded")
+SPREAD = [
+    (name, layout)
+    for layout in LAYOUTS
+    for name in MAKERS
+    if not any(words in name for words in LEFT_OUT) and (name, layout) != ("gpt_oss", "TP2")  # experts with biases stay whole
+]
+
+
+@pytest.fixture(scope="module")
+def in_layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
+    """By checkpoint and layout ("": all on each rank): the weights in Megatron, gathered from the ranks."""
+    root = tmp_path_factory.mktemp("models")
+    directories = {name: MAKERS[name](root / name) for name in dict.fromkeys(name for name, _ in SPREAD)}
+    cases = [*((name, "") for name in directories), *SPREAD]
+    work = [(directories[name], LAYOUTS.get(layout, {})) for name, layout in cases]
+    return dict(zip(cases, launch(2, "tests.trainer.cases:global_tensors", work), strict=True))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("name", "layout"), SPREAD)
+def test_ranks_hold_the_parts_of_the_same_weights(name: str, layout: str, in_layouts: dict[tuple[str, str], dict[str, torch.Tensor]]):
+    """Which, whole on one rank, come back as the checkpoint's bytes (above)."""
+    whole, found = in_layouts[name, ""], in_layouts[name, layout]
+    assert found.keys() == whole.keys()
+    for key, tensor in whole.items():
+        assert not tensor.isnan().any()
+        assert torch.equal(found[key], tensor), key
