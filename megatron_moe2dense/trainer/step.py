@@ -53,8 +53,7 @@ def student_pass(models: Models, losses: Sequence[Loss], batches: list[Batch], g
 
     Only the first of `losses` is trained; the others are reported. `batches` hold whole sequences, of which a rank takes its part here.
     """
-    if groups.parallel.context > 1:
-        batches = [_on_this_rank(batch, groups) for batch in batches]
+    batches = [on_this_rank(batch, groups) for batch in batches]
     # the teacher's targets are on the last stage only
     targets = models.teacher.targets(batches) if models.teacher is not None else []
     pairs = list(zip(batches, targets or [None] * len(batches), strict=True))
@@ -68,7 +67,10 @@ def student_pass(models: Models, losses: Sequence[Loss], batches: list[Batch], g
     return _reduce(sums, len(losses), groups)
 
 
-def _on_this_rank(batch: Batch, groups: Groups) -> Batch:
+def on_this_rank(batch: Batch, groups: Groups) -> Batch:
+    """The part of every sequence that context parallelism gives this rank."""
+    if groups.parallel.context == 1:
+        return batch
     parts = {name: local_part(getattr(batch, name), groups.collection.cp) for name in ("tokens", "labels", "mask", "positions")}
     return dataclasses.replace(batch, **parts)
 

@@ -28,7 +28,13 @@ from tests.trainer.cache_cases import write_all
 
 LENGTH, SAMPLES, K, STEPS = 32, 12, 8, 3
 CAN_HOLD = {"float32": 2.0**-22, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-LAYOUTS: dict[str, dict[str, Any]] = {"TP2 SP": {"tensor": 2, "sequence": True}, "PP2": {"pipeline": 2}, "EP2 DP2": {"expert": 2}}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2 SP": {"tensor": 2, "sequence": True},
+    "PP2": {"pipeline": 2},
+    "CP2": {"context": 2},
+    "EP2 DP2": {"expert": 2},
+}
+READ_IN = ["TP2 SP", "PP2", "CP2", "DP2"]
 UNTRAINED = {"loss_bound": None, "stock_forward": "never"}
 
 pytestmark = pytest.mark.distributed
@@ -120,7 +126,7 @@ def test_a_cache_holds_the_stock_models_top_k_by_sample_number(store: str, root:
 def layouts(root: Path) -> Path:
     """Caches written in every layout, and runs in every layout on a cache written by one process."""
     caches = [cache(root, name, parallel=parallel, micro_batch=2) for name, parallel in LAYOUTS.items()]
-    parallels = {"TP2 SP": LAYOUTS["TP2 SP"], "PP2": LAYOUTS["PP2"], "DP2": {}}
+    parallels = {name: LAYOUTS.get(name, {}) for name in READ_IN}
     launch(
         2,
         "tests.trainer.cache_cases:write_and_distill",
@@ -152,7 +158,7 @@ def test_training_on_the_cache_equals_training_on_the_live_teacher(root: Path):
     assert_same_curve(distilled(beside), root)
 
 
-@pytest.mark.parametrize("name", ["TP2 SP", "PP2", "DP2"])
+@pytest.mark.parametrize("name", READ_IN)
 def test_every_layout_reads_the_same_cache(name: str, layouts: Path):
     assert_same_curve(records.read(layouts / "runs" / f"cached {name}" / "metrics.jsonl"), layouts)
 

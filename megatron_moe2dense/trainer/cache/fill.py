@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megatron_moe2dense.common.progress import progress
 from megatron_moe2dense.trainer.cache.files import CacheFacts, write_shard
@@ -15,6 +16,8 @@ from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses import chunked
 from megatron_moe2dense.trainer.losses.shards import VocabShard
 from megatron_moe2dense.trainer.losses.targets import TopKTarget
+from megatron_moe2dense.trainer.runtime import context
+from megatron_moe2dense.trainer.step import on_this_rank
 from megatron_moe2dense.trainer.teacher import LiveTeacher
 
 # Micro-batches in one pass of the pipeline, for each of its stages: more would fill the bubble better and keep more hidden states.
@@ -60,14 +63,27 @@ class Filler:
         at_once = _ROUNDS * self.groups.parallel.pipeline
         found: list[TopKTarget] = []
         for first in range(0, len(batches), at_once):
-            for hidden_SBD in self.teacher.targets(batches[first : first + at_once]):
+            local = [on_this_rank(batch, self.groups) for batch in batches[first : first + at_once]]
+            for hidden_SBD in self.teacher.targets(local):
                 found += self._samples_of(top_k(self.teacher.known(hidden_SBD), self.facts.k))
-        return found[: len(shard)] if self.groups.tensor_rank == 0 else []
+        writes = self.groups.tensor_rank == 0 and self.groups.collection.cp.rank() == 0
+        return found[: len(shard)] if writes else []
 
     def _samples_of(self, target: TopKTarget) -> list[TopKTarget]:
-        """From T = S * B tokens, sequence-major, to B samples, on the CPU."""
-        parts = [part.unflatten(0, (-1, self.micro)).cpu() for part in (target.indices_TK, target.log_p_TK, target.tail_T)]
+        """From T = S * B tokens, sequence-major, to B whole samples, on the CPU."""
+        parts = [part.unflatten(0, (-1, self.micro)) for part in (target.indices_TK, target.log_p_TK, target.tail_T)]
+        parts = [self._whole(part).cpu() for part in parts]
         return [TopKTarget(*(part[:, i] for part in parts)) for i in range(self.micro)]
+
+    def _whole(self, part_SX: Tensor) -> Tensor:
+        """All positions in order, from those of this rank."""
+        if self.groups.parallel.context == 1:
+            return part_SX
+        group = self.groups.collection.cp
+        _, order_S = context.positions(len(part_SX), group, part_SX.device)
+        whole_SX = part_SX.new_empty((len(order_S), *part_SX.shape[1:]))
+        whole_SX[order_S] = context.gather_sequence(part_SX.contiguous(), group)
+        return whole_SX
 
 
 def top_k(teacher: VocabShard, k: int) -> TopKTarget:
