@@ -77,6 +77,7 @@ def _megatron_config(config: HfConfig) -> dict[str, Any]:
         "activation_func_clamp_value": swiglu.limit,
         "add_bias_linear": True,
         "softmax_type": "learnable",
+        "cp_comm_type": "a2a",
         **window_fields(config.get("sliding_window", _WINDOW), sliding_layers(config, alternate)),
         # Megatron's fused kernels take no bias of experts, and no clamp without a weight per token.
         "bias_activation_fusion": False,

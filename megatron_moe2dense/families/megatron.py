@@ -128,6 +128,7 @@ def rope_fields(config: HfConfig) -> dict[str, Any]:
     factor = rope.get("factor") or config["max_position_embeddings"] / rope["original_max_position_embeddings"]
     both = rope.get("mscale") and rope.get("mscale_all_dim")
     return {
+        "apply_rope_fusion": False,  # the fused rotation has no factor for cosines and sines
         "yarn_rotary_scaling_factor": float(factor),
         "yarn_original_max_position_embeddings": rope.get("original_max_position_embeddings") or config["max_position_embeddings"],
         "yarn_beta_fast": float(rope.get("beta_fast") or 32),
@@ -139,10 +140,13 @@ def rope_fields(config: HfConfig) -> dict[str, Any]:
 
 
 def window_fields(window: int | None, slides: Sequence[bool]) -> dict[str, Any]:
-    """Fields of sliding-window attention. window: keys a query sees, itself included. slides: which layers have it."""
+    """Fields of sliding-window attention. window: keys a query sees, itself included. slides: which layers have it.
+
+    Of Transformer Engine's kinds of context parallelism, all-to-all over heads alone knows windows (and sinks).
+    """
     if not window or not any(slides):
         return {}
-    return {"window_size": (window - 1, 0), "window_attn_skip_freq": [int(each) for each in slides]}
+    return {"window_size": (window - 1, 0), "window_attn_skip_freq": [int(each) for each in slides], "cp_comm_type": "a2a"}
 
 
 def sliding_layers(config: HfConfig, default: Sequence[bool]) -> list[bool]:

@@ -27,6 +27,7 @@ from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.runtime.configs import config_of
 from megatron_moe2dense.trainer.runtime.latent_attention import latent_fields
+from megatron_moe2dense.trainer.runtime.modules import prepare_sinks
 from megatron_moe2dense.trainer.runtime.routing import finish_routers, router_fields
 from megatron_moe2dense.trainer.runtime.specs import block_spec
 
@@ -108,7 +109,6 @@ def build(blueprint: Blueprint, groups: Groups, runtime: Runtime, split: Split, 
     """
     _check_layout(blueprint.dims, groups)
     fields = {**transformer_fields(blueprint, groups, runtime), **_pipeline_fields(split, groups), **overrides}
-    _check_biases(fields)
     config = config_of(fields)
     return [_chunk(blueprint, config, groups, runtime, number) for number in range(split.chunks)]
 
@@ -135,6 +135,7 @@ def _chunk(blueprint: Blueprint, config: TransformerConfig, groups: Groups, runt
         vp_stage=number,
     )
     model = model.to(device=runtime.device, dtype=blueprint.dtype)
+    prepare_sinks(model)
     if blueprint.dims.experts:
         finish_routers(model, _router(blueprint))
     return model
@@ -172,6 +173,7 @@ def transformer_fields(blueprint: Blueprint, groups: Groups, runtime: Runtime) -
     }
     if dims.experts:
         fields |= _moe_fields(blueprint, groups, runtime)
+        _check_biases(fields)
     if fields.get("multi_latent_attention"):
         fields |= latent_fields(fields, runtime.transformer_engine)
     return fields
@@ -264,7 +266,7 @@ def _check_layout(dims: Dims, groups: Groups) -> None:
 
 def _check_biases(fields: Mapping[str, Any]) -> None:
     """Megatron-Core would add the bias of an expert's second layer once on every rank that holds a part of the expert."""
-    if fields.get("num_moe_experts") and fields["add_bias_linear"] and fields["expert_tensor_parallel_size"] > 1:
+    if fields["add_bias_linear"] and fields["expert_tensor_parallel_size"] > 1:
         raise UserError(
             f"parallel.tensor {fields['tensor_model_parallel_size']}, parallel.expert 1 with experts that have biases",
             "experts that are whole on a rank",

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.checkpoint.mxfp4 import stored_values
 from megatron_moe2dense.common.errors import UserError
 
 # Beside the weights: one shard that is being read, and activations.
@@ -19,7 +20,7 @@ _MARGIN = 1.25
 
 def host_bytes(index: CheckpointIndex, dtype: torch.dtype) -> int:
     """Bytes of host memory that the stock model takes, with its margin."""
-    values = sum(torch.Size(info.shape).numel() for info in index.tensors.values())
+    values = sum(stored_values(info) for info in index.tensors.values())
     return int(values * dtype.itemsize * _MARGIN)
 
 

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.families import FAMILIES
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime
@@ -19,6 +20,8 @@ from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.mapping import NameTable
 from megatron_moe2dense.trainer.runtime import Runtime
+from megatron_moe2dense.trainer.runtime.configs import config_of
+from megatron_moe2dense.trainer.runtime.modules import prepare_sinks
 from tests.helpers.tiny_models import tiny, tiny_qwen3_moe
 
 GPU = Runtime(torch.device("cuda", 0), "nccl", transformer_engine=True)
@@ -48,19 +51,46 @@ def test_a_gpu_without_transformer_engine_gets_a_config_that_megatron_takes(tmp_
     assert not config.moe_grouped_gemm
 
 
+EXPERTS = "decoder.layers.2.mlp.experts."
+
+
 @pytest.mark.parametrize(
-    ("transformer_engine", "local"),
+    ("family", "transformer_engine", "local"),
     [
-        ("decoder.layers.1.self_attention.linear_qkv.layer_norm_weight", "decoder.layers.1.input_layernorm.weight"),
-        ("decoder.layers.0.mlp.linear_fc1.layer_norm_weight", "decoder.layers.0.pre_mlp_layernorm.weight"),
-        ("decoder.layers.2.mlp.experts.linear_fc1.weight7", "decoder.layers.2.mlp.experts.local_experts.7.linear_fc1.weight"),
-        ("decoder.layers.2.mlp.experts.linear_fc2.weight11", "decoder.layers.2.mlp.experts.local_experts.11.linear_fc2.weight"),
+        ("qwen3_moe", "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight", "decoder.layers.1.input_layernorm.weight"),
+        ("qwen3_moe", "decoder.layers.0.mlp.linear_fc1.layer_norm_weight", "decoder.layers.0.pre_mlp_layernorm.weight"),
+        ("qwen3_moe", EXPERTS + "linear_fc1.weight7", EXPERTS + "local_experts.7.linear_fc1.weight"),
+        ("qwen3_moe", EXPERTS + "linear_fc2.weight11", EXPERTS + "local_experts.11.linear_fc2.weight"),
+        ("gpt_oss", EXPERTS + "linear_fc1.bias7", EXPERTS + "local_experts.7.linear_fc1.bias"),
+        ("gpt_oss", EXPERTS + "linear_fc2.bias3", EXPERTS + "local_experts.3.linear_fc2.bias"),
     ],
 )
-def test_names_of_the_transformer_engine_spec_mean_the_same_tensors(transformer_engine: str, local: str, tmp_path: Path):
-    model = blueprint(tiny_qwen3_moe(tmp_path / "moe"))
+def test_names_of_the_transformer_engine_spec_mean_the_same_tensors(family: str, transformer_engine: str, local: str, tmp_path: Path):
+    model = blueprint(tiny(family, tmp_path / "moe"))
     table = NameTable(model.family, model.dims, first_layer=2, first_expert=8)
     assert table.entry(transformer_engine) == table.entry(local)
+
+
+ONE_EXPERT = {"num_local_experts": 1, "num_experts_per_tok": 1}
+
+
+@pytest.mark.parametrize("options", [{}, ONE_EXPERT])
+def test_the_gpu_config_of_gpt_oss_leaves_out_kernels_without_its_biases_and_clamp(options: dict[str, Any], tmp_path: Path, groups: Groups):
+    model = blueprint(tiny("gpt_oss", tmp_path / "model", **options))
+    fields = models.transformer_fields(model, groups, GPU)
+    for name in ("bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion"):
+        assert fields[name] is False
+    plain = config_of(models.transformer_fields(model, groups, Runtime(torch.device("cuda", 0), "nccl", transformer_engine=False)))
+    assert (plain.softmax_type, plain.window_size, plain.window_attn_skip_freq) == ("learnable", (7, 0), [1, 0, 1, 0])
+
+
+def test_sinks_of_any_attention_are_zero_and_counted_on_every_rank_that_has_some():
+    layer: Any = torch.nn.Module()
+    layer.core_attention = torch.nn.Module()
+    layer.core_attention.softmax_offset = torch.nn.Parameter(torch.full((4,), float("nan")))  # as Transformer Engine leaves it
+    prepare_sinks(layer)
+    assert layer.core_attention.softmax_offset.tolist() == [0.0] * 4
+    assert getattr(layer.core_attention.softmax_offset, "tensor_model_parallel", False)
 
 
 def test_numbers_of_layers_and_experts_are_global(tmp_path: Path):
@@ -74,18 +104,19 @@ def test_numbers_of_layers_and_experts_are_global(tmp_path: Path):
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("qwen3", {}),
-        ("qwen3_moe", {}),
-        ("deepseek_v2", {}),
+        *((family, {}) for family in FAMILIES),
         ("deepseek_v2", {"q_lora_rank": 24, "v_head_dim": 8}),
         ("deepseek_v2", {"first_k_dense_replace": 4}),
-        ("deepseek_v3", {}),
+        ("gpt_oss", ONE_EXPERT),
     ],
 )
 def test_parameters_are_counted_from_the_config_alone(family: str, options: dict[str, Any], tmp_path: Path):
     directory = tiny(family, tmp_path / "model", **options)
     model = blueprint(directory)
-    sizes = {name: t.numel() for name, t in load_file(directory / "model.safetensors").items() if t.dim() > 1}
+    # Biases and the gate of a shared expert are vectors, as norms are; a router with nothing to choose from is not trained.
+    left_out = (*model.idle_router(), "bias", "shared_expert_gate.weight")
+    tensors = load_file(directory / "model.safetensors")
+    sizes = {name: t.numel() for name, t in tensors.items() if t.dim() > 1 and not name.endswith(left_out)}
     matrices, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
-    idle = experts // model.dims.experts * (model.dims.experts - model.dims.active) if experts else 0
+    idle = experts // model.dims.experts * (model.dims.experts - model.dims.active) if model.dims.experts else 0
     assert models.count_parameters(model) == (matrices, matrices - idle)

@@ -94,7 +94,6 @@ class SdpaCoreAttention(MegatronModule):
         if config.softmax_type == "learnable":
             heads = config.num_attention_heads // config.tensor_model_parallel_size
             self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
-            _split_over_tensor_ranks(self.softmax_offset)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_options: Any) -> Tensor:
         """query [S, B, heads, d], key and value [S, B, groups, d] to [S, B, heads * d]."""
@@ -125,6 +124,15 @@ class SdpaCoreAttention(MegatronModule):
         return _sharded(self, {"softmax_offset": 0}, (prefix, sharded_offsets), metadata)
 
 
+@torch.no_grad()
+def prepare_sinks(model: torch.nn.Module) -> None:
+    """Zero the attention sinks and mark them as split; Transformer Engine's own attention does neither."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("core_attention.softmax_offset"):
+            parameter.zero_()
+            _split_over_tensor_ranks(parameter)
+
+
 def causal_mask(positions: tuple[Tensor, Tensor], window: int | None) -> Tensor:
     """Positions of Q queries and K keys to [Q, K], True where a query sees a key: itself and earlier ones, `window` of them in all."""
     queries_Q, keys_K = positions
@@ -149,7 +157,7 @@ def _attention_with_sinks(qkv: tuple[Tensor, Tensor, Tensor], sinks_H: Tensor, m
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[..., :channels]
 
 
-def _split_over_tensor_ranks(parameter: torch.nn.Parameter) -> None:
+def _split_over_tensor_ranks(parameter: Tensor) -> None:
     """Mark a parameter of which every tensor-parallel rank has its own part: counted on each in the gradient norm."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     parameter.partition_dim = 0  # type: ignore[attr-defined]
