@@ -27,6 +27,9 @@ class ParallelConfig(Config):
     expert: int = key(1, "expert parallel size of the MoE", "processes", gt=0)
     sequence: bool = key(False, "sequence parallelism inside the tensor-parallel group")
     distributed_optimizer: bool = key(True, "shard optimizer state over data-parallel ranks")
+    overlap_gradients: bool | None = key(
+        None, "reduce gradients over data-parallel ranks while the backward pass goes on; null: on GPUs, where the loss allows it"
+    )
     recompute: Literal["none", "selective", "full"] = key(
         "none", "activations of the student computed again in the backward pass: those inside its FFN blocks, or all of each layer"
     )
@@ -194,6 +197,10 @@ class DistillConfig(Config):
             raise ValueError("teacher_check has no effect without a teacher")
         if self.has_teacher() and self.moe is not None:
             raise ValueError("moe has no effect with a teacher: it is for training a MoE as a language model")
+        if self.parallel.overlap_gradients and not self.resolved_loss().trains_head():
+            raise ValueError(
+                f"parallel.overlap_gradients waits for a gradient of the LM head, loss {self.resolved_loss().method_name()} has none"
+            )
         if self.data.validation is None and self.train.eval_every is not None:
             raise ValueError("train.eval_every has no effect without data.validation")
         return self

@@ -26,8 +26,15 @@ def wrap(chunks: list[HeadlessGPT], config: DistillConfig, groups: Groups) -> li
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         check_for_nan_in_grad=False,
+        overlap_grad_reduce=_overlaps(config),
     )
     return [DistributedDataParallel(chunk.config, settings, chunk, pg_collection=groups.collection) for chunk in chunks]
+
+
+def _overlaps(config: DistillConfig) -> bool:
+    if config.parallel.overlap_gradients is not None:
+        return config.parallel.overlap_gradients
+    return torch.cuda.is_available() and config.resolved_loss().trains_head()
 
 
 def build(config: DistillConfig, chunks: list[DistributedDataParallel]) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
@@ -50,6 +57,9 @@ def build(config: DistillConfig, chunks: list[DistributedDataParallel]) -> tuple
     shared = chunks[0].config  # one object, shared by all chunks
     shared.grad_scale_func = optimizer.scale_loss
     shared.finalize_model_grads_func = finalize_model_grads
+    if _overlaps(config):
+        only_last = [chunk.no_sync for chunk in chunks]  # the gradients of a step's other micro-batches just add up
+        shared.no_sync_func = only_last if len(only_last) > 1 else only_last[0]
     return optimizer, learning_rate(config, optimizer)
 
 

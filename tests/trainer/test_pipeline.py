@@ -68,30 +68,46 @@ def test_settings_of_stages_without_effect_or_meaning_are_refused(parallel: dict
         ParallelConfig(**parallel)
 
 
-@pytest.mark.parametrize(
-    ("parallel", "changed", "message"),
-    [
-        ({"pipeline": 2, "virtual_pipeline": 2}, {"batch": {"micro": 1, "global": 3}}, "batch.global=3 with parallel.virtual_pipeline=2"),
-        ({"pipeline": 2, "virtual_pipeline": 2}, {"validation": 5}, "data.validation_sequences=5 with parallel.virtual_pipeline=2"),
-        ({"context": 2}, {"length": 6}, "a multiple of 4"),
-        ({"context": 2, "tensor": 4, "sequence": True}, {"length": 12}, "a multiple of 8"),
-        ({"tensor": 4, "sequence": True}, {"length": 6}, "a multiple of 4"),
-    ],
-)
-def test_batches_that_do_not_divide_over_the_layout_are_refused(parallel: dict[str, Any], changed: dict[str, Any], message: str):
-    data = {"path": "text", "sequence_length": changed.get("length", 16), "validation": "held-out"}
+def of_run(parallel: dict[str, Any], **changed: Any) -> DistillConfig:
+    data = {"path": "text", "sequence_length": 16, "validation": "held-out", "validation_sequences": 4}
     settings = {
         "student": "student",
         "teacher": None,
         "output": "run",
-        "data": {**data, "validation_sequences": changed.get("validation", 4)},
+        "data": {**data, **changed.pop("data", {})},
         "parallel": parallel,
-        "batch": changed.get("batch", {"micro": 1, "global": 4}),
+        "batch": {"micro": 1, "global": 4},
         "train": {"steps": 1},
     }
+    return build(DistillConfig, {**settings, **changed}, "the test")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "changed", "message"),
+    [
+        ({"pipeline": 2, "virtual_pipeline": 2}, {"batch": {"micro": 1, "global": 3}}, "batch.global=3 with parallel.virtual_pipeline=2"),
+        (
+            {"pipeline": 2, "virtual_pipeline": 2},
+            {"data": {"validation_sequences": 5}},
+            "data.validation_sequences=5 with parallel.virtual_pipeline=2",
+        ),
+        ({"context": 2}, {"data": {"sequence_length": 6}}, "a multiple of 4"),
+        ({"context": 2, "tensor": 4, "sequence": True}, {"data": {"sequence_length": 12}}, "a multiple of 8"),
+        ({"tensor": 4, "sequence": True}, {"data": {"sequence_length": 6}}, "a multiple of 4"),
+    ],
+)
+def test_batches_that_do_not_divide_over_the_layout_are_refused(parallel: dict[str, Any], changed: dict[str, Any], message: str):
     one = cast(Groups, SimpleNamespace(data_size=1))
     with pytest.raises(UserError, match=message):
-        distill._check_batch(build(DistillConfig, settings, "the test"), one)
+        distill._check_batch(of_run(parallel, **changed), one)
+
+
+def test_gradients_are_reduced_during_the_backward_pass_only_where_the_loss_trains_the_head():
+    hidden = {"method": "hidden_state"}
+    mixed = {"method": "mixture", "terms": [{"weight": 1.0, "loss": hidden}, {"weight": 1.0, "loss": {"method": "forward_kl"}}]}
+    of_run({"overlap_gradients": True}, teacher="teacher", loss=mixed)
+    with pytest.raises(UserError, match="waits for a gradient of the LM head, loss hidden_state has none"):
+        of_run({"overlap_gradients": True}, teacher="teacher", loss=hidden)
 
 
 @pytest.mark.parametrize("make", [tiny_qwen3, tiny_qwen3_moe])

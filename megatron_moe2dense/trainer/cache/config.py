@@ -38,7 +38,7 @@ class CacheTeacherConfig(Config):
     def _settings_have_effect(self) -> CacheTeacherConfig:
         if self.samples is None and self.data.blend is not None:
             raise ValueError("a blend has no end of its own: give samples (steps x batch.global of the run)")
-        untrained = ("virtual_pipeline", "layers_per_stage", "distributed_optimizer", "recompute")
+        untrained = ("virtual_pipeline", "layers_per_stage", "distributed_optimizer", "overlap_gradients", "recompute")
         changed = [name for name in untrained if getattr(self.parallel, name) != ParallelConfig.model_fields[name].default]
         if changed:
             raise ValueError(f"parallel.{changed[0]} has no effect: nothing is trained here")

@@ -27,6 +27,10 @@ class Loss(Method, ABC):
         """How many tokens of a teacher cache it needs; 0 without a teacher, None when it takes a live teacher alone."""
         return None if self.needs_teacher else 0
 
+    def trains_head(self) -> bool:
+        """Whether the student's LM head gets a gradient."""
+        return True
+
     def is_plain_kl(self) -> bool:
         """Whether the value is KL(teacher || student) in nats itself, so that it may be reported as `kl`."""
         return False

@@ -31,6 +31,10 @@ class _Shared(torch.autograd.Function):
 class HiddenState(Loss):
     """mean over the hidden size of (student - teacher)^2, after the final norm (ours; the paper's exact form is in no reachable text)."""
 
+    def trains_head(self) -> bool:
+        """See `Loss.trains_head`: never, hidden states come before it."""
+        return False
+
     def per_token(self, student: VocabShard, teacher: Known | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:  # noqa: ARG002
         """Squared units of the hidden states, [T]. UserError when the hidden sizes differ."""
         assert isinstance(teacher, VocabShard)

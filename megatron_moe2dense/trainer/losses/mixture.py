@@ -35,6 +35,10 @@ class Mixture(Loss):
         needs = [term.loss.tokens_of_cache() for term in self.terms]
         return None if None in needs else max(need for need in needs if need is not None)
 
+    def trains_head(self) -> bool:
+        """Whether any term does."""
+        return any(term.loss.trains_head() for term in self.terms)
+
     def per_token(self, student: VocabShard, teacher: Known | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:
         """The weighted sum, [T]."""
         values = [term.weight * term.loss.per_token(student, teacher, labels_T, mask_T) for term in self.terms]
