@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -234,11 +233,4 @@ def _check_batch(config: DistillConfig, groups: Groups) -> None:
                 f"micro-batches in whole rounds of the pipeline: a multiple of micro x ranks x stages = {per_round * parallel.pipeline}",
                 f"change {name}, batch.micro or parallel.virtual_pipeline",
             )
-    halves, slices = (2 if parallel.context > 1 else 1), (parallel.tensor if parallel.sequence else 1)
-    blocks = parallel.context * math.lcm(halves, slices)
-    if config.data.sequence_length % blocks:
-        raise UserError(
-            f"data.sequence_length={config.data.sequence_length} with context={parallel.context}, sequence={parallel.sequence}",
-            f"a multiple of {blocks}: of 2 x context with context parallelism, of context x tensor with sequence parallelism",
-            "change data.sequence_length or `parallel`",
-        )
+    process_groups.require_sequence(parallel, config.data.sequence_length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -92,3 +93,15 @@ def initialized(parallel: ParallelConfig, seed: int) -> Iterator[Groups]:
         yield Groups(ProcessGroupCollection.use_mpu_process_groups(), parallel)
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def require_sequence(parallel: ParallelConfig, length: int) -> None:
+    """UserError when a sequence does not divide over context- and sequence-parallel ranks."""
+    halves, slices = (2 if parallel.context > 1 else 1), (parallel.tensor if parallel.sequence else 1)
+    blocks = parallel.context * math.lcm(halves, slices)
+    if length % blocks:
+        raise UserError(
+            f"data.sequence_length={length} with context={parallel.context}, sequence={parallel.sequence}",
+            f"a multiple of {blocks}: of 2 x context with context parallelism, of context x tensor with sequence parallelism",
+            "change data.sequence_length or `parallel`",
+        )

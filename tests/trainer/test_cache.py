@@ -20,7 +20,8 @@ from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer import distill
 from megatron_moe2dense.trainer.cache.files import CacheReader
-from megatron_moe2dense.trainer.config import DistillConfig
+from megatron_moe2dense.trainer.config import DistillConfig, ParallelConfig
+from megatron_moe2dense.trainer.groups import require_sequence
 from megatron_moe2dense.trainer.losses.targets import TopKTarget
 from tests.helpers.distributed import ROOT, environment, launch
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
@@ -293,3 +294,9 @@ def test_a_cache_begun_with_other_text_is_not_continued(root: Path, tmp_path: Pa
     write_tokens(text, LENGTH * 2 + 1, seed=2)
     with pytest.raises(UserError, match="was begun with other text or another teacher: data"):
         write_all([settings])
+
+
+def test_a_sequence_that_does_not_divide_over_its_ranks_is_refused():
+    with pytest.raises(UserError, match="a multiple of 4"):
+        require_sequence(ParallelConfig(context=2), 30)
+    require_sequence(ParallelConfig(context=2), 32)

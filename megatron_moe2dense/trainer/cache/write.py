@@ -41,6 +41,7 @@ def run(config: CacheTeacherConfig) -> None:
         UserError: output in the way, text or teacher changed since a first part was written, too few samples, k above the vocabulary.
     """
     with runtime.session(config.device) as device, process_groups.initialized(config.parallel, config.seed) as groups:
+        process_groups.require_sequence(config.parallel, config.data.sequence_length)
         working, facts = _claimed(config)
         with _nothing_left_of_a_refusal(working):
             blueprint = models.Blueprint.of(CheckpointIndex.open(config.teacher).config, config.teacher, getattr(torch, config.dtype))
