@@ -225,6 +225,10 @@ class DistillConfig(Config):
         """The loss, with its default filled in."""
         return self.loss or losses["cross_entropy" if self.teacher is None else "forward_kl"]()
 
+    def active_experts(self) -> int | None:
+        """Experts per token that the teacher is asked for, None: its own number."""
+        return self.teacher_routing.active if self.teacher_routing else None
+
     def resolved_teacher_check(self) -> TeacherCheckConfig:
         """The checks, with their defaults filled in."""
         return self.teacher_check or TeacherCheckConfig()

@@ -21,9 +21,10 @@ from megatron_moe2dense.trainer.checkpoint import Checkpointer
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.data import SampleStream, training_stream, validation_stream
 from megatron_moe2dense.trainer.datasets import texts
+from megatron_moe2dense.trainer.flops import forward_flops, training_flops
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.loop import Trainer
-from megatron_moe2dense.trainer.metrics import Metrics
+from megatron_moe2dense.trainer.metrics import Metrics, Speed
 from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.state import TrainState
@@ -49,14 +50,14 @@ def run(config: DistillConfig) -> None:
 
 
 def dry_run(config: DistillConfig) -> dict[str, Any]:
-    """Steps, tokens, parameters, FLOPs (6 per student and 2 per active teacher parameter and token) and bytes of model state.
+    """Steps, tokens, parameters, model FLOPs (see `flops`) and bytes of model state.
 
     The bytes are those of all processes together without activations: weights, float32 gradients, Adam's moments and, in bfloat16, master
     weights of the student; weights of the teacher.
     """
     half = config.dtype == "bfloat16"
     tokens = config.steps() * config.batch.global_ * config.data.sequence_length
-    per_parameter = {"student": (6, 2 + 4 + 4 + 8 if half else 4 + 4 + 8), "teacher": (2, 2 if half else 4)}
+    per_pass = {"student": (3, 2 + 4 + 4 + 8 if half else 4 + 4 + 8), "teacher": (1, 2 if half else 4)}
     facts: dict[str, Any] = {"steps": config.steps(), "tokens": tokens, "flops": 0, "memory_bytes": {}}
     for name, directory in (("student", config.student), ("teacher", config.teacher if config.has_live_teacher() else None)):
         if directory is None:
@@ -64,9 +65,10 @@ def dry_run(config: DistillConfig) -> dict[str, Any]:
         content = read_json(Path(directory) / "config.json", "a Hugging Face directory with a config.json")
         blueprint = models.Blueprint.of(content, directory, getattr(torch, config.dtype))
         total, active = models.count_parameters(blueprint)
-        flops, nbytes = per_parameter[name]
+        passes, nbytes = per_pass[name]
         facts[name] = {"directory": directory, "family": blueprint.family.name, "parameters": total, "active_parameters": active}
-        facts["flops"] += flops * active * tokens
+        experts = config.active_experts() if name == "teacher" else None
+        facts["flops"] += int(passes * forward_flops(blueprint, config.data.sequence_length, experts) * tokens)
         facts["memory_bytes"][name] = nbytes * total
     files = [source.path for source in config.data.sources()]
     facts["reads"] = [path for path in (*files, config.data.validation, config.student, config.teacher, config.teacher_cache) if path]
@@ -176,12 +178,19 @@ def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Train
         validation=validation,
         checkpointer=checkpointer,
         metrics=Metrics(config, groups.writes_metrics, _identity_hash(config), state.step),
+        speed=_speed(config, blueprint, frozen, device),
     )
     return trainer, state
 
 
 def _cached(config: DistillConfig, groups: Groups, device: Runtime, vocab_size: int) -> CachedTeacher | None:
     return open_cache(config, vocab_size, groups, device.device) if config.teacher_cache is not None else None
+
+
+def _speed(config: DistillConfig, student: models.Blueprint, frozen: teacher.LiveTeacher | None, device: Runtime) -> Speed:
+    peak = runtime.peak_flops(device, config.dtype)
+    flops = training_flops(student, frozen and frozen.blueprint, config.data.sequence_length, config.active_experts())
+    return Speed(flops, config.batch.global_ * config.data.sequence_length, peak and peak * dist.get_world_size())
 
 
 def _resume(checkpointer: Checkpointer, *parts: Any) -> TrainState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import asdict, dataclass, replace
 
@@ -15,12 +16,12 @@ from megatron_moe2dense.trainer.checkpoint import Checkpointer
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.data import SampleStream
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.losses import losses
-from megatron_moe2dense.trainer.metrics import Metrics, peak_memory_bytes
+from megatron_moe2dense.trainer.metrics import Metrics, Speed, StepFacts, eval_row, peak_memory_bytes, step_row
 from megatron_moe2dense.trainer.optim import gradients, update
 from megatron_moe2dense.trainer.preemption import StopRequest
+from megatron_moe2dense.trainer.runtime import collectives
 from megatron_moe2dense.trainer.state import TrainState
-from megatron_moe2dense.trainer.step import Models, StepLoss, student_pass
+from megatron_moe2dense.trainer.step import Models, student_pass
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Trainer:
     validation: SampleStream | None
     checkpointer: Checkpointer
     metrics: Metrics
+    speed: Speed
 
     def fit(self, state: TrainState) -> bool:
         """Train to the last step, or to the step at which a signal asks to stop; saved either way. True at the last step.
@@ -73,23 +75,36 @@ class Trainer:
 
     def advance(self, state: TrainState) -> float | None:
         """One step of the run, counted and logged. Returns the gradient norm, None when there was no update (see `optim.update`)."""
-        started = time.perf_counter()
-        result, grad_norm = self._step(state)
-        usual, factor = state.median_loss(), self.config.train.spike
-        state.advance(result.tokens, result.means[0], updated=grad_norm is not None)
-        self._log(state, result, grad_norm, time.perf_counter() - started)
-        if factor is not None and usual is not None and result.means[0] > factor * usual:
-            self._log_spike(state, result.means[0], usual)
-        return grad_norm
+        facts = self._step(state)
+        loss, usual, factor = facts.result.means[0], state.median_loss(), self.config.train.spike
+        state.advance(facts.result.tokens, loss, updated=facts.grad_norm is not None)
+        self._log(state, facts)
+        if factor is not None and usual is not None and loss > factor * usual:
+            self._log_spike(state, loss, usual)
+        return facts.grad_norm
 
-    def _step(self, state: TrainState) -> tuple[StepLoss, float | None]:
-        batches = self.training.micro_batches(*self._samples(state.step))
-        for chunk in self.models.wrapped:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        result = student_pass(self.models, [self.config.resolved_loss()], batches, self.groups)
-        self.scheduler.step(1)
-        return result, update(self.optimizer, gradients(self.models.wrapped), result.means[0])
+    def _step(self, state: TrainState) -> StepFacts:
+        """One optimizer step; those whose line is logged are measured and their collectives timed."""
+        started = time.perf_counter()
+        loss, look_closer = self.config.resolved_loss(), self._due(state.step + 1, self.config.train.log_every)
+        with collectives.timed() if look_closer else contextlib.nullcontext() as waited:
+            batches = self.training.micro_batches(*self._samples(state.step))
+            read = time.perf_counter()
+            for chunk in self.models.wrapped:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            result = student_pass(self.models, [loss], batches, self.groups, measure=look_closer)
+            self.scheduler.step(1)
+            grad_norm = update(self.optimizer, gradients(self.models.wrapped), result.means[0])
+        return StepFacts(
+            result=result,
+            is_kl=loss.is_plain_kl(),
+            grad_norm=grad_norm,
+            lr=max(group["lr"] for group in self.optimizer.param_groups),
+            collective_seconds=waited.seconds if waited is not None else None,
+            data_seconds=read - started,
+            seconds=time.perf_counter() - started,
+        )
 
     def _samples(self, step: int) -> tuple[int, int]:
         """First sample of the step that follows `step` finished ones, and how many."""
@@ -108,42 +123,27 @@ class Trainer:
         )
 
     def evaluate(self, state: TrainState) -> None:
-        """Held-out next-token loss and, with a live teacher, KL(teacher || student), written as an eval row."""
+        """Held-out next-token loss and, with a live teacher, what there is to say of both, written as an eval row."""
         assert self.validation is not None
         teacher = self.models.teacher.of_other_text() if self.models.teacher is not None else None
-        has_teacher = teacher is not None
-        measured = [losses["cross_entropy"](), *([losses["forward_kl"]()] if has_teacher else [])]
         batches = self.validation.micro_batches(0, self.config.data.validation_sequences)
         for chunk in self.models.student:
             chunk.eval()
-        result = student_pass(replace(self.models, teacher=teacher), measured, batches, self.groups, forward_only=True)
+        result = student_pass(replace(self.models, teacher=teacher), [], batches, self.groups, measure=True)
         for chunk in self.models.student:
             chunk.train()
-        kl = result.means[1] if has_teacher else None
-        self.metrics.write({"step": state.step, "tokens": state.tokens, "eval_loss": result.means[0], "eval_kl": kl})
-        logger.info("step %d: held-out loss %.4f%s", state.step, result.means[0], f", KL {kl:.4f}" if kl is not None else "")
-
-    def _log(self, state: TrainState, result: StepLoss, grad_norm: float | None, seconds: float) -> None:
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        loss = self.config.resolved_loss()
-        row = {
-            "step": state.step,
-            "tokens": state.tokens,
-            "loss": result.means[0],
-            "kl": result.means[0] if loss.is_plain_kl() else None,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "step_seconds": round(seconds, 4),
-            "tokens_per_second": round(result.tokens / seconds, 1),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "skipped": grad_norm is None,
-            "skipped_total": state.skipped_total,
-        }
+        row = eval_row(state, result)
         self.metrics.write(row)
-        if state.step % self.config.train.log_every == 0 or state.step == self.config.steps() or grad_norm is None:
-            norm = "skipped" if grad_norm is None else f"{grad_norm:.3f}"
+        said = f", KL {row['eval_kl']:.4f}, top-1 agreement {row['eval_top1_agreement']:.1%}" if row["eval_kl"] is not None else ""
+        logger.info("step %d: held-out loss %.4f%s", state.step, row["eval_loss"], said)
+
+    def _log(self, state: TrainState, facts: StepFacts) -> None:
+        row = step_row(state, facts, self.speed, peak_memory_bytes())
+        self.metrics.write(row)
+        if self._due(state.step, self.config.train.log_every) or facts.grad_norm is None:
+            norm = "skipped" if facts.grad_norm is None else f"{facts.grad_norm:.3f}"
             speed = f"{row['tokens_per_second']:.0f}"
-            logger.info("step %d: loss %.4f, grad norm %s, lr %.2e, %s tokens/s", state.step, result.means[0], norm, lr, speed)
+            logger.info("step %d: loss %.4f, grad norm %s, lr %.2e, %s tokens/s", state.step, row["loss"], norm, facts.lr, speed)
 
     def _log_spike(self, state: TrainState, loss: float, usual: float) -> None:
         first, size = self._samples(state.step - 1)

@@ -1,9 +1,10 @@
-"""Where numbers of a run go: metrics.jsonl always, TensorBoard and W&B when asked for. Only on the rank that has them."""
+"""The numbers of a run and where they go: metrics.jsonl always, TensorBoard and W&B when asked for. Only on the rank that has them."""
 
 from __future__ import annotations
 
 import os
 import resource
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,76 @@ import torch
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer.config import DistillConfig
+from megatron_moe2dense.trainer.state import TrainState
+from megatron_moe2dense.trainer.step import StepLoss
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What makes a rate of a step's seconds.
+
+    Attributes:
+        flops_per_token: `flops.training_flops`. tokens: processed in a step, masked ones too. peak: FLOP/s of all processes together,
+            None where it is not known.
+    """
+
+    flops_per_token: float
+    tokens: int
+    peak: float | None
+
+    def row(self, seconds: float) -> dict[str, float | None]:
+        """flops_per_second and mfu, the share of the peak."""
+        rate = self.flops_per_token * self.tokens / seconds
+        return {"flops_per_second": rate, "mfu": round(rate / self.peak, 4) if self.peak else None}
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What one step was like.
+
+    Attributes:
+        result: losses and, at logged steps, measures. is_kl: the trained loss is KL(teacher || student) itself.
+        grad_norm: None when there was no update. lr: of the matrices. seconds: of the step; data_seconds: of these, waiting for samples;
+        collective_seconds: of these, in collectives (`runtime.collectives`), None where it was not timed.
+    """
+
+    result: StepLoss
+    is_kl: bool
+    grad_norm: float | None
+    lr: float
+    seconds: float
+    data_seconds: float
+    collective_seconds: float | None
+
+
+def step_row(state: TrainState, facts: StepFacts, speed: Speed, memory: int) -> dict[str, Any]:
+    """The row of a training step; the measures are in it when they were taken, the KL always when it is the loss."""
+    result, seconds = facts.result, facts.seconds
+    return {
+        "step": state.step,
+        "tokens": state.tokens,
+        "loss": result.means[0],
+        "kl": result.means[0] if facts.is_kl else result.measures.get("kl"),
+        **{name: value for name, value in result.measures.items() if name != "kl"},
+        "lr": facts.lr,
+        "grad_norm": facts.grad_norm,
+        "step_seconds": round(seconds, 4),
+        "data_seconds": round(facts.data_seconds, 4),
+        **({"collective_seconds": round(facts.collective_seconds, 4)} if facts.collective_seconds is not None else {}),
+        "tokens_per_second": round(result.tokens / seconds, 1),
+        **speed.row(seconds),
+        "peak_memory_bytes": memory,
+        "skipped": facts.grad_norm is None,
+        "skipped_total": state.skipped_total,
+    }
+
+
+def eval_row(state: TrainState, result: StepLoss) -> dict[str, Any]:
+    """The row of an evaluation: `eval_loss` is the student's cross-entropy; `eval_kl` is there in any case, None without a live teacher."""
+    measured = dict(result.measures)
+    loss, kl = measured.pop("cross_entropy"), measured.pop("kl", None)
+    rest = {f"eval_{name}": value for name, value in measured.items()}
+    return {"step": state.step, "tokens": state.tokens, "eval_loss": loss, "eval_kl": kl, **rest}
 
 
 class Metrics:

@@ -24,6 +24,7 @@ from megatron_moe2dense.trainer.config import DistillConfig, TeacherCheckConfig
 from megatron_moe2dense.trainer.data import Batch
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses import measures
+from megatron_moe2dense.trainer.step import on_this_rank
 from megatron_moe2dense.trainer.teacher import LiveTeacher
 
 # The stock forward sees the first so many tokens of the sample: attention is causal, so their logits do not depend on the rest.
@@ -87,14 +88,10 @@ def prove(teacher: LiveTeacher, config: DistillConfig, groups: Groups, batch: Ba
     if recorded is not None and (recorded["stock_kl"] is not None or check.stock_forward != "always"):
         logger.info("teacher: fingerprint %s, as when the run began (%.1f s)", found.digest, time.monotonic() - began)
         return recorded
-    numbers = _measure(teacher, check, (directory, groups, batch), _active(config))
+    numbers = _measure(teacher, check, (directory, groups, batch), config.active_experts())
     _judge(numbers, teacher, check, directory)
     logger.info("teacher: fingerprint %s, %s (%.1f s)", found.digest, _described(numbers, teacher), time.monotonic() - began)
     return {"fingerprint": found.digest, **vars(numbers)}
-
-
-def _active(config: DistillConfig) -> int | None:
-    return config.teacher_routing.active if config.teacher_routing else None
 
 
 def _described(numbers: Numbers, teacher: LiveTeacher) -> str:
@@ -130,7 +127,7 @@ def _judge(numbers: Numbers, teacher: LiveTeacher, check: TeacherCheckConfig, di
 
 def _measure(teacher: LiveTeacher, check: TeacherCheckConfig, given: tuple[Path, Groups, Batch], active: int | None) -> Numbers:
     stock_SV = _stock_logits(teacher, check, given, active)
-    batch = given[2]
+    batch = on_this_rank(given[2], given[1])
     compared = len(stock_SV) if stock_SV is not None else 0
     # by place in the sample, whose tokens context parallelism spreads over ranks: ours, theirs, KL, and how many ranks said so
     sums_4P = torch.zeros((4, compared), dtype=torch.float64, device=batch.tokens.device)

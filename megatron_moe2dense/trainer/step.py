@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from megatron_moe2dense.trainer.data import Batch
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.losses import Loss
+from megatron_moe2dense.trainer.losses import Loss, measures
+from megatron_moe2dense.trainer.losses.shards import VocabShard
 from megatron_moe2dense.trainer.model import HeadlessGPT
 from megatron_moe2dense.trainer.pipeline import run_schedule
 from megatron_moe2dense.trainer.runtime.context import local_part
@@ -42,16 +44,21 @@ class StepLoss:
 
     Attributes:
         means: nats per token of every loss, the trained one first. tokens: unmasked tokens.
+        measures: by the names in `measures`; empty when nothing was measured, without what takes the teacher's logits when it has none.
     """
 
     means: tuple[float, ...]
     tokens: int
+    measures: dict[str, float] = field(default_factory=dict)
 
 
-def student_pass(models: Models, losses: Sequence[Loss], batches: list[Batch], groups: Groups, forward_only: bool = False) -> StepLoss:
-    """Forward (and backward) over the micro-batches; gradients end up reduced and divided by the number of tokens.
+def student_pass(models: Models, losses: Sequence[Loss], batches: list[Batch], groups: Groups, measure: bool = False) -> StepLoss:
+    """Forward and backward over the micro-batches; gradients end up reduced and divided by the number of tokens.
 
-    Only the first of `losses` is trained; the others are reported. `batches` hold whole sequences, of which a rank takes its part here.
+    Args:
+        losses: the first is trained, the others are reported; with none it is a forward pass of the bare student.
+        batches: whole sequences, of which a rank takes its part here.
+        measure: also take the measures, which costs both heads' products once more.
     """
     batches = [on_this_rank(batch, groups) for batch in batches]
     # the teacher's targets are on the last stage only
@@ -60,11 +67,11 @@ def student_pass(models: Models, losses: Sequence[Loss], batches: list[Batch], g
 
     def forward(pairs: Iterator[tuple[Batch, Any]], chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch, target = next(pairs)
-        return chunk(batch.tokens, batch.positions, None), lambda hidden: _loss(models, losses, hidden, (batch, target))
+        return chunk(batch.tokens, batch.positions, None), lambda hidden: _loss(models, (losses, measure), hidden, (batch, target))
 
-    chunks: Sequence[torch.nn.Module] = models.student if forward_only else models.wrapped
-    sums = run_schedule(forward, chunks, pairs, forward_only=forward_only)
-    return _reduce(sums, len(losses), groups)
+    chunks: Sequence[torch.nn.Module] = models.wrapped if losses else models.student
+    sums = run_schedule(forward, chunks, pairs, forward_only=not losses)
+    return _reduce(sums, (len(losses), measure), groups)
 
 
 def on_this_rank(batch: Batch, groups: Groups) -> Batch:
@@ -75,23 +82,32 @@ def on_this_rank(batch: Batch, groups: Groups) -> Batch:
     return dataclasses.replace(batch, **parts)
 
 
-def _loss(models: Models, losses: Sequence[Loss], hidden: Tensor, against: tuple[Batch, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(models: Models, wanted: tuple[Sequence[Loss], bool], hidden: Tensor, against: tuple[Batch, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """What Megatron's schedule wants with `calculate_per_token_loss`: summed loss, number of tokens, what to report."""
-    batch, target = against
+    (losses, measure), (batch, target) = wanted, against
     labels_T, mask_T = batch.flat()
     known = models.teacher.known(target) if models.teacher is not None else None
     student = models.student[-1].vocab_shard(hidden, models.vocab_size)
     totals = [(loss.per_token(student, known, labels_T, mask_T) * mask_T).sum() for loss in losses]
     count = mask_T.sum()
     # the schedule divides the returned loss in place, so the report gets its own copy
-    return totals[0], count.to(torch.int), torch.stack([*totals, count]).detach().double()
+    report = torch.stack([*totals, count]).detach().double()
+    if measure:
+        logits_of_teacher = known if isinstance(known, VocabShard) else None
+        report = torch.cat([measures.masked_sums(student, logits_of_teacher, labels_T, mask_T), report])
+    return totals[0] if totals else torch.zeros_like(count), count.to(torch.int), report
 
 
-def _reduce(sums: list[Tensor], losses: int, groups: Groups) -> StepLoss:
+def _reduce(sums: list[Tensor], wanted: tuple[int, bool], groups: Groups) -> StepLoss:
     """Sum over micro-batches and over ranks; only one rank of each tensor-parallel group of the last stage counts."""
+    losses, measure = wanted
+    names = measures.AGAINST_TEACHER if measure else ()
     counts = groups.is_last_stage and groups.tensor_rank == 0
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    total = torch.stack(sums).sum(0).to(device) if counts else torch.zeros(losses + 1, dtype=torch.float64, device=device)
+    total = torch.stack(sums).sum(0).to(device) if counts else torch.zeros(len(names) + losses + 1, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     *values, tokens = total.tolist()
-    return StepLoss(tuple(value / max(tokens, 1.0) for value in values), int(tokens))
+    means = [value / max(tokens, 1.0) for value in values]
+    # what every rank called NaN is unknown; a NaN of the logits shows in the student's own measures and in the loss
+    measured = {name: mean for name, mean in zip(names, means, strict=False) if name in measures.ALONE or not math.isnan(mean)}
+    return StepLoss(tuple(means[len(names) :]), int(tokens), measured)

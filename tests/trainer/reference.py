@@ -18,13 +18,18 @@ from megatron_moe2dense.trainer import export
 from megatron_moe2dense.trainer.config import ExportConfig
 
 LENGTH, SAMPLES, LR = 32, 8, 1e-3
+_MEASURE_OF = {"eval_loss": "cross_entropy"}
 
 
 @dataclass(frozen=True)
 class Reference:
+    """measures_before, measures_after: what a training row and an evaluation on the same text say, before and after the update."""
+
     loss: float
     grad_norm: float
     weights: dict[str, torch.Tensor]
+    measures_before: dict[str, float]
+    measures_after: dict[str, float]
 
 
 def one_step(student_dir: Path, teacher_dir: Path | None, prefix: str) -> Reference:
@@ -34,7 +39,7 @@ def one_step(student_dir: Path, teacher_dir: Path | None, prefix: str) -> Refere
     count = (len(tokens) - 1) // LENGTH
     inputs, labels = tokens[: count * LENGTH].view(count, LENGTH), tokens[1 : count * LENGTH + 1].view(count, LENGTH)
     student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32)
-    logits = student(input_ids=inputs).logits.flatten(0, 1)
+    logits, target = student(input_ids=inputs).logits.flatten(0, 1), None
     if teacher_dir is None:
         loss = torch.nn.functional.cross_entropy(logits, labels.flatten())
     else:
@@ -47,7 +52,22 @@ def one_step(student_dir: Path, teacher_dir: Path | None, prefix: str) -> Refere
     matrices, vectors = ([p for name, p in student.named_parameters() if decays[name] == decay] for decay in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8).step()
-    return Reference(loss.item(), norm.item(), {name: p.detach() for name, p in student.named_parameters()})
+    with torch.no_grad():
+        after = student(input_ids=inputs).logits.flatten(0, 1)
+    measured = [_measures(x.detach().double(), None if target is None else target.double(), labels.flatten()) for x in (logits, after)]
+    return Reference(loss.item(), norm.item(), {name: p.detach() for name, p in student.named_parameters()}, *measured)
+
+
+def _measures(s: torch.Tensor, t: torch.Tensor | None, labels: torch.Tensor) -> dict[str, float]:
+    def entropy(x: torch.Tensor) -> torch.Tensor:
+        return -(x.softmax(-1) * x.log_softmax(-1)).sum(-1)
+
+    values = {"cross_entropy": torch.nn.functional.cross_entropy(s, labels), "student_entropy": entropy(s)}
+    if t is not None:
+        values |= {"teacher_cross_entropy": torch.nn.functional.cross_entropy(t, labels), "teacher_entropy": entropy(t)}
+        values |= {"kl": (t.softmax(-1) * (t.log_softmax(-1) - s.log_softmax(-1))).sum(-1)}
+        values |= {"top1_agreement": (s.argmax(-1) == t.argmax(-1)).double()}
+    return {name: float(value.mean()) for name, value in values.items()}
 
 
 def step_config(root: Path, models: tuple[str, str | None], output: Path, parallel: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +77,12 @@ def step_config(root: Path, models: tuple[str, str | None], output: Path, parall
         "student": str(root / student),
         "teacher": str(root / teacher) if teacher else None,
         "output": str(output),
-        "data": {"path": str(root / "tokens"), "sequence_length": LENGTH},
+        "data": {
+            "path": str(root / "tokens"),
+            "validation": str(root / "tokens"),
+            "validation_sequences": SAMPLES,
+            "sequence_length": LENGTH,
+        },
         "parallel": parallel,
         "optim": {"lr": LR},
         "schedule": {"style": "constant", "warmup": 0.0},
@@ -69,16 +94,27 @@ def step_config(root: Path, models: tuple[str, str | None], output: Path, parall
 
 
 def assert_same(run: Path, expected: Reference) -> None:
-    """Loss and gradient norm of the run's first step, and its exported weights, as stock transformers loads them."""
-    row = records.read(run / "metrics.jsonl")[0]
+    """Loss, gradient norm and measures of the run's first step, its evaluation, and its exported weights, by stock transformers."""
+    row, evaluation = records.read(run / "metrics.jsonl")
+    assert_measures(row, expected.measures_before)
+    assert_measures(
+        {_MEASURE_OF.get(name, name.removeprefix("eval_")): value for name, value in evaluation.items()}, expected.measures_after
+    )
     assert row["loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert row["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-5)
     target = run.parent / f"{run.name} exported"
     export.run(build(ExportConfig, {"checkpoint": str(run), "output": str(target), "dtype": "float32"}, "the test"))
-    model, info = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, output_loading_info=True)
+    model, info = loaded
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
     found = {name: parameter.detach() for name, parameter in model.named_parameters()}
     assert found.keys() == expected.weights.keys()
     for name, weight in expected.weights.items():
         difference = torch.linalg.vector_norm(found[name].double() - weight.double())
         assert difference <= 1e-5 * torch.linalg.vector_norm(weight.double()), f"{name}: {difference}"
+
+
+def assert_measures(found: dict[str, Any], expected: dict[str, float]) -> None:
+    """Equal but for rounding, which may also turn the most likely token of one of the tokens."""
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=2e-5, abs=1 / (LENGTH * SAMPLES) if name == "top1_agreement" else 0.0), name

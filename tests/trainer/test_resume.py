@@ -23,7 +23,7 @@ from megatron_moe2dense.trainer.writer import latest, step_of
 from tests.helpers.distributed import ROOT, environment, torchrun
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 
-STEPS, TIMED = 8, ("step_seconds", "tokens_per_second", "peak_memory_bytes")
+STEPS, TIMED = 8, ("step_seconds", "data_seconds", "collective_seconds", "tokens_per_second", "flops_per_second", "peak_memory_bytes")
 
 pytestmark = pytest.mark.distributed
 

@@ -10,7 +10,7 @@ import pytest
 from megatron_moe2dense.common import records
 from tests.helpers.distributed import launch
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
-from tests.trainer.reference import LENGTH, SAMPLES, Reference, assert_same, one_step, step_config
+from tests.trainer.reference import LENGTH, SAMPLES, Reference, assert_measures, assert_same, one_step, step_config
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP1": (1, {}),
@@ -66,5 +66,7 @@ def test_a_language_modelling_step_of_a_moe_equals_plain_pytorch(processes: int,
     """teacher: null, expert parallelism over the processes, no balancing loss."""
     expected = one_step(inputs / "teacher", None, str(inputs / "tokens"))
     row = records.read(runs / f"language {processes}" / "metrics.jsonl")[0]
+    assert_measures(row, expected.measures_before)
+    assert not {"top1_agreement", "teacher_entropy"} & set(row)
     assert row["loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert row["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-5)

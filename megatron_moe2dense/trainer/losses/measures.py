@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_moe2dense.trainer.losses import chunked
 from megatron_moe2dense.trainer.losses.shards import gather, shifted_exp
 
-ALONE = ("cross_entropy", "entropy")
+ALONE = ("cross_entropy", "student_entropy")
 AGAINST_TEACHER = (*ALONE, "teacher_cross_entropy", "teacher_entropy", "kl", "top1_agreement")
 
 
@@ -45,7 +45,7 @@ class LogitShard(Protocol):
 def per_token(student: LogitShard, teacher: LogitShard | None, labels_T: Tensor) -> Tensor:
     """float32 [N, T], the same on all ranks of the group; N = AGAINST_TEACHER, or ALONE without a teacher.
 
-    cross_entropy is -log p(next token), entropy -sum p log p, kl KL(teacher || student), all in nats at temperature 1; top1_agreement
+    cross_entropy is -log p(next token), entropies are -sum p log p, kl KL(teacher || student), all in nats at temperature 1; top1_agreement
     is 1 where both have the same most likely token (the first of those that tie).
     """
     names = ALONE if teacher is None else AGAINST_TEACHER
@@ -59,6 +59,12 @@ def per_token(student: LogitShard, teacher: LogitShard | None, labels_T: Tensor)
         else:
             values_NT[:, tokens] = _against(s_TV, teacher.logits(tokens), columns_T, student)
     return values_NT
+
+
+def masked_sums(student: LogitShard, teacher: LogitShard | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:
+    """Sum over the unmasked tokens of each of AGAINST_TEACHER, float64; NaN for what takes a teacher when there is none."""
+    sums_N = per_token(student, teacher, labels_T).double() @ mask_T.double()
+    return torch.nn.functional.pad(sums_N, (0, len(AGAINST_TEACHER) - len(sums_N)), value=torch.nan)
 
 
 def _sums(logits_TV: Tensor, columns_T: Tensor, start: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import HashStore
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
-from megatron_moe2dense.trainer.runtime import cpu, upstream
+from megatron_moe2dense.trainer.runtime import cpu, peaks, upstream
 
 _TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -62,6 +62,13 @@ def session(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Runtime]:
     finally:
         if joined:
             dist.destroy_process_group()
+
+
+def peak_flops(runtime: Runtime, dtype: str) -> float | None:
+    """FLOP/s that the device of this rank can reach in `dtype`; None on a CPU, on a GPU that is not listed, and for float32."""
+    if runtime.device.type != "cuda" or dtype != "bfloat16":
+        return None
+    return peaks.bf16_peak(torch.cuda.get_device_name(runtime.device))
 
 
 def _gpu() -> Runtime:
