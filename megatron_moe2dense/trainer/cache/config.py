@@ -10,6 +10,8 @@ from megatron_moe2dense.common.config import Config, key
 from megatron_moe2dense.trainer.config import ParallelConfig, RoutingConfig, TeacherCheckConfig
 from megatron_moe2dense.trainer.data_config import StreamConfig
 
+# Parallel settings that matter to a forward pass of the teacher.
+_FORWARD = ("tensor", "pipeline", "teacher_layers_per_stage", "context", "expert", "sequence")
 VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -38,8 +40,8 @@ class CacheTeacherConfig(Config):
     def _settings_have_effect(self) -> CacheTeacherConfig:
         if self.samples is None and self.data.blend is not None:
             raise ValueError("a blend has no end of its own: give samples (steps x batch.global of the run)")
-        untrained = ("virtual_pipeline", "layers_per_stage", "distributed_optimizer", "overlap_gradients", "recompute")
-        changed = [name for name in untrained if getattr(self.parallel, name) != ParallelConfig.model_fields[name].default]
+        fields = {name: field.default for name, field in ParallelConfig.model_fields.items() if name not in _FORWARD}
+        changed = [name for name, default in fields.items() if getattr(self.parallel, name) != default]
         if changed:
             raise ValueError(f"parallel.{changed[0]} has no effect: nothing is trained here")
         return self
