@@ -20,6 +20,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2": (2, {}),
     "DP2 plain optimizer": (2, {"distributed_optimizer": False}),
     "EP2 teacher": (2, {"expert": 2}),
+    "CP2": (2, {"context": 2}),
     "TP2 x PP2": (4, {"tensor": 2, "pipeline": 2}),
     "TP2 SP x EP2 teacher": (4, {"tensor": 2, "sequence": True, "expert": 2}),
     "PP2 x DP2": (4, {"pipeline": 2}),
