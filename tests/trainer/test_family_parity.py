@@ -29,6 +29,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2 SP": (2, {"tensor": 2, "sequence": True}),
     "PP2": (2, {"pipeline": 2}),
     "EP2 teacher": (2, {"expert": 2}),
+    "CP2": (2, {"context": 2}),
 }
 
 pytestmark = pytest.mark.distributed
