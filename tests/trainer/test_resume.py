@@ -1,12 +1,18 @@
-"""Kill -9 in the middle, start the same command again: metrics and weights end as if nothing had happened."""
+"""Kill -9 in the middle, start the same command again: metrics and weights end as if nothing had happened.
+
+Half of `MOE2DENSE_KILLS` (`make chaos`: 20) is how often one rank of a run is killed."""
 
 from __future__ import annotations
 
+import json
+import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +23,15 @@ from safetensors.torch import load_file
 
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.config import build
+from megatron_moe2dense.common.outputs import MANIFEST
 from megatron_moe2dense.trainer import export
 from megatron_moe2dense.trainer.config import ExportConfig
 from megatron_moe2dense.trainer.writer import latest, step_of
 from tests.helpers.distributed import ROOT, environment, torchrun
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 
-STEPS, TIMED = 8, ("step_seconds", "data_seconds", "collective_seconds", "tokens_per_second", "flops_per_second", "peak_memory_bytes")
+KILLS = int(os.environ.get("MOE2DENSE_KILLS", "4")) // 2
+STEPS, LONG, TIMED = 8, 8 + 8 * KILLS, ("step_seconds", "tokens_per_second", "peak_memory_bytes")
 
 pytestmark = pytest.mark.distributed
 
@@ -33,12 +41,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("resume")
     tiny_qwen3_moe(root / "teacher", seed=1)
     tiny_qwen3(root / "student", seed=2)
-    write_tokens(root / "tokens", 32 * 4 * STEPS + 1)
+    write_tokens(root / "tokens", 32 * 4 * LONG + 1)
     write_tokens(root / "held-out", 32 * 4 + 1, seed=5)
     return root
 
 
-def command(root: Path, output: Path, processes: int) -> list[str]:
+def command(root: Path, output: Path, processes: int, **overrides: Any) -> list[str]:
     start = [sys.executable] if processes == 1 else torchrun(processes)
     settings = {
         "student": root / "student",
@@ -56,6 +64,7 @@ def command(root: Path, output: Path, processes: int) -> list[str]:
         "train.eval_every": 2,
         "teacher_check.loss_bound": "null",
         "dtype": "float32",
+        **{name.replace("__", "."): value for name, value in overrides.items()},
     }
     return [*start, "-m", "megatron_moe2dense", "distill", *(f"{name}={value}" for name, value in settings.items())]
 
@@ -65,21 +74,25 @@ def finish(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def start_until(arguments: list[str], output: Path, step: int) -> subprocess.Popen[bytes]:
-    """A job that has written the step to metrics.jsonl, and goes on."""
-    metrics = output / "metrics.jsonl"
+def start_until(arguments: list[str], reached: Callable[[], bool]) -> subprocess.Popen[bytes]:
+    """A job that has come to some point, and goes on."""
     job = subprocess.Popen(arguments, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
-    while not (metrics.exists() and any(row["step"] >= step for row in records.read(metrics))):
+    while not reached():
         assert job.poll() is None, "the job ended before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.005)
     return job
 
 
-def kill_at(arguments: list[str], output: Path, step: int) -> None:
-    """SIGKILL every process of the job as soon as metrics.jsonl has the step."""
-    job = start_until(arguments, output, step)
+def last_step(output: Path) -> int:
+    metrics = output / "metrics.jsonl"
+    return max((row["step"] for row in records.read(metrics)), default=0) if metrics.exists() else 0
+
+
+def kill_when(arguments: list[str], reached: Callable[[], bool]) -> None:
+    """SIGKILL every process of the job."""
+    job = start_until(arguments, reached)
     family = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
     for process in family:  # torchrun gives its workers sessions of their own, so there is no one group to kill
         process.kill()
@@ -93,12 +106,13 @@ def outcome(output: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]
     return rows, load_file(target / "model.safetensors")
 
 
-def assert_ends_like_an_uninterrupted_run(interrupted: Path, inputs: Path, processes: int) -> None:
+def assert_ends_like_an_uninterrupted_run(interrupted: Path, inputs: Path, processes: int, **overrides: Any) -> None:
     """Finish it with the same command, and compare."""
-    straight = inputs / f"straight {processes}"
+    straight = inputs / f"straight {processes}{' long' * bool(overrides)}"
     if not straight.exists():
-        finish(command(inputs, straight, processes))
-    finish(command(inputs, interrupted, processes))
+        finish(command(inputs, straight, processes, **overrides))
+    if json.loads((interrupted / MANIFEST).read_text())["status"] != "finished":
+        finish(command(inputs, interrupted, processes, **overrides))
     (rows, weights), (expected_rows, expected) = outcome(interrupted), outcome(straight)
     assert rows == expected_rows
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -106,17 +120,54 @@ def assert_ends_like_an_uninterrupted_run(interrupted: Path, inputs: Path, proce
     shutil.rmtree(straight.parent / f"{straight.name} exported")
 
 
-@pytest.mark.parametrize(("processes", "killed_at"), [(1, 1), (1, 5), (2, 4)])
+@pytest.mark.parametrize(("processes", "killed_at"), [(1, 1), (1, 5)])
 def test_a_killed_run_ends_like_an_uninterrupted_one(processes: int, killed_at: int, inputs: Path):
     killed = inputs / f"killed {processes} {killed_at}"
-    kill_at(command(inputs, killed, processes), killed, killed_at)
+    kill_when(command(inputs, killed, processes), lambda: last_step(killed) >= killed_at)
     assert_ends_like_an_uninterrupted_run(killed, inputs, processes)
+
+
+def test_a_run_killed_while_it_writes_a_checkpoint_ends_like_an_uninterrupted_one(inputs: Path):
+    killed = inputs / "killed while writing"
+    kill_when(command(inputs, killed, 2), lambda: any((killed / "checkpoints").glob("step_*.tmp")))
+    assert latest(killed / "checkpoints") is None
+    assert_ends_like_an_uninterrupted_run(killed, inputs, 2)
+
+
+def kill_one_rank(job: subprocess.Popen[bytes], rank: int) -> None:
+    """The workers are torchrun's children, in order of their ranks."""
+    psutil.Process(job.pid).children()[rank].kill()
+
+
+def test_one_rank_killed_again_and_again_changes_nothing(inputs: Path):
+    """Torchrun takes the other rank down; the same command is started again."""
+    killed, draw, often = inputs / "one rank killed", random.Random(KILLS), {"train__steps": LONG, "train__save_every": 2}
+    for kill in range(KILLS):
+        goal = last_step(killed) + draw.randint(1, 4)
+        job = start_until(command(inputs, killed, 2, **often), lambda goal=goal: last_step(killed) >= goal)
+        time.sleep(draw.uniform(0, 0.2))
+        kill_one_rank(job, kill % 2)
+        assert job.wait(timeout=100) != 0
+    assert last_step(killed) < LONG
+    assert_ends_like_an_uninterrupted_run(killed, inputs, 2, **often)
+
+
+def test_sigterm_to_torchrun_saves_too(inputs: Path):
+    """It reaches every process of every rank, checkpoint writers among them."""
+    stopped, often = inputs / "torchrun stopped", {"train__steps": LONG, "train__save_every": 2}
+    job = start_until(command(inputs, stopped, 2, **often), lambda: last_step(stopped) >= 4)
+    job.send_signal(signal.SIGTERM)
+    job.wait(timeout=100)
+    saved = latest(stopped / "checkpoints")
+    assert saved is not None
+    assert step_of(saved) == last_step(stopped) < LONG
+    assert_ends_like_an_uninterrupted_run(stopped, inputs, 2, **often)
 
 
 @pytest.mark.parametrize("asked_by", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_run_that_is_asked_to_stop_saves_its_step_and_exits_cleanly(asked_by: signal.Signals, inputs: Path):
     stopped = inputs / f"stopped by {asked_by.name}"
-    job = start_until(command(inputs, stopped, 1), stopped, 4)
+    job = start_until(command(inputs, stopped, 1), lambda: last_step(stopped) >= 4)
     job.send_signal(asked_by)
     assert job.wait(timeout=100) == 0
     saved = latest(stopped / "checkpoints")
