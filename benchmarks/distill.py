@@ -1,10 +1,12 @@
-"""Distillation speed on the example: this trainer over a hand-written transformers loop doing the same, in one process and one run.
+"""Distillation speed on the example, in one process and one run; lines `name value unit goal`.
 
-Prints lines `name value unit goal`. Both sides: the same teacher, student, micro-batch, optimizer and threads, float32, timed in turns.
+This trainer over a hand-written transformers loop doing the same, and a distillation step over its parts: the teacher's forward pass
+with its logits, the student's forward and backward pass with cross-entropy. The same models, micro-batch and threads, in turns.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 import tempfile
@@ -24,9 +26,14 @@ from megatron_moe2dense.tokens.indexed import TokenFile
 from megatron_moe2dense.trainer import distill, runtime
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer.config import DistillConfig
+from megatron_moe2dense.trainer.data import Batch
+from megatron_moe2dense.trainer.loop import Trainer
+from megatron_moe2dense.trainer.losses import losses
+from megatron_moe2dense.trainer.losses.shards import VocabShard
+from megatron_moe2dense.trainer.step import Models, student_pass
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples/pico_moe"
-LENGTH, MICRO, STEPS, ROUNDS = 256, 8, 2, 5
+LENGTH, MICRO, STEPS, ROUNDS = 256, 8, 2, 7
 
 
 def dense_student(folder: Path) -> Path:
@@ -63,7 +70,7 @@ def plain_loop(student_dir: Path) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Time both in turns; the ratio of each round is independent of how fast the machine is at that moment."""
+    """Print both ratios."""
     with tempfile.TemporaryDirectory() as folder:
         student = dense_student(Path(folder) / "student")
         settings = {
@@ -79,22 +86,43 @@ def main() -> None:
         with runtime.session("auto") as device, process_groups.initialized(config.parallel, 0) as groups:
             distill.claim_output(config)
             trainer, state = distill.build(config, groups, device)
-            loss = config.resolved_loss()
 
             def ours() -> None:
-                trainer.step(state, loss)
-                state.step += 1
+                trainer.advance(state)
 
-            plain = plain_loop(student)
-            ratios, speeds = [], []
-            for step in (ours, plain):
-                step()
-            for _ in range(ROUNDS):
-                seconds = [time_of(step) for step in (ours, plain)]
-                ratios.append(seconds[1] / seconds[0])
-                speeds.append(STEPS * MICRO * LENGTH / seconds[0])
+            ratios = [seconds[1] / seconds[0] for seconds in in_turns(ours, plain_loop(student))]
+            batches = trainer.training.micro_batches(0, MICRO)
+            parts = [(sum(seconds[1:]), seconds[0]) for seconds in in_turns(*parts_of_a_step(trainer, batches))]
     print(f"distill_speed_over_transformers_loop {statistics.median(ratios):.2f} ratio >=1.0")
-    print(f"distill_tokens_per_second {statistics.median(speeds):.0f} tokens/s -")
+    print(f"distill_step_over_its_parts {statistics.median(whole / alone for alone, whole in parts):.2f} ratio <=1.10")
+
+
+def parts_of_a_step(trainer: Trainer, batches: list[Batch]) -> tuple[Callable[[], None], Callable[[], None], Callable[[], None]]:
+    """Gradients of one distillation step; the teacher's forward pass alone; the student's alone, with cross-entropy."""
+    teacher = trainer.models.teacher
+    assert teacher is not None
+    alone = dataclasses.replace(trainer.models, teacher=None)
+
+    def gradients(models: Models, loss: str) -> None:
+        for chunk in models.wrapped:
+            chunk.zero_grad_buffer()
+        student_pass(models, [losses[loss]()], batches, trainer.groups)
+
+    def teacher_forward() -> None:
+        with torch.no_grad():
+            for target in teacher.targets(batches):
+                shard = teacher.known(target)
+                assert isinstance(shard, VocabShard)
+                shard.logits(slice(None))
+
+    return lambda: gradients(trainer.models, "forward_kl"), teacher_forward, lambda: gradients(alone, "cross_entropy")
+
+
+def in_turns(*steps: Callable[[], None]) -> list[list[float]]:
+    """Seconds of every step in every round, after a first call of each; a round's ratios do not depend on the machine's speed then."""
+    for step in steps:
+        step()
+    return [[time_of(step) for step in steps] for _ in range(ROUNDS)]
 
 
 def time_of(step: Callable[[], None]) -> float:

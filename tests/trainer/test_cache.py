@@ -127,13 +127,8 @@ def test_a_cache_holds_the_stock_models_top_k_by_sample_number(store: str, root:
 def layouts(root: Path) -> Path:
     """Caches written in every layout, and runs in every layout on a cache written by one process."""
     caches = [cache(root, name, parallel=parallel, micro_batch=2) for name, parallel in LAYOUTS.items()]
-    parallels = {name: LAYOUTS.get(name, {}) for name in READ_IN}
-    launch(
-        2,
-        "tests.trainer.cache_cases:write_and_distill",
-        caches,
-        [run(root, f"cached {name}", parallel=parallel) for name, parallel in parallels.items()],
-    )
+    runs = [run(root, f"cached {name}", parallel=LAYOUTS.get(name, {})) for name in READ_IN]
+    launch(2, "tests.trainer.cache_cases:write_and_distill", caches, runs)
     return root
 
 
