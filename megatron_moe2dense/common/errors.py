@@ -19,6 +19,10 @@ class UserError(Exception):
         self.found, self.expected, self.do = found, expected, do
         super().__init__(f"found:    {found}\nexpected: {expected}\ndo:       {do}")
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
+        """Ranks send each other their errors."""
+        return type(self), (self.found, self.expected, self.do)
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?` for the closest known name, else an empty string."""
