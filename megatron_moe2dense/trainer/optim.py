@@ -54,7 +54,7 @@ def build(config: DistillConfig, chunks: list[DistributedDataParallel]) -> tuple
         use_distributed_optimizer=config.parallel.distributed_optimizer,  # also for one data-parallel rank: one checkpoint format
     )
     optimizer = get_megatron_optimizer(settings, list(chunks))
-    shared = chunks[0].config  # one object, shared by all chunks
+    shared: Any = chunks[0].config  # one object, shared by all chunks
     shared.grad_scale_func = optimizer.scale_loss
     shared.finalize_model_grads_func = finalize_model_grads
     if _overlaps(config):

@@ -190,6 +190,33 @@ def test_chunks_do_not_change_the_result(method: str, monkeypatch: pytest.Monkey
         torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", list(losses))
+def test_gradients_pass_gradcheck(method: str):
+    """Numeric differences in float64, of hidden states and head, with masked tokens."""
+    case = make(method)
+    teacher = VocabShard.of(case["teacher_hidden"].double(), case["teacher_head"].double(), case["vocab"], None)
+    loss, mask_T = losses.build(case["loss"]), case["mask"].double()
+
+    class Total(torch.autograd.Function):
+        """Keeps the gradients: gradcheck asks for them again and again, a loss gives them once."""
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+            with torch.enable_grad():
+                hidden, head = (value.detach().requires_grad_(True) for value in inputs)
+                student = VocabShard.of(hidden, head, case["vocab"], None)
+                total = (loss.per_token(student, teacher if loss.needs_teacher else None, case["labels"], mask_T) * mask_T).sum()
+                ctx.gradients = torch.autograd.grad(total, (hidden, head), allow_unused=True, materialize_grads=True)
+            return total.detach()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            return tuple(grads[0] * gradient for gradient in ctx.gradients)
+
+    inputs = (case["hidden"].double().requires_grad_(True), case["head"].double().requires_grad_(True))
+    assert torch.autograd.gradcheck(Total.apply, inputs, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("size", [1e4, -1e4])
 def test_extreme_logits_stay_finite(size: float):
     """One logit of 10,000 above all others, in the student, the teacher, and both."""

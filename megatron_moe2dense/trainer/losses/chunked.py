@@ -45,10 +45,11 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, mask_T: Tensor, inputs: tuple[Any, ...]) -> Tensor:
         student, teacher, labels_T, loss = inputs
         wants_gradient = any(ctx.needs_input_grad[:2])
-        loss_T = torch.empty(len(hidden_TD), dtype=torch.float32, device=hidden_TD.device)
+        dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+        loss_T = torch.empty(len(hidden_TD), dtype=dtype, device=hidden_TD.device)
         head_VD = weight_VD[: student.valid]
         grad_hidden_TD = torch.zeros_like(hidden_TD) if wants_gradient else None
-        grad_head_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_gradient else None
+        grad_head_VD = torch.zeros_like(weight_VD, dtype=dtype) if wants_gradient else None
         for tokens in chunks(len(hidden_TD), max(student.valid, 1)):
             teacher_TV = teacher.logits(tokens) if isinstance(teacher, VocabShard) else None
             top = teacher.at(tokens) if isinstance(teacher, TopKTarget) else None

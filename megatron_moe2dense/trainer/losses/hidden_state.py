@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer.losses import Loss, losses
-from megatron_moe2dense.trainer.losses.shards import VocabShard
+from megatron_moe2dense.trainer.losses.shards import VocabShard, wide
 from megatron_moe2dense.trainer.losses.targets import Known
 
 
@@ -47,4 +47,4 @@ class HiddenState(Loss):
         ranks = dist.get_world_size(student.group) if student.group is not None else 1
         hidden_TD = _Shared.apply(student.hidden_TD, ranks)
         assert isinstance(hidden_TD, Tensor)
-        return (hidden_TD.float() - teacher.hidden_TD.float()).square().mean(-1)
+        return (wide(hidden_TD) - wide(teacher.hidden_TD)).square().mean(-1)

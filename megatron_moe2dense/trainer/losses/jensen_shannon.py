@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ class JensenShannon(LogitLoss):
         log_s_TV, log_t_TV = scaled(chunk.student_TV, 1 / self.temperature), scaled(chunk.teacher_TV, 1 / self.temperature)
         log_s_TV -= log_partition(log_s_TV, chunk.group)[:, None]
         log_t_TV -= log_partition(log_t_TV, chunk.group)[:, None]
-        log_m_TV = torch.logaddexp(log_s_TV, log_t_TV) - torch.log(torch.tensor(2.0))
+        log_m_TV = torch.logaddexp(log_s_TV, log_t_TV) - math.log(2.0)
         p_s_TV, p_t_TV = log_s_TV.exp(), log_t_TV.exp()
         student_TV, teacher_TV = log_s_TV.sub_(log_m_TV), log_t_TV.sub_(log_m_TV)
         kl_s_T, kl_t_T = total(torch.stack([(p_s_TV * student_TV).sum(-1), (p_t_TV * teacher_TV).sum(-1)]), chunk.group)

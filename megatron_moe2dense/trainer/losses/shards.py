@@ -34,8 +34,13 @@ class VocabShard:
         return cls(hidden_TD, weight_VD, start, max(0, min(rows, vocab_size - start)), group)
 
     def logits(self, tokens: slice) -> Tensor:
-        """float32 logits of some tokens over the real columns, [tokens, valid]; computed in the weights' type."""
-        return (self.hidden_TD[tokens] @ self.weight_VD[: self.valid].t()).float()
+        """Logits of some tokens over the real columns, [tokens, valid]; computed in the weights' type, given as `wide`."""
+        return wide(self.hidden_TD[tokens] @ self.weight_VD[: self.valid].t())
+
+
+def wide(values: Tensor) -> Tensor:
+    """As float32, in which losses are computed; float64 stays what it is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def gather(stats_NT: Tensor, group: dist.ProcessGroup | None) -> Tensor:
