@@ -26,7 +26,7 @@ from megatron_moe2dense.tokens.indexed import TokenFile
 from megatron_moe2dense.trainer import distill, runtime
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.data import Batch
+from megatron_moe2dense.trainer.data.samples import Batch
 from megatron_moe2dense.trainer.loop import Trainer
 from megatron_moe2dense.trainer.losses import losses
 from megatron_moe2dense.trainer.losses.shards import VocabShard

@@ -37,8 +37,8 @@ ARROWS = {
 # Libraries that belong to one part: which parts or files may import them.
 LIBRARIES = {
     "megatron": {"trainer"},
-    # trainer/stock.py alone: the teacher's forward is compared with transformers' before step 0
-    "transformers": {"surgery", "evals", "trainer/stock.py"},
+    # trainer/proof/stock.py alone: the teacher's forward is compared with transformers' before step 0
+    "transformers": {"surgery", "evals", "trainer/proof/stock.py"},
     "torch": {"checkpoint", "surgery", "trainer", "evals", "sweep"},
     "matplotlib": {"plots"},
     "lm_eval": {"evals"},

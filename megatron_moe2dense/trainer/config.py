@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import model_validator
 
 from megatron_moe2dense.common.config import Config, key
-from megatron_moe2dense.trainer.data_config import TrainDataConfig
+from megatron_moe2dense.trainer.data.config import TrainDataConfig
 from megatron_moe2dense.trainer.losses import Loss, losses
 
 

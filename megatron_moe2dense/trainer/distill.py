@@ -13,23 +13,25 @@ from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import MANIFEST, Status, claim, config_hash, read_json, write_json, write_manifest
-from megatron_moe2dense.trainer import fingerprint, optim, proof, runtime, teacher, weights
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
+from megatron_moe2dense.trainer import optim, runtime, teacher, weights
 from megatron_moe2dense.trainer.cache.teacher import CachedTeacher, open_cache
-from megatron_moe2dense.trainer.checkpoint import Checkpointer
+from megatron_moe2dense.trainer.checkpoints.checkpointer import Checkpointer
+from megatron_moe2dense.trainer.checkpoints.writer import latest, step_of
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.data import SampleStream, training_stream, validation_stream
-from megatron_moe2dense.trainer.datasets import texts
+from megatron_moe2dense.trainer.data.datasets import texts
+from megatron_moe2dense.trainer.data.samples import SampleStream, training_stream, validation_stream
 from megatron_moe2dense.trainer.flops import forward_flops, training_flops
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.loop import Trainer
 from megatron_moe2dense.trainer.metrics import Metrics, Speed
 from megatron_moe2dense.trainer.pipeline import Split
+from megatron_moe2dense.trainer.proof import fingerprint
+from megatron_moe2dense.trainer.proof.prove import prove
 from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.state import TrainState
 from megatron_moe2dense.trainer.step import Models
-from megatron_moe2dense.trainer.writer import latest, step_of
 
 # What may change between the parts of one run: layout and logging, not the mathematics.
 _MAY_CHANGE = ("parallel", "logging", "device", "overwrite", "teacher_check")
@@ -139,7 +141,7 @@ def _proof_of(config: DistillConfig) -> dict[str, Any] | None:
 
 
 def _prove(config: DistillConfig, groups: Groups, frozen: teacher.LiveTeacher, training: SampleStream) -> None:
-    recorded = proof.prove(frozen, config, groups, training.first(), _proof_of(config))
+    recorded = prove(frozen, config, groups, training.first(), _proof_of(config))
     if dist.get_rank() == 0:
         _write_manifest(config, "unfinished", teacher=recorded)
 

@@ -16,10 +16,10 @@ from megatron_moe2dense.common.outputs import MANIFEST, output_directory, read_j
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime, weights
-from megatron_moe2dense.trainer.checkpoint import load_weights
+from megatron_moe2dense.trainer.checkpoints.checkpointer import load_weights
+from megatron_moe2dense.trainer.checkpoints.writer import latest, step_of
 from megatron_moe2dense.trainer.config import ExportConfig, ParallelConfig
 from megatron_moe2dense.trainer.pipeline import Split
-from megatron_moe2dense.trainer.writer import latest, step_of
 
 # How much may wait for the disk.
 _QUEUE_BYTES = 1024**3

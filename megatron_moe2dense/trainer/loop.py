@@ -12,9 +12,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.progress import progress
-from megatron_moe2dense.trainer.checkpoint import Checkpointer
+from megatron_moe2dense.trainer.checkpoints.checkpointer import Checkpointer
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.data import SampleStream
+from megatron_moe2dense.trainer.data.samples import SampleStream
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.metrics import Metrics, Speed, StepFacts, eval_row, peak_memory_bytes, step_row
 from megatron_moe2dense.trainer.optim import gradients, update

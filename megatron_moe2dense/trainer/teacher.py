@@ -17,7 +17,7 @@ from megatron_moe2dense.families import Dims
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import weights
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.data import Batch
+from megatron_moe2dense.trainer.data.samples import Batch
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses.shards import VocabShard
 from megatron_moe2dense.trainer.losses.targets import Known

@@ -11,14 +11,15 @@ import torch.distributed as dist
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.config import build
-from megatron_moe2dense.trainer import fingerprint, runtime, weights
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
+from megatron_moe2dense.trainer import runtime, weights
 from megatron_moe2dense.trainer.config import DistillConfig, ParallelConfig
-from megatron_moe2dense.trainer.fingerprint import Fingerprint
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.model import Blueprint, HeadlessGPT
 from megatron_moe2dense.trainer.pipeline import Split
+from megatron_moe2dense.trainer.proof import fingerprint
+from megatron_moe2dense.trainer.proof.fingerprint import Fingerprint
 from megatron_moe2dense.trainer.runtime import Runtime
 
 

@@ -99,7 +99,7 @@ def whole(directory: Path) -> TopKTarget:
 def tokens_in_order(root: Path) -> torch.Tensor:
     """The samples of the stream [SAMPLES, LENGTH], through the reading that a run does."""
     from megatron_moe2dense.trainer import groups, runtime
-    from megatron_moe2dense.trainer.data import training_stream
+    from megatron_moe2dense.trainer.data.samples import training_stream
 
     config = build(DistillConfig, run(root, "order"), "the test")
     with runtime.session("cpu") as device, groups.initialized(config.parallel, 3) as layout:

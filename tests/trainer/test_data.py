@@ -21,8 +21,8 @@ from megatron_moe2dense.tokens.indexed import write_token_file
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import runtime
 from megatron_moe2dense.trainer.config import DistillConfig, ParallelConfig
-from megatron_moe2dense.trainer.data import Batch, Samples, SampleStream, training_stream
-from megatron_moe2dense.trainer.datasets import Reading, identity
+from megatron_moe2dense.trainer.data.datasets import Reading, identity
+from megatron_moe2dense.trainer.data.samples import Batch, Samples, SampleStream, training_stream
 from megatron_moe2dense.trainer.groups import Groups
 from tests.helpers.tiny_models import write_tokens
 

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES
-from megatron_moe2dense.trainer import fingerprint, runtime, weights
 from megatron_moe2dense.trainer import groups as process_groups
+from megatron_moe2dense.trainer import runtime, weights
 from megatron_moe2dense.trainer.config import ParallelConfig
-from megatron_moe2dense.trainer.fingerprint import Fingerprint, bit_sum
 from megatron_moe2dense.trainer.groups import Groups
+from megatron_moe2dense.trainer.proof import fingerprint
+from megatron_moe2dense.trainer.proof.fingerprint import Fingerprint, bit_sum
 from megatron_moe2dense.trainer.runtime import Runtime
 from tests.helpers.distributed import launch
 from tests.helpers.tiny_models import as_mxfp4, tiny, tiny_qwen3, tiny_qwen3_moe

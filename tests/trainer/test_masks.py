@@ -17,7 +17,7 @@ from megatron_moe2dense.tokens.indexed import write_token_file
 from megatron_moe2dense.trainer import distill, runtime
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.data import training_stream
+from megatron_moe2dense.trainer.data.samples import training_stream
 from tests.helpers.tiny_models import tiny_qwen3, write_tokens
 
 END, PAD, LENGTH, SAMPLES = 7, 3, 16, 4

@@ -18,8 +18,9 @@ from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import MANIFEST
 from megatron_moe2dense.families import FAMILIES, FamilySpec
-from megatron_moe2dense.trainer import distill, stock
+from megatron_moe2dense.trainer import distill
 from megatron_moe2dense.trainer.config import DistillConfig
+from megatron_moe2dense.trainer.proof import stock
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 
 RANDOM = {"loss_bound": None}  # what a teacher with random weights needs

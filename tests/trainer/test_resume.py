@@ -25,8 +25,8 @@ from megatron_moe2dense.common import records
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.outputs import MANIFEST
 from megatron_moe2dense.trainer import export
+from megatron_moe2dense.trainer.checkpoints.writer import latest, step_of
 from megatron_moe2dense.trainer.config import ExportConfig
-from megatron_moe2dense.trainer.writer import latest, step_of
 from tests.helpers.distributed import ROOT, environment, torchrun
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 

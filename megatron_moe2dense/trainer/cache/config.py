@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from megatron_moe2dense.common.config import Config, key
 from megatron_moe2dense.trainer.config import ParallelConfig, RoutingConfig, TeacherCheckConfig
-from megatron_moe2dense.trainer.data_config import StreamConfig
+from megatron_moe2dense.trainer.data.config import StreamConfig
 
 # Parallel settings that matter to a forward pass of the teacher.
 _FORWARD = ("tensor", "pipeline", "teacher_layers_per_stage", "context", "expert", "sequence")

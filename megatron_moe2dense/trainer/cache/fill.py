@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_moe2dense.common.progress import progress
 from megatron_moe2dense.trainer.cache.files import CacheFacts, write_shard
-from megatron_moe2dense.trainer.data import Samples
+from megatron_moe2dense.trainer.data.samples import Samples
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses import chunked
 from megatron_moe2dense.trainer.losses.shards import VocabShard

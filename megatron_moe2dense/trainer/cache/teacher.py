@@ -13,8 +13,8 @@ from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer.cache.files import CacheFacts, CacheReader, tokenizer_hash
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.data import Batch
-from megatron_moe2dense.trainer.datasets import identity
+from megatron_moe2dense.trainer.data.datasets import identity
+from megatron_moe2dense.trainer.data.samples import Batch
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses.targets import TopKTarget
 

@@ -21,14 +21,15 @@ from megatron_moe2dense.common.outputs import MANIFEST, claim, config_hash, publ
 from megatron_moe2dense.tokens.indexed import TokenFile
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
-from megatron_moe2dense.trainer import proof, runtime, teacher
+from megatron_moe2dense.trainer import runtime, teacher
 from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
 from megatron_moe2dense.trainer.cache.files import STAGE, CacheFacts, shard_path, tokenizer_hash
 from megatron_moe2dense.trainer.cache.fill import Filler
 from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, TrainConfig
-from megatron_moe2dense.trainer.data import Samples
-from megatron_moe2dense.trainer.data_config import TrainDataConfig
-from megatron_moe2dense.trainer.datasets import Reading, identity, training_dataset
+from megatron_moe2dense.trainer.data.config import TrainDataConfig
+from megatron_moe2dense.trainer.data.datasets import Reading, identity, training_dataset
+from megatron_moe2dense.trainer.data.samples import Samples
+from megatron_moe2dense.trainer.proof.prove import prove
 
 # Where and how it is computed; the content of the cache is the same, or nearly so.
 _MAY_CHANGE = ("parallel", "micro_batch", "device", "overwrite", "teacher_check")
@@ -48,7 +49,7 @@ def run(config: CacheTeacherConfig) -> None:
             reading = Reading(config.data, config.seed, facts.vocab_size, working / "data_index")
             samples = Samples(training_dataset(reading, facts.samples), reading)
             live = teacher.build(_as_a_run(config), blueprint, groups, device)
-            proof.prove(live, _as_a_run(config), groups, samples.batch([0], device.device), recorded=None)
+            prove(live, _as_a_run(config), groups, samples.batch([0], device.device), recorded=None)
         filler = Filler(facts, working, groups, live, samples, config.micro_batch, device.device)
         filler.fill(_missing(working, facts))
         dist.barrier()

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import read_json
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.datasets import Reading, one_file, require_vocabulary, training_dataset
+from megatron_moe2dense.trainer.data.datasets import Reading, one_file, require_vocabulary, training_dataset
 from megatron_moe2dense.trainer.groups import Groups
 
 

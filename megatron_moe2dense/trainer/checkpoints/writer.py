@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import disk_errors
-from megatron_moe2dense.trainer import seal
 from megatron_moe2dense.trainer.agreement import together
+from megatron_moe2dense.trainer.checkpoints import seal
 
 _NAME = re.compile(r"step_(\d{8})")
 _DIGESTS = "digests_{rank}.json"

@@ -18,12 +18,12 @@ from torch import Tensor
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
-from megatron_moe2dense.trainer import fingerprint
 from megatron_moe2dense.trainer.agreement import together
 from megatron_moe2dense.trainer.config import DistillConfig, TeacherCheckConfig
-from megatron_moe2dense.trainer.data import Batch
+from megatron_moe2dense.trainer.data.samples import Batch
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses import measures
+from megatron_moe2dense.trainer.proof import fingerprint
 from megatron_moe2dense.trainer.step import on_this_rank
 from megatron_moe2dense.trainer.teacher import LiveTeacher
 
@@ -165,7 +165,7 @@ def _stock_logits(teacher: LiveTeacher, check: TeacherCheckConfig, given: tuple[
     result_SV = None
     with together():
         if computes and check.stock_forward != "never" and _fits(directory, teacher.blueprint.dtype, check):
-            from megatron_moe2dense.trainer import stock  # transformers takes seconds to import
+            from megatron_moe2dense.trainer.proof import stock  # transformers takes seconds to import
 
             result_SV = stock.logits(directory, teacher.blueprint.dtype, batch.tokens[0, :_COMPARED], active).to(device)
     shape = torch.tensor(result_SV.shape if result_SV is not None else (0, 0), device=device)
@@ -179,7 +179,7 @@ def _stock_logits(teacher: LiveTeacher, check: TeacherCheckConfig, given: tuple[
 
 
 def _fits(directory: Path, dtype: torch.dtype, check: TeacherCheckConfig) -> bool:
-    from megatron_moe2dense.trainer import stock
+    from megatron_moe2dense.trainer.proof import stock
 
     needed, free = stock.host_bytes(CheckpointIndex.open(directory), dtype), stock.free_host_bytes()
     if check.stock_forward == "auto" and needed > free:

@@ -23,7 +23,7 @@ from megatron.core.datasets.utils import normalize
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.tokens.indexed import TokenFile
-from megatron_moe2dense.trainer.data_config import StreamConfig, TrainDataConfig
+from megatron_moe2dense.trainer.data.config import StreamConfig, TrainDataConfig
 
 # How many tokens, or document ends, of a file are looked at before training, to notice another tokenizer.
 _SAMPLED_TOKENS, _SAMPLED_DOCUMENTS = 4_000_000, 10_000

@@ -15,12 +15,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
-from megatron_moe2dense.trainer import seal
 from megatron_moe2dense.trainer.agreement import together
+from megatron_moe2dense.trainer.checkpoints import seal
+from megatron_moe2dense.trainer.checkpoints.writer import Writer, complete
 from megatron_moe2dense.trainer.config import TrainConfig
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.model import HeadlessGPT
-from megatron_moe2dense.trainer.writer import Writer, complete
 
 
 class Checkpointer:

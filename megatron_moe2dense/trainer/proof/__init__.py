@@ -1,0 +1,1 @@
+"""What a teacher has to show before step 0."""
