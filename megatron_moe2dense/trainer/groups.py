@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import distributed_c10d
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer.config import ParallelConfig
@@ -79,6 +80,7 @@ def initialized(parallel: ParallelConfig, seed: int) -> Iterator[Groups]:
             f"a multiple of tensor x pipeline x context = {model} whose stages hold whole groups of expert = {parallel.expert}",
             "start another number of processes (torchrun --nproc-per-node) or change `parallel`",
         )
+    outer = _existing()
     parallel_state.initialize_model_parallel(
         parallel.tensor,
         parallel.pipeline,
@@ -93,6 +95,17 @@ def initialized(parallel: ParallelConfig, seed: int) -> Iterator[Groups]:
         yield Groups(ProcessGroupCollection.use_mpu_process_groups(), parallel)
     finally:
         parallel_state.destroy_model_parallel()
+        _destroy(_existing() - outer)
+
+
+def _existing() -> set[dist.ProcessGroup]:
+    return set(distributed_c10d._world.pg_map)
+
+
+def _destroy(groups: set[dist.ProcessGroup]) -> None:
+    """Megatron (all versions) only forgets its groups; each goes on holding a polling thread, sockets or a NCCL communicator."""
+    for group in groups:
+        dist.destroy_process_group(group)
 
 
 def require_sequence(parallel: ParallelConfig, length: int) -> None:
