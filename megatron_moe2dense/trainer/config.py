@@ -168,7 +168,9 @@ class DistillConfig(Config):
         None, "directory of `moe2dense cache-teacher`, read in place of the teacher; a `teacher` beside it has to be the cached one"
     )
     output: str = key(..., "directory of the run: checkpoints/, metrics.jsonl, moe2dense.json")
-    initialize: Literal["checkpoint", "random"] = key("checkpoint", "where the student's weights come from")
+    initialize: Literal["checkpoint", "random_ffn", "random"] = key(
+        "checkpoint", "the student's weights: of its directory, all but the FFNs of it and those random, or all random (by train.seed)"
+    )
     data: TrainDataConfig = key(..., "training text")
     loss: Annotated[Loss, *losses.field] | None = key(None, "loss block; null: forward_kl with a teacher, cross_entropy without")
     parallel: ParallelConfig = key(ParallelConfig(), "parallelism")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import MANIFEST, Status, claim, config_hash, read_json, write_json, write_manifest
 from megatron_moe2dense.trainer import groups as process_groups
+from megatron_moe2dense.trainer import initialize, optim, runtime, teacher
 from megatron_moe2dense.trainer import model as models
-from megatron_moe2dense.trainer import optim, runtime, teacher, weights
 from megatron_moe2dense.trainer.cache.teacher import CachedTeacher, open_cache
 from megatron_moe2dense.trainer.checkpoints.checkpointer import Checkpointer
 from megatron_moe2dense.trainer.checkpoints.writer import latest, step_of
@@ -27,7 +28,6 @@ from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.loop import Trainer
 from megatron_moe2dense.trainer.metrics import Metrics, Speed
 from megatron_moe2dense.trainer.pipeline import Split
-from megatron_moe2dense.trainer.proof import fingerprint
 from megatron_moe2dense.trainer.proof.prove import prove
 from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.state import TrainState
@@ -43,8 +43,8 @@ def run(config: DistillConfig) -> None:
     with runtime.session(config.device) as device, process_groups.initialized(config.parallel, config.train.seed) as groups:
         claim_output(config)
         trainer, state = build(config, groups, device)
-        reached_the_end = trainer.fit(state)
-        trainer.metrics.close()
+        with contextlib.closing(trainer):
+            reached_the_end = trainer.fit(state)
         if reached_the_end and dist.get_rank() == 0:
             _write_manifest(config, "finished", step=state.step, tokens=state.tokens, skipped_total=state.skipped_total)
             logger.info("finished: %d steps, %d tokens; weights in %s", state.step, state.tokens, latest(trainer.checkpointer.directory))
@@ -153,17 +153,10 @@ def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Train
     split = Split.of_student(config.parallel, blueprint.dims.layers)
     fields = {**models.recompute_fields(config.parallel, blueprint), **_balancing(config, blueprint)}
     student = models.build(blueprint, groups, device, split, **fields)
-    if config.initialize == "checkpoint":
-        weights.load(student, blueprint, groups, Path(config.student))
-    wrapped = optim.wrap(student, config, groups)
-    for chunk in wrapped:
-        chunk.broadcast_params()
-    checkpoints = Path(config.output) / "checkpoints"
-    if config.initialize == "checkpoint" and latest(checkpoints) is None:
-        fingerprint.verify(student, blueprint, groups, Path(config.student))
+    wrapped = initialize.start(config, student, blueprint, groups)
     optimizer, scheduler = optim.build(config, wrapped)
     frozen = teacher.build(config, blueprint, groups, device) if config.has_live_teacher() else None
-    checkpointer = Checkpointer(checkpoints, config.train, groups)
+    checkpointer = Checkpointer(Path(config.output) / "checkpoints", config.train, groups)
     state = _resume(checkpointer, student, optimizer, scheduler)
     vocab_size = blueprint.dims.vocab_size
     training = training_stream(config, groups, device.device, vocab_size)
