@@ -39,6 +39,12 @@ class Trainer:
     metrics: Metrics
     speed: Speed
 
+    def close(self) -> None:
+        """Flush the metrics, and let the models go: DDP's hooks on gradients hold it in a cycle that Python can not collect."""
+        self.metrics.close()
+        for chunk in self.models.wrapped:
+            chunk.grad_accs.clear()
+
     def fit(self, state: TrainState) -> bool:
         """Train to the last step, or to the step at which a signal asks to stop; saved either way. True at the last step.
 

@@ -29,6 +29,7 @@ def samples(raw: dict[str, Any]) -> list[Samples]:
         for step in range(config.steps()):
             batches = trainer.training.micro_batches(step * size, size)
             found.append(Samples(*(torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "labels", "mask"))))
+        trainer.close()
     return found
 
 
@@ -54,6 +55,7 @@ def _differences(config: DistillConfig, expected: StockRun) -> dict[str, float]:
         found = [{number: tensor.clone() for number, tensor in _parameters(trainer)}, *recorder.gradients]
         names = ["weights", *(f"gradients_{step}" for step in range(1, len(rows) + 1))]
         worst = [_worst(trainer, blueprint, values, expected.directory / name) for values, name in zip(found, names, strict=True)]
+        trainer.close()
         return {"loss": loss, "weights": worst[0], "gradients": worst[1], "later_gradients": max(worst[2:])}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ def _trainer(config: dict[str, Any]) -> Iterator[Any]:
     settings = build(DistillConfig, config, "the test")
     with runtime.session(settings.device) as device, groups.initialized(settings.parallel, settings.train.seed) as layout:
         distill.claim_output(settings)
-        yield distill.build(settings, layout, device)
+        trainer, state = distill.build(settings, layout, device)
+        with closing(trainer):
+            yield trainer, state
 
 
 def _everything(trainer: Any) -> list[Tensor]:
