@@ -17,7 +17,7 @@ from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.data.samples import SampleStream
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.metrics import Metrics, Speed, StepFacts, eval_row, peak_memory_bytes, step_row
-from megatron_moe2dense.trainer.optim import gradients, update
+from megatron_moe2dense.trainer.optim import gradients, release, update
 from megatron_moe2dense.trainer.preemption import StopRequest
 from megatron_moe2dense.trainer.runtime import collectives
 from megatron_moe2dense.trainer.state import TrainState
@@ -40,10 +40,9 @@ class Trainer:
     speed: Speed
 
     def close(self) -> None:
-        """Flush the metrics, and let the models go: DDP's hooks on gradients hold it in a cycle that Python can not collect."""
+        """Flush the metrics and let the models go."""
         self.metrics.close()
-        for chunk in self.models.wrapped:
-            chunk.grad_accs.clear()
+        release(self.models.wrapped)
 
     def fit(self, state: TrainState) -> bool:
         """Train to the last step, or to the step at which a signal asks to stop; saved either way. True at the last step.

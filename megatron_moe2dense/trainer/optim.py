@@ -63,6 +63,14 @@ def build(config: DistillConfig, chunks: list[DistributedDataParallel]) -> tuple
     return optimizer, learning_rate(config, optimizer)
 
 
+def release(chunks: Iterable[DistributedDataParallel]) -> None:
+    """Untie the models from their optimizer: DDP's hooks on gradients close cycles through C++, which Python can not collect."""
+    for chunk in chunks:
+        chunk.grad_accs.clear()
+        shared: Any = chunk.config
+        shared.grad_scale_func = shared.no_sync_func = None
+
+
 def learning_rate(config: DistillConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Warm-up from 0 to optim.lr, then `schedule.style` down to its `final` share; sets the learning rate of step 0."""
     settings, steps, peak = config.schedule, config.steps(), config.optim.lr

@@ -243,7 +243,7 @@ def test_measures_of_extreme_logits_are_finite(size: float):
     head, row = torch.eye(4), torch.tensor([[1.0, 0, 0, 0]])
     for student, teacher in itertools.product((0.0, size), repeat=2):
         shards = [VocabShard.of(row * x, head, 4, None) for x in (student, teacher)]
-        assert torch.isfinite(measures.per_token(*shards, torch.tensor([1]))).all()
+        assert torch.isfinite(measures.per_token(shards[0], shards[1], torch.tensor([1]))).all()
 
 
 def test_measures_without_a_teacher_are_those_of_the_student():
