@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# The commands of one recipe, row after row; launch/reproduce_<name>.sh call it and say what is expected. All hyperparameters are in
+# yaml_configs/<name>. Stopped at any point, the same command goes on. Arguments are passed on to distill, as key.path=value.
+#
+#   RECIPE    folder of yaml_configs
+#   SOURCE    Hugging Face directory of the MoE, with its tokenizer; nothing is downloaded here
+#   TEXT      folder of parquet files: FineWeb-Edu sample-10BT
+#   OUT       everything is written here
+#   ROWS      rows to run: convert_<row>.yaml, or random_ffn: the model of the row CONTROL with random FFNs
+#   LAUNCHER  starts calibrate and distill, on several nodes for example
+#             "srun --ntasks-per-node 1 torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/resumable.sh
+source launch/resumable.sh
+
+: "${RECIPE:?is set by launch/reproduce_*.sh}" "${SOURCE:?}" "${TEXT:?}" "${OUT:?}" "${ROWS:?}"
+configs=yaml_configs/$RECIPE
+tokens=$OUT/tokens
+read -ra rows <<< "$ROWS"
+read -ra launcher <<< "${LAUNCHER:-torchrun --nproc-per-node 8}"
+distributed=("${launcher[@]}" -m megatron_moe2dense)
+
+distill_row() { # row, student, settings
+    unless_trained "$OUT/$1/run" "${distributed[@]}" distill "$configs/distill.yaml" teacher="$SOURCE" student="$2" output="$OUT/$1/run" \
+        data.path="$tokens" data.validation="${tokens}_validation" "${@:3}"
+    unless_there "$OUT/$1/export" moe2dense export "$configs/export.yaml" checkpoint="$OUT/$1/run" output="$OUT/$1/export"
+    unless_there "$OUT/$1/records.jsonl" moe2dense eval "$configs/eval.yaml" models="{$1: $OUT/$1/export}" output="$OUT/$1/records.jsonl" \
+        kl.teacher="$SOURCE" perplexity.data.path="${tokens}_validation"
+}
+
+convert_row() { # row
+    unless_there "$OUT/$1/dense" moe2dense convert "$configs/convert_$1.yaml" source="$SOURCE" statistics="$OUT/statistics" \
+        output="$OUT/$1/dense"
+}
+
+unless_there "$tokens.json" moe2dense data "$configs/data.yaml" source="$TEXT" tokenizer="$SOURCE" output="$tokens"
+unless_there "$OUT/statistics" "${distributed[@]}" calibrate "$configs/calibrate.yaml" source="$SOURCE" output="$OUT/statistics" \
+    data.path="$tokens"
+for row in "${rows[@]}"; do
+    case $row in
+        random_ffn)
+            convert_row "$CONTROL"
+            distill_row "$row" "$OUT/$CONTROL/dense" initialize=random_ffn "$@"
+            ;;
+        *)
+            convert_row "$row"
+            distill_row "$row" "$OUT/$row/dense" "$@"
+            ;;
+    esac
+done
