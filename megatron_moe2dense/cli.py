@@ -50,7 +50,8 @@ COMMANDS = {
     "cache-teacher": _command("trainer.cache.write", "CacheTeacherConfig", "the teacher's top-k log-probabilities to disk, for distill"),
     "distill": _command("trainer.distill", "DistillConfig", "train the dense student on the teacher's logits (Megatron-Core)"),
     "export": _command("trainer.export", "ExportConfig", "trainer checkpoint to a Hugging Face checkpoint"),
-    "eval": _command("evals.evaluate", "EvalConfig", "perplexity and KL to the teacher of checkpoints"),
+    "eval": _command("evals.evaluate", "EvalConfig", "perplexity, KL to the teacher, lm-eval accuracy, generation speed of checkpoints"),
+    "make-task": _command("evals.local_task", "MakeTaskConfig", "a multiple-choice task for eval out of held-out tokens"),
     "plot": _command("plots.plot", "PlotConfig", "figures from statistics, metrics and records"),
 }
 

@@ -32,7 +32,18 @@ def config_hash(config: dict[str, Any]) -> str:
 def versions() -> dict[str, str]:
     """Package, Python and library versions that can change a result; libraries that are absent are left out."""
     found = {"megatron_moe2dense": megatron_moe2dense.__version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "tokenizers", "megatron-core", "transformer-engine", "lm-eval", "safetensors", "numpy"):
+    for name in (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "megatron-core",
+        "transformer-engine",
+        "lm-eval",
+        "datasets",
+        "accelerate",
+        "safetensors",
+        "numpy",
+    ):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

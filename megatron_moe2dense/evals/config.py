@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from megatron_moe2dense.common.config import Config, key
 from megatron_moe2dense.tokens.config import TokensConfig
@@ -15,26 +16,68 @@ class PerplexityConfig(Config):
     """Next-token negative log-likelihood on held-out tokens."""
 
     data: TokensConfig = key(..., "held-out tokens")
+    stride: int | None = key(
+        None, "a window every so many tokens, whose last so many count, the others are context; null: windows don't overlap", "tokens", gt=0
+    )
     batch_tokens: int = key(4096, "tokens through a model at once: whole windows, at least one", "tokens", gt=0)
+
+    @model_validator(mode="after")
+    def _check_stride(self) -> PerplexityConfig:
+        if self.stride is not None and self.stride >= self.data.sequence_length:
+            raise ValueError(
+                f"`stride` {self.stride} leaves no context in windows of {self.data.sequence_length}: "
+                "make it smaller, or leave it out for windows that don't overlap"
+            )
+        return self
 
 
 class KlConfig(Config):
-    """KL(teacher || model), on the same windows as the perplexity unless `data` names others."""
+    """KL(teacher || model), on the windows and positions of the perplexity unless `data` names others (which don't overlap)."""
 
     teacher: str = key(..., "HF directory of the teacher")
     data: TokensConfig | None = key(None, "held-out tokens; null: those of the perplexity")
 
 
-class HarnessConfig(Config):
-    """Accuracy on tasks of EleutherAI's lm-eval."""
+@dataclass(frozen=True)
+class PresetTask:
+    """A task of a preset: lm-eval's name, examples in the prompt, and the metric that goes into the mean."""
 
-    tasks: list[str] = key(..., "task names of lm-eval, or paths of task YAML files", min_length=1)
+    task: str
+    shots: int
+    metric: str
+
+
+# Tasks and shots are the paper's (section 9 of method.md); it names no metrics. Those here are (ours): the length-normalised one where
+# lm-eval has it, the choice of the Open LLM Leaderboard for the same tasks.
+PRESETS = {
+    "paper": (
+        PresetTask("winogrande", 5, "acc"),
+        PresetTask("hellaswag", 10, "acc_norm"),
+        PresetTask("arc_easy", 25, "acc_norm"),
+        PresetTask("arc_challenge", 25, "acc_norm"),
+        PresetTask("mmlu", 5, "acc"),
+    )
+}
+
+
+class HarnessConfig(Config):
+    """Accuracy on tasks of EleutherAI's lm-eval: a preset, or tasks by name or file."""
+
+    preset: Literal["paper"] | None = key(None, "paper: WinoGrande, HellaSwag, ARC-easy, ARC-challenge, MMLU with the paper's shots")
+    tasks: list[str] | None = key(None, "instead: task names of lm-eval, or paths of task YAML files", min_length=1)
     shots: int | dict[str, int] | None = key(None, "examples in the prompt, for all tasks or by task; null: the task's own", "examples")
     limit: int | None = key(None, "first so many questions of each task, for trials; null: all", "questions", gt=0)
     batch_size: int = key(8, "prompts through the model at once; scores can move with it", "prompts", gt=0)
+    add_bos_token: bool | None = key(None, "begin every prompt with the tokenizer's BOS token; null: as the tokenizer does by itself")
 
     @model_validator(mode="after")
-    def _check_shots(self) -> HarnessConfig:
+    def _check(self) -> HarnessConfig:
+        if (self.preset is None) == (self.tasks is None):
+            raise ValueError("give either `preset` or `tasks`")
+        if self.tasks is None:
+            if self.shots is not None:
+                raise ValueError("`shots` are the preset's: leave them out, or list `tasks`")
+            return self
         shots = self.shots if isinstance(self.shots, dict) else {}
         unknown, missing = sorted(set(shots) - set(self.tasks)), [task for task in self.tasks if shots and task not in shots]
         if unknown or missing:
@@ -42,6 +85,34 @@ class HarnessConfig(Config):
         if min(shots.values(), default=self.shots or 0) < 0:  # type: ignore[type-var]
             raise ValueError("`shots` must not be negative")
         return self
+
+    def chosen(self) -> list[tuple[str, int | None]]:
+        """Name or path of every task, with its shots (None: the task's own)."""
+        if self.preset is not None:
+            return [(item.task, item.shots) for item in PRESETS[self.preset]]
+        assert self.tasks is not None
+        return [(name, self.shots[name] if isinstance(self.shots, dict) else self.shots) for name in self.tasks]
+
+    def metric(self, task: str) -> str:
+        """The metric that stands for `task` in tables and means: the preset's, else `acc`."""
+        return next((item.metric for item in PRESETS.get(self.preset or "", ()) if item.task == task), "acc")
+
+
+class GenerationConfig(Config):
+    """Speed and memory of greedy generation through stock transformers."""
+
+    data: TokensConfig | None = key(None, "tokens the prompts are cut from (windows of prompt_tokens); null: those of the perplexity")
+    prompt_tokens: int = key(128, "length of a prompt", "tokens", gt=0)
+    new_tokens: int = key(32, "tokens generated after each prompt", "tokens", gt=1)
+    batch: list[int] = key([1, 8], "prompts at once; one measurement each", "prompts", min_length=1)
+    repeats: int = key(3, "measurements after a warm-up; the median is recorded", gt=0)
+
+    @field_validator("batch")
+    @classmethod
+    def _positive(cls, value: list[int]) -> list[int]:
+        if min(value) < 1 or len(set(value)) < len(value):
+            raise ValueError("`batch` holds different positive numbers")
+        return value
 
 
 class EvalConfig(Config):
@@ -52,14 +123,22 @@ class EvalConfig(Config):
     perplexity: PerplexityConfig | None = key(None, "measure perplexity; null: don't")
     kl: KlConfig | None = key(None, "measure KL to a teacher, in batches of perplexity.batch_tokens; null: don't")
     harness: HarnessConfig | None = key(None, "measure accuracy with lm-eval (extra `eval`); null: don't")
-    device: str = key("cpu", "torch device: cpu, cuda, cuda:1, ...")
+    generation: GenerationConfig | None = key(None, "measure generation speed and memory; null: don't")
+    device: str = key("auto", "torch device: cpu, cuda, cuda:1, ...; auto: cuda where there is one, else cpu")
+    device_map: Literal["auto", "balanced", "sequential"] | None = key(
+        None, "spread each model over all GPUs, as accelerate understands it (extra `eval`); null: one device"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "weights and compute; logits are compared in float32 always")
     overwrite: bool = key(False, "replace an existing output")
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
-        if self.perplexity is None and self.harness is None:
-            raise ValueError("nothing to measure: give `perplexity`, `harness` or both")
+        if self.perplexity is None and self.harness is None and self.generation is None:
+            raise ValueError("nothing to measure: give at least one of `perplexity`, `harness`, `generation`")
+        if self.generation is not None and self.generation.data is None and self.perplexity is None:
+            raise ValueError("`generation` needs prompts: give `generation.data` (or `perplexity.data`)")
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError(f"device={self.device} has no effect with device_map: remove one of the two")
         if self.kl is not None and self.perplexity is None:
             raise ValueError("`kl` goes with `perplexity`: give `perplexity.data` too")
         if not self.models:
@@ -78,3 +157,19 @@ class EvalConfig(Config):
     def directories(self) -> dict[str, str]:
         """Label to directory, in the order given."""
         return dict(self._labelled())
+
+
+class MakeTaskConfig(Config):
+    """`moe2dense make-task`."""
+
+    data: str = key(..., "prefix of the .bin/.idx files with held-out tokens")
+    tokenizer: str = key(..., "what they were made with: HF directory, tokenizer.json or sentencepiece .model")
+    output: str = key(..., "directory for <name>.yaml and <name>.jsonl")
+    name: str = key("continuation", "name of the task", pattern=r"^[A-Za-z0-9_-]+$")
+    context_tokens: int = key(64, "length of a context", "tokens", gt=0)
+    continuation_tokens: int = key(16, "length of the true continuation and of every distractor", "tokens", gt=0)
+    choices: int = key(4, "the true continuation and its distractors", gt=1)
+    distractors: Literal["document", "text"] = key("document", "where they come from: the same document (harder), or all of the text")
+    questions: int = key(500, "how many questions, at most", "questions", gt=0)
+    seed: int = key(0, "seed of places, distractors and order")
+    overwrite: bool = key(False, "replace an existing output")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.mxfp4 import stored_values
@@ -18,25 +19,34 @@ from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import MANIFEST, config_hash, read_json, versions
 from megatron_moe2dense.common.table import render
 from megatron_moe2dense.evals.config import EvalConfig
-from megatron_moe2dense.evals.harness import Tasks, accuracies, load_tasks, require_tokenizer
-from megatron_moe2dense.evals.models import load_model, open_device, vocab_size
+from megatron_moe2dense.evals.generation import speeds
+from megatron_moe2dense.evals.harness import Tasks, answer, load_tasks, require_tokenizer
+from megatron_moe2dense.evals.models import load_model, open_device, require_accelerate, vocab_size
 from megatron_moe2dense.evals.perplexity import Loaded, measure
 from megatron_moe2dense.families import FAMILIES
 from megatron_moe2dense.tokens.config import TokensConfig
-from megatron_moe2dense.tokens.indexed import windows
+from megatron_moe2dense.tokens.indexed import windows as cut
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
+class Windows:
+    """Token windows, int64 [N, S], None where not asked for: of the perplexity, of the KL where it has its own, and the prompts
+    of the generation."""
+
+    nll_NS: np.ndarray | None
+    kl_NS: np.ndarray | None
+    prompts_NS: np.ndarray | None
+
+
+@dataclass(frozen=True)
 class Context:
-    """What all models of a run share: the teacher, the loaded lm-eval tasks, the windows of the perplexity and of the KL
-    where it has its own (int64 [N, S])."""
+    """What all models of a run share: the teacher, the loaded lm-eval tasks, token windows (int64 [N, S])."""
 
     teacher: Loaded | None
     tasks: Tasks | None
-    nll_NS: np.ndarray | None
-    kl_NS: np.ndarray | None
+    windows: Windows
 
 
 def run(config: EvalConfig) -> None:
@@ -46,23 +56,25 @@ def run(config: EvalConfig) -> None:
         UserError: an output in the way, a broken or unsuitable model, tokens of another tokenizer, an unknown task.
     """
     device = open_device(config.device)
+    if config.device_map:
+        require_accelerate()
     indices = {label: CheckpointIndex.open(directory) for label, directory in config.directories().items()}
     teacher_index = CheckpointIndex.open(config.kl.teacher) if config.kl else None
     _check_vocabularies(indices, teacher_index)
     for index in indices.values() if config.harness else ():
         require_tokenizer(index.directory)
-    nll_NS, kl_NS = _windows(config, indices)
+    windows = _windows(config, indices)
     done = _done(config, indices)
     tasks = load_tasks(config.harness) if config.harness else None
-    teacher = Loaded("teacher", load_model(teacher_index, device, config.dtype)) if teacher_index else None
+    teacher = Loaded("teacher", load_model(teacher_index, device, config.dtype, config.device_map)) if teacher_index else None
     for label, index in indices.items():
         if label in done:
             logger.info("%s: already in %s", label, config.output)
             continue
         # The teacher among the models is not loaded twice.
         known = teacher is not None and teacher_index is not None and teacher_index.directory.resolve() == index.directory.resolve()
-        model = teacher.model if known and teacher is not None else load_model(index, device, config.dtype)
-        records.append(Path(config.output), _record(config, Loaded(label, model), index, Context(teacher, tasks, nll_NS, kl_NS)))
+        model = teacher.model if known and teacher is not None else load_model(index, device, config.dtype, config.device_map)
+        records.append(Path(config.output), _record(config, Loaded(label, model), index, Context(teacher, tasks, windows)))
         del model
     print(_table(records.read(Path(config.output))))
 
@@ -74,8 +86,8 @@ def dry_run(config: EvalConfig) -> dict[str, Any]:
     _check_vocabularies(indices, teacher)
     done = _done(config, indices, keep=True)
     todo = [index for label, index in indices.items() if label not in done]
-    nll_NS, kl_NS = _windows(config, indices)
-    nll_tokens, kl_tokens = (0 if block is None else int(block.size) for block in (nll_NS, kl_NS))
+    windows = _windows(config, indices)
+    nll_tokens, kl_tokens = (0 if block is None else int(block.size) for block in (windows.nll_NS, windows.kl_NS))
     flops = sum(2 * _active_parameters(index) * (nll_tokens + kl_tokens) for index in todo)
     memory = max((_parameters(index) for index in todo), default=0) * _BYTES[config.dtype]
     if teacher and config.perplexity:
@@ -105,13 +117,34 @@ def _check_vocabularies(indices: dict[str, CheckpointIndex], teacher: Checkpoint
             )
 
 
-def _windows(config: EvalConfig, indices: dict[str, CheckpointIndex]) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The windows of the perplexity and, where `kl.data` names others, those of the KL; tokens checked against every model."""
+def _windows(config: EvalConfig, indices: dict[str, CheckpointIndex]) -> Windows:
+    """All windows that are needed, their tokens checked against every model's vocabulary."""
+    smallest, generation = min(vocab_size(index) for index in indices.values()), config.generation
 
-    def read(data: TokensConfig | None) -> np.ndarray | None:
-        return None if data is None else windows(data, min(vocab_size(index) for index in indices.values()))
+    def read(data: TokensConfig | None, stride: int | None = None) -> np.ndarray | None:
+        return None if data is None else cut(data, smallest, stride)
 
-    return read(config.perplexity.data if config.perplexity else None), read(config.kl.data if config.kl else None)
+    prompts = None
+    if generation is not None:
+        source = generation.data or (config.perplexity.data if config.perplexity else None)
+        assert source is not None, "the config asks for one"
+        prompts = source.model_copy(update={"sequence_length": generation.prompt_tokens, "sequences": max(generation.batch)})
+    return Windows(
+        read(config.perplexity.data, config.perplexity.stride) if config.perplexity else None,
+        read(config.kl.data if config.kl else None),
+        _filled(prompts, read(prompts)),
+    )
+
+
+def _filled(config: TokensConfig | None, prompts_NS: np.ndarray | None) -> np.ndarray | None:
+    """The prompts; UserError when the tokens give fewer than the largest batch."""
+    if config is not None and prompts_NS is not None and config.sequences is not None and len(prompts_NS) < config.sequences:
+        raise UserError(
+            f"{config.path}: {len(prompts_NS)} prompts of {config.sequence_length} tokens",
+            f"{config.sequences}, the largest batch of `generation`",
+            "use more text, shorter prompts or smaller batches",
+        )
+    return prompts_NS
 
 
 def _done(config: EvalConfig, indices: dict[str, CheckpointIndex], keep: bool = False) -> set[str]:
@@ -145,15 +178,24 @@ def _done(config: EvalConfig, indices: dict[str, CheckpointIndex], keep: bool = 
 def _record(config: EvalConfig, subject: Loaded, index: CheckpointIndex, context: Context) -> dict[str, Any]:
     start = time.perf_counter()
     metrics, tokens = _quality(config, subject, context)
+    settings = _settings(config, subject)
     if config.harness and context.tasks:
-        metrics["harness"] = accuracies(subject.model, index.directory, config.harness, context.tasks)
-        metrics["accuracy"] = {task: values["acc"] for task, values in metrics["harness"].items() if "acc" in values}
+        found = answer(subject.model, index.directory, config.harness, context.tasks)
+        accuracy = found.accuracy(config.harness)
+        metrics |= {"harness": found.by_task, "accuracy": accuracy}
+        metrics["accuracy_metric"] = {task: config.harness.metric(task) for task in accuracy}
+        if len(accuracy) > 1:
+            metrics["mean_accuracy"] = sum(accuracy.values()) / len(accuracy)
+        settings["harness"] = found.settings
+    if config.generation and context.windows.prompts_NS is not None:
+        metrics["generation"] = speeds(subject, context.windows.prompts_NS, config.generation)
     return {
         "model": subject.name,
         "plan_hash": _plan_hash(index.directory),
         "fingerprint": index.fingerprint(),
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "config": config.model_dump(mode="json"),
+        "settings": settings,
         "metrics": metrics,
         "tokens": tokens,
         "seconds": round(time.perf_counter() - start, 3),
@@ -161,12 +203,25 @@ def _record(config: EvalConfig, subject: Loaded, index: CheckpointIndex, context
     }
 
 
+def _settings(config: EvalConfig, subject: Loaded) -> dict[str, Any]:
+    """What numbers move with beside the config's own keys, as it turned out here."""
+    model = subject.model
+    return {
+        "device": str(model.device),
+        "dtype": config.dtype,
+        "threads": torch.get_num_threads(),
+        "class": type(model).__name__,
+        "attention": model.config._attn_implementation,
+        "experts": model.config._experts_implementation,
+    }
+
+
 def _quality(config: EvalConfig, subject: Loaded, context: Context) -> tuple[dict[str, Any], int]:
     """The metrics on token windows and the positions predicted for them; a second pass where the KL has its own data."""
-    teacher, nll_NS, kl_NS = context.teacher, context.nll_NS, context.kl_NS
-    if nll_NS is None:
+    teacher, nll_NS, kl_NS = context.teacher, context.windows.nll_NS, context.windows.kl_NS
+    if nll_NS is None or config.perplexity is None:
         return {}, 0
-    first = measure(subject, nll_NS, _batch_windows(config, nll_NS), None if kl_NS is not None else teacher)
+    first = measure(subject, nll_NS, _batch_windows(config, nll_NS), None if kl_NS is not None else teacher, config.perplexity.stride)
     metrics: dict[str, Any] = {"nll": first.nll, "perplexity": first.perplexity}
     if teacher is None:
         return metrics, first.positions
@@ -205,11 +260,16 @@ def _plan_hash(directory: Path) -> str | None:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     tasks = list(dict.fromkeys(task for row in rows for task in row["metrics"].get("accuracy", {})))
-    header = ["model", "parameters", "nll [nats]", "perplexity", "KL(teacher||model) [nats]", "top-1 agreement", *tasks]
+    speeds_at = list(dict.fromkeys(item["batch"] for row in rows for item in row["metrics"].get("generation", [])))
+    header = ["model", "parameters", "nll [nats]", "perplexity", "KL(teacher||model) [nats]", "top-1 agreement", *tasks, "mean of tasks"]
+    header += [f"{phase}, batch {batch} [tokens/s]" for batch in speeds_at for phase in ("prefill", "decode")]
     body = []
     for row in rows:
         values = row["metrics"]
         found = [values.get(name) for name in ("nll", "perplexity", "kl", "top1_agreement")]
-        body.append([row["model"], row["parameters"], *found, *(values.get("accuracy", {}).get(task) for task in tasks)])
+        found += [*(values.get("accuracy", {}).get(task) for task in tasks), values.get("mean_accuracy")]
+        for item in values.get("generation", []):
+            found += [item["prefill_tokens_per_second"], item["decode_tokens_per_second"]]
+        body.append([row["model"], row["parameters"], *found])
     used = [i for i in range(len(header)) if i < 2 or any(line[i] is not None for line in body)]
     return render([header[i] for i in used], [[line[i] for i in used] for line in body])

@@ -23,6 +23,24 @@ class Tasks:
     by_shots: dict[int | None, list[Any]]
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What lm-eval found for a model.
+
+    Attributes:
+        by_task: every metric (`acc`, `acc_norm`, ...: fractions) with shots and the task's version; a group's own row for a group.
+        settings: backend, whether prompts began with a BOS token, and the longest prompt in tokens.
+    """
+
+    by_task: dict[str, dict[str, Any]]
+    settings: dict[str, Any]
+
+    def accuracy(self, config: HarnessConfig) -> dict[str, float]:
+        """The metric that stands for each task (`HarnessConfig.metric`), where it has that one."""
+        found = {task: values.get(config.metric(task)) for task, values in self.by_task.items()}
+        return {task: value for task, value in found.items() if value is not None}
+
+
 def require_harness() -> ModuleType:
     """The lm_eval package; UserError naming the extra when it is not installed."""
     try:
@@ -34,24 +52,28 @@ def require_harness() -> ModuleType:
 
 
 def load_tasks(config: HarnessConfig) -> Tasks:
-    """Load the tasks and their data, before any model.
+    """Load the tasks and their data, before any model. HF_HUB_OFFLINE and HF_DATASETS_OFFLINE are respected (by `datasets`).
 
     Raises:
         UserError: an unknown task, data that can't be had, or `shots` for a task that fixes them to 0.
     """
     # Reading the index of lm-eval's own tasks takes seconds; task files alone don't need it.
-    manager = require_harness().tasks.TaskManager(include_defaults=not all(name.endswith(".yaml") for name in config.tasks))
+    chosen = config.chosen()
+    manager = require_harness().tasks.TaskManager(include_defaults=not all(name.endswith(".yaml") for name, _ in chosen))
     by_shots: dict[int | None, list[Any]] = {}
-    for name in config.tasks:
-        shots = config.shots[name] if isinstance(config.shots, dict) else config.shots
+    for name, shots in chosen:
         if name not in manager.task_index and not Path(name).is_file():
             hint = did_you_mean(name, manager.all_tasks) or "lm-eval lists its tasks with `lm_eval ls tasks`"
             raise UserError(f"task {name!r}", "a task of lm-eval or the path of a task YAML file", hint)
         try:
             loaded = manager.load([name])
         except Exception as error:  # data sets and task code raise anything, all of it the task's
-            found = f"task {name}: {type(error).__name__}: {error}"
-            raise UserError(found, "a task whose data can be loaded", "check the task's file and the network") from error
+            raise UserError(
+                f"task {name}: {type(error).__name__}: {error}",
+                "a task whose data can be loaded",
+                "check the task's file and the network; without one, load the data once where there is one and bring its cache (HF_HOME), "
+                "or measure a local task file (`moe2dense make-task`)",
+            ) from error
         fixed = [task for task, item in loaded["tasks"].items() if shots and item.get_config("num_fewshot") == 0]
         if fixed:
             raise UserError(f"shots {shots} for {fixed[0]}, which fixes them to 0", "shots with an effect", "leave them out for it")
@@ -70,14 +92,24 @@ def require_tokenizer(directory: Path) -> None:
         )
 
 
-def accuracies(model: PreTrainedModel, directory: Path, config: HarnessConfig, tasks: Tasks) -> dict[str, dict[str, Any]]:
-    """Every metric (`acc`, `acc_norm`, ... fractions) and the shots used, by task; a group's own row for a group."""
+def answer(model: PreTrainedModel, directory: Path, config: HarnessConfig, tasks: Tasks) -> Answers:
+    """Run all tasks on `model` with the tokenizer in `directory`.
+
+    Raises:
+        UserError: `add_bos_token=true` for a tokenizer that adds none.
+    """
     lm_eval = require_harness()
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     harness_model = lm_eval.models.huggingface.HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size, device=str(model.device)
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=config.batch_size,
+        device=str(model.device),
+        backend="causal",
+        add_bos_token=config.add_bos_token,
     )
     rows: dict[str, dict[str, Any]] = {}
+    settings = _settings(harness_model, config, directory)
     for shots, items in tasks.by_shots.items():
         found = lm_eval.simple_evaluate(
             model=harness_model,
@@ -91,5 +123,18 @@ def accuracies(model: PreTrainedModel, directory: Path, config: HarnessConfig, t
         assert found is not None, "lm-eval gives results on rank 0, and there is only one"
         for name in (getattr(item, "task_name", None) or item.name for item in items):
             values = {key.partition(",")[0]: value for key, value in found["results"][name].items() if isinstance(value, (int, float))}
-            rows[name] = {**values, "shots": found["n-shot"].get(name)}
-    return rows
+            rows[name] = {**values, "shots": found["n-shot"].get(name, shots), "version": found["versions"].get(name)}
+    return Answers(rows, settings)
+
+
+def _settings(harness_model: Any, config: HarnessConfig, directory: Path) -> dict[str, Any]:
+    """What scores move with, as it really is: whether prompts begin with BOS is read off an encoded one."""
+    bos, plain = harness_model.tokenizer.bos_token_id, harness_model.tokenizer.encode("a", add_special_tokens=False)
+    begins = bos is not None and harness_model.tok_encode("a")[: len(plain) + 1] == [bos, *plain]
+    if config.add_bos_token and not begins:
+        raise UserError(
+            f"harness.add_bos_token=true, but the tokenizer of {directory} begins no text with a BOS token",
+            "a tokenizer that adds one (`add_bos_token` in its tokenizer_config.json, or a post-processor)",
+            "leave add_bos_token out",
+        )
+    return {"backend": "lm-eval hf, causal", "add_bos_token": begins, "max_length": harness_model.max_length}

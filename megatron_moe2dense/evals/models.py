@@ -22,7 +22,9 @@ def vocab_size(index: CheckpointIndex) -> int:
 
 
 def open_device(name: str) -> torch.device:
-    """The torch device of that name; UserError when there is no such device here."""
+    """The torch device of that name (`auto`: cuda where there is one, else cpu); UserError when there is no such device here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -31,12 +33,23 @@ def open_device(name: str) -> torch.device:
     return device
 
 
-def load_model(index: CheckpointIndex, device: torch.device, dtype: str) -> PreTrainedModel:
-    """The checkpoint as its stock transformers class, in eval mode, on `device` in `dtype`.
+def require_accelerate() -> None:
+    """UserError naming the extra when accelerate, which places models over several GPUs, is not installed."""
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"no accelerate ({error})", "accelerate, for `device_map`", "pip install 'megatron_moe2dense[eval]', or leave device_map out"
+        ) from None
+
+
+def load_model(index: CheckpointIndex, device: torch.device, dtype: str, device_map: str | None = None) -> PreTrainedModel:
+    """The checkpoint as its stock transformers class, in eval mode, on `device` in `dtype`; by `device_map` over all GPUs instead.
 
     Raises:
         UserError: transformers does not know the architecture, or a tensor is missing, left over or of another shape.
     """
+    spread = {} if device_map is None else {"device_map": device_map}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             index.directory,
@@ -44,6 +57,7 @@ def load_model(index: CheckpointIndex, device: torch.device, dtype: str) -> PreT
             dtype=getattr(torch, dtype),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, all at once
+            **spread,
         )
     except (ValueError, OSError, RuntimeError) as error:
         raise UserError(
@@ -59,4 +73,5 @@ def load_model(index: CheckpointIndex, device: torch.device, dtype: str) -> PreT
             f"exactly the tensors of {type(model).__name__}",
             "the checkpoint is incomplete or belongs to another config.json: make or download it again",
         )
-    return model.to(device).eval().requires_grad_(False)
+    placed = model if spread else model.to(device)
+    return placed.eval().requires_grad_(False)

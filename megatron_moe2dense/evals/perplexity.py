@@ -18,7 +18,7 @@ _BLOCK = 2**25
 
 @dataclass(frozen=True)
 class Measured:
-    """Sums over all predicted positions of all windows (S - 1 a window), accumulated in float64.
+    """Sums over all counted positions of all windows (S - 1 a window unless fewer count), accumulated in float64.
 
     positions: how many. nll_sum, kl_sum: nats. agreed: positions where teacher and model have the same most probable token.
     kl_sum and agreed are None without a teacher.
@@ -59,9 +59,13 @@ class Loaded:
 
 
 @torch.inference_mode()
-def measure(subject: Loaded, windows_NS: np.ndarray, batch_windows: int, teacher: Loaded | None = None) -> Measured:
+def measure(
+    subject: Loaded, windows_NS: np.ndarray, batch_windows: int, teacher: Loaded | None = None, stride: int | None = None
+) -> Measured:
     """Run `subject` (and `teacher`, on the same batches) over windows, int64 [N, S].
 
+    stride: only predictions of the last so many tokens of each window count (None: of all that are predicted, S - 1), so with
+    windows that start `stride` tokens apart a token counts once, seen from at least S - stride tokens before it.
     Logits are taken in float32; the vocabulary is worked through in blocks of tokens, so memory beyond the models' own
     logits stays bounded.
 
@@ -69,6 +73,8 @@ def measure(subject: Loaded, windows_NS: np.ndarray, batch_windows: int, teacher
         UserError: a model returns NaN or infinite values, or the vocabularies differ.
     """
     nll_sum, kl_sum, agreed, positions = 0.0, 0.0, 0, 0
+    first = 0 if stride is None else windows_NS.shape[1] - stride - 1
+    assert first >= 0, "a stride of a whole window or more has no tokens before it"
     for start in progress(range(0, len(windows_NS), batch_windows), subject.name, unit="batch"):
         tokens_BS = torch.from_numpy(windows_NS[start : start + batch_windows]).to(subject.model.device)
         logits_TV = _logits(subject, tokens_BS)
@@ -76,13 +82,13 @@ def measure(subject: Loaded, windows_NS: np.ndarray, batch_windows: int, teacher
         if teacher is not None and teacher_TV is not None:
             _check_vocabulary(subject, logits_TV, teacher, teacher_TV)
         # Row t predicts token t + 1; the last token of a window predicts nothing we know.
-        rows_T = torch.arange(tokens_BS.numel(), device=tokens_BS.device).view(tokens_BS.shape)[:, :-1].reshape(-1)
+        rows_T = torch.arange(tokens_BS.numel(), device=tokens_BS.device).view(tokens_BS.shape)[:, first:-1].reshape(-1)
         targets_T = tokens_BS.reshape(-1)[rows_T + 1]
         for block in zip(rows_T.split(_tokens_a_block(logits_TV)), targets_T.split(_tokens_a_block(logits_TV)), strict=True):
             log_q = _log_probs(logits_TV[block[0]], subject)
             nll_sum -= log_q.gather(1, block[1][:, None]).double().sum().item()
             if teacher is not None and teacher_TV is not None:
-                log_p = _log_probs(teacher_TV[block[0]], teacher)
+                log_p = _log_probs(teacher_TV[block[0].to(teacher_TV.device)], teacher).to(log_q.device)
                 agreed += int((log_p.argmax(1) == log_q.argmax(1)).sum())
                 kl_sum += (log_p.exp() * (log_p - log_q)).sum(1).double().sum().item()
         positions += len(targets_T)

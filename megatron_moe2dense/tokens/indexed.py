@@ -134,19 +134,20 @@ def write_token_file(prefix: str, documents: Iterable[np.ndarray], vocab_size: i
     return writer.documents, writer.tokens
 
 
-def windows(config: TokensConfig, vocab_size: int) -> np.ndarray:
+def windows(config: TokensConfig, vocab_size: int, stride: int | None = None) -> np.ndarray:
     """The windows of a token stream, int64 [sequences, sequence_length].
 
-    Consecutive and non-overlapping from the first token on; a last, shorter one is dropped and said; `sequences` of them,
-    drawn by `seed` and kept in stream order when there are more. No token is added, none is skipped.
+    Consecutive from the first token on, a new one every `stride` tokens (None: `sequence_length`, they don't overlap); a last,
+    shorter one is dropped and said; `sequences` of them, drawn by `seed` and kept in stream order when there are more. No token
+    is added, none is skipped.
 
     Raises:
         UserError: fewer tokens than one window, or a token outside the model's vocabulary (another tokenizer).
     """
-    stream, length = TokenFile.open(config.path).tokens, config.sequence_length
-    count, rest = divmod(len(stream), length)
-    if count == 0:
+    stream, length, step = TokenFile.open(config.path).tokens, config.sequence_length, stride or config.sequence_length
+    if len(stream) < length:
         raise UserError(f"{config.path}: {len(stream)} tokens", f"at least sequence_length={length}", "use more text or shorter windows")
+    count, rest = (len(stream) - length) // step + 1, (len(stream) - length) % step
     if rest:
         logger.info("%s: the last %d tokens fill no window of %d and are left out", config.path, rest, length)
     chosen = np.arange(count)
@@ -154,7 +155,7 @@ def windows(config: TokensConfig, vocab_size: int) -> np.ndarray:
         chosen = np.sort(np.random.default_rng(config.seed).choice(count, config.sequences, replace=False))
     elif config.sequences is not None and count < config.sequences:
         logger.info("%s: %d windows of %d tokens, fewer than the %d asked for", config.path, count, length, config.sequences)
-    result = stream[: count * length].reshape(count, length)[chosen].astype(np.int64)
+    result = np.lib.stride_tricks.sliding_window_view(stream, length)[::step][chosen].astype(np.int64)
     if result.max() >= vocab_size:
         raise UserError(
             f"{config.path}: token {result.max()}",

@@ -26,7 +26,8 @@ class TextTokenizer:
     Attributes:
         file: what was opened. sha256: its content. vocab_size: one more than the largest token id, added tokens included.
         eos: id of its end-of-sequence token, None where it names none.
-        encode: a text to its token ids. token_id: a token's text to its id or None. known: texts of its special tokens.
+        encode: a text to its token ids. decode: ids to their text, special tokens included.
+        token_id: a token's text to its id or None. known: texts of its special tokens.
     """
 
     file: Path
@@ -34,6 +35,7 @@ class TextTokenizer:
     vocab_size: int
     eos: int | None
     encode: Callable[[str], np.ndarray]
+    decode: Callable[[list[int]], str]
     token_id: Callable[[str], int | None]
     known: tuple[str, ...]
 
@@ -93,6 +95,7 @@ def _open_json(place: Path) -> TextTokenizer:
         vocab_size=max(model.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
         eos=None if eos is None else model.token_to_id(eos),
         encode=lambda text: np.asarray(model.encode(text, add_special_tokens=False).ids, np.int64),
+        decode=lambda ids: model.decode(ids, skip_special_tokens=False),
         token_id=model.token_to_id,
         known=tuple(token.content for token in model.get_added_tokens_decoder().values() if token.special),
     )
@@ -120,6 +123,7 @@ def _open_sentencepiece(place: Path) -> TextTokenizer:
         vocab_size=model.vocab_size(),
         eos=model.eos_id() if model.eos_id() >= 0 else None,
         encode=lambda text: np.asarray(model.encode(text), np.int64),
+        decode=model.decode,
         token_id=token_id,
         known=tuple(model.id_to_piece(index) for index in range(model.vocab_size()) if model.is_control(index)),
     )

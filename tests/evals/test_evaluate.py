@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from megatron_moe2dense.cli import main
 from megatron_moe2dense.common import records
@@ -111,6 +112,13 @@ def test_models_of_a_list_are_called_by_their_folder(root, tmp_path):
         ({"models": []}, "`models` is empty"),
         ({"perplexity": None, "kl": None}, "nothing to measure"),
         ({"perplexity": None, "harness": {"tasks": ["t"]}}, "`kl` goes with `perplexity`"),
+        ({"perplexity": {"data": {"path": "t", "sequence_length": 16}, "stride": 16}}, "leaves no context in windows of 16"),
+        ({"harness": {"preset": "paper", "tasks": ["t"]}}, "either `preset` or `tasks`"),
+        ({"harness": {"limit": 3}}, "either `preset` or `tasks`"),
+        ({"harness": {"preset": "paper", "shots": 5}}, "`shots` are the preset's"),
+        ({"perplexity": None, "kl": None, "generation": {}}, "`generation` needs prompts"),
+        ({"generation": {"batch": [2, 2]}}, "different positive numbers"),
+        ({"device_map": "auto", "device": "cpu"}, "no effect with device_map"),
         ({"harness": {"tasks": ["t"], "shots": {"u": 1}}}, "not a task: \\['u'\\], without shots: \\['t'\\]"),
         ({"harness": {"tasks": ["t"], "shots": -1}}, "must not be negative"),
     ],
@@ -118,6 +126,39 @@ def test_models_of_a_list_are_called_by_their_folder(root, tmp_path):
 def test_settings_that_do_not_fit_are_refused(root, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         config(root, tmp_path / "r.jsonl", **changes)
+
+
+def test_a_stride_counts_the_last_tokens_of_every_window_in_the_command_too(root, tmp_path):
+    data = {"path": str(root / "held_out"), "sequence_length": 16}
+    evaluate.run(config(root, tmp_path / "r.jsonl", perplexity={"data": data, "stride": 4, "batch_tokens": 64}))
+    rows = records.read(tmp_path / "r.jsonl")
+    assert [row["tokens"] for row in rows] == [4 * ((16 * 9 + 5 - 16) // 4 + 1)] * 2
+    assert rows[0]["metrics"]["kl"] == 0.0
+
+
+def test_generation_is_recorded_with_what_it_depends_on(root, tmp_path, capsys):
+    wanted = {"prompt_tokens": 8, "new_tokens": 4, "batch": [1, 3], "repeats": 1}
+    evaluate.run(config(root, tmp_path / "r.jsonl", kl=None, generation=wanted))
+    rows = records.read(tmp_path / "r.jsonl")
+    assert [item["batch"] for item in rows[1]["metrics"]["generation"]] == [1, 3]
+    assert {"device": "cpu", "dtype": "float32", "attention": "sdpa"}.items() <= rows[0]["settings"].items()
+    assert "decode, batch 3 [tokens/s]" in capsys.readouterr().out
+
+
+def test_too_few_prompts_are_refused(root, tmp_path):
+    with pytest.raises(UserError, match="9 prompts of 16 tokens"):
+        evaluate.run(config(root, tmp_path / "r.jsonl", generation={"prompt_tokens": 16, "batch": [10]}))
+
+
+def test_a_device_map_loads_through_accelerate_and_measures_the_same(root, tmp_path, monkeypatch):
+    asked = []
+    real = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: asked.append(k.get("device_map")) or real(*a, **k))
+    evaluate.run(config(root, tmp_path / "one.jsonl"))
+    evaluate.run(config(root, tmp_path / "spread.jsonl", device_map="balanced"))
+    assert asked == [None, None, "balanced", "balanced"]  # the teacher among the models is loaded once
+    one, spread = (records.read(tmp_path / f"{name}.jsonl")[1]["metrics"] for name in ("one", "spread"))
+    assert spread == pytest.approx(one, rel=1e-6)
 
 
 def test_a_model_of_another_vocabulary_is_refused_before_anything_runs(root, tmp_path):

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.evals import evaluate
 from megatron_moe2dense.evals.config import EvalConfig, HarnessConfig
-from megatron_moe2dense.evals.harness import load_tasks
+from megatron_moe2dense.evals.harness import Answers, load_tasks, require_harness
 from tests.helpers.tiny_models import tiny_qwen3
 
 WORDS = [f"w{i}" for i in range(255)]
@@ -78,6 +79,63 @@ def test_shots_and_limit_reach_lm_eval(root, tmp_path):
     (row,) = records.read(tmp_path / "records.jsonl")
     assert row["metrics"]["harness"]["pick"]["shots"] == 2
     assert row["metrics"]["accuracy"]["pick"] * 5 == pytest.approx(round(row["metrics"]["accuracy"]["pick"] * 5))
+
+
+def test_what_scores_move_with_is_recorded(root, tmp_path):
+    evaluate.run(config(root, tmp_path / "records.jsonl", limit=2))
+    (row,) = records.read(tmp_path / "records.jsonl")
+    assert row["settings"]["harness"] == {"backend": "lm-eval hf, causal", "add_bos_token": False, "max_length": 256}
+    assert row["config"]["harness"]["batch_size"] == 8
+    assert {"lm-eval", "transformers", "datasets"} <= set(row["versions"])
+
+
+def test_bos_that_a_tokenizer_does_not_add_is_refused(root, tmp_path):
+    with pytest.raises(UserError, match="begins no text with a BOS token"):
+        evaluate.run(config(root, tmp_path / "records.jsonl", add_bos_token=True))
+
+
+@pytest.mark.parametrize(("asked", "begins"), [(None, True), (False, False), (True, True)])
+def test_bos_of_a_tokenizer_that_adds_one_is_kept_or_left_out_and_read_off(root, tmp_path, asked, begins):
+    shutil.copytree(root / "model", tmp_path / "model")
+    content = json.loads((tmp_path / "model/tokenizer.json").read_text())
+    special = {"<eos>": {"id": "<eos>", "ids": [255], "tokens": ["<eos>"]}}
+    pieces = [{"SpecialToken": {"id": "<eos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    content["post_processor"] = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": special}
+    (tmp_path / "model/tokenizer.json").write_text(json.dumps(content))
+    settings = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": "<eos>"}))
+    wanted = config(root, tmp_path / "r.jsonl", add_bos_token=asked, limit=2).model_copy(update={"models": [str(tmp_path / "model")]})
+    evaluate.run(wanted)
+    assert records.read(tmp_path / "r.jsonl")[0]["settings"]["harness"]["add_bos_token"] is begins
+
+
+def test_the_papers_preset_is_its_five_tasks_with_its_shots():
+    preset = HarnessConfig(preset="paper")
+    assert dict(preset.chosen()) == {"winogrande": 5, "hellaswag": 10, "arc_easy": 25, "arc_challenge": 25, "mmlu": 5}
+    lm_eval = require_harness()
+    manager = lm_eval.tasks.TaskManager()
+    listed = {item["metric"] for task in ("hellaswag", "arc_easy") for item in _task_yaml(manager, task)["metric_list"]}
+    assert {preset.metric("hellaswag"), preset.metric("arc_easy"), preset.metric("arc_challenge")} <= listed
+    assert all(task in manager.task_index for task, _ in preset.chosen())
+
+
+def _task_yaml(manager, task: str) -> dict:
+    text = Path(manager.task_index[task].yaml_path).read_text()
+    return yaml.safe_load("\n".join(line for line in text.splitlines() if "!function" not in line))
+
+
+def test_the_mean_is_over_the_metric_of_each_task():
+    preset = HarnessConfig(preset="paper")
+    by_task = {task: {"acc": 0.1, "acc_norm": 0.2} for task, _ in preset.chosen()}
+    expected = {"winogrande": 0.1, "hellaswag": 0.2, "arc_easy": 0.2, "arc_challenge": 0.2, "mmlu": 0.1}
+    assert Answers(by_task, {}).accuracy(preset) == expected
+
+
+def test_data_that_can_not_be_reached_is_refused_before_any_model_is_loaded(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    wanted = config(root, tmp_path / "r.jsonl", tasks=None, preset="paper")
+    with pytest.raises(UserError, match="bring its cache"):
+        evaluate.run(wanted)
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_name():

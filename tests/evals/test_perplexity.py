@@ -13,7 +13,9 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.evals import perplexity
 from megatron_moe2dense.evals.models import load_model
 from megatron_moe2dense.evals.perplexity import Loaded, measure
-from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe
+from megatron_moe2dense.tokens.config import TokensConfig
+from megatron_moe2dense.tokens.indexed import TokenFile, windows
+from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 
 TOKENS_NS = np.random.default_rng(3).integers(0, 256, (7, 24))
 
@@ -48,6 +50,27 @@ def test_nll_kl_and_agreement_equal_float64_of_the_stock_models(directories):
     assert found.kl == pytest.approx(kl, rel=1e-5)
     assert found.agreed == (log_p.argmax(-1) == log_q.argmax(-1)).sum()
     assert kl > 0.01, "the two models must differ for this to mean something"
+
+
+@pytest.mark.parametrize("stride", [1, 10, 23])
+def test_with_a_stride_the_last_tokens_of_overlapping_windows_count_as_in_a_plain_loop(directories, tmp_path, stride):
+    write_tokens(tmp_path / "text", 24 + 6 * stride + (stride > 1), seed=4)
+    stream = TokenFile.open(str(tmp_path / "text")).tokens.astype(np.int64)
+    options = {"dtype": torch.float64, "experts_implementation": "eager"}
+    models = [AutoModelForCausalLM.from_pretrained(directories[name], **options).eval() for name in ("student", "teacher")]
+    nll, kl, counted = 0.0, 0.0, 0
+    for begin in range(0, len(stream) - 23, stride):
+        window = torch.from_numpy(stream[begin : begin + 24])[None]
+        log_q, log_p = (model(window).logits[0].log_softmax(-1).detach() for model in models)
+        for position in range(24 - stride, 24):  # the token that is predicted
+            nll -= log_q[position - 1, window[0, position]].item()
+            kl += (log_p[position - 1].exp() * (log_p[position - 1] - log_q[position - 1])).sum().item()
+            counted += 1
+    config = TokensConfig(path=str(tmp_path / "text"), sequence_length=24, sequences=None)
+    found = measure(load(directories["student"]), windows(config, 256, stride), 3, load(directories["teacher"]), stride)
+    assert found.positions == counted == 7 * stride
+    assert found.nll == pytest.approx(nll / counted, rel=1e-5)
+    assert found.kl == pytest.approx(kl / counted, rel=1e-5)
 
 
 def test_kl_of_a_model_to_an_equal_copy_is_zero(directories):
