@@ -1,4 +1,4 @@
-"""Recognises what a path holds by its content: metrics, records, ranking, plan or statistics."""
+"""Recognises what a path holds by its content: metrics, records, those of a sweep, ranking, plan or statistics."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import read_json
+from megatron_moe2dense.plots.sweep import is_sweep
 
-Kind = Literal["metrics", "records", "ranking", "plan", "statistics"]
+Kind = Literal["metrics", "records", "sweep", "ranking", "plan", "statistics"]
 _FILES = ("metrics.jsonl", "records.jsonl", "ranking.json", "plan.json", "stats.safetensors")
 _COUNT = re.compile(r"layers\.(\d+)\.selected_count$")
 
@@ -82,7 +83,7 @@ def _rows(path: Path) -> tuple[Kind | None, list[dict[str, Any]]]:
     if not rows:
         raise UserError(f"{path} has no rows", "rows to plot", "wait for the first row, or leave the file out")
     if all(isinstance(row, dict) and isinstance(row.get("metrics"), dict) and "model" in row for row in rows):
-        return "records", rows
+        return "sweep" if all(map(is_sweep, rows)) else "records", rows
     if all(isinstance(row, dict) and {"step", "tokens"} <= row.keys() and ("loss" in row or "eval_loss" in row) for row in rows):
         return "metrics", rows
     return None, rows

@@ -19,6 +19,7 @@ from megatron_moe2dense.plots.experts import expert_scores, plan_map, share_map
 from megatron_moe2dense.plots.inputs import Input, read_inputs
 from megatron_moe2dense.plots.spectra import cosine_maps, gram_spectra, score_spectra
 from megatron_moe2dense.plots.style import save, style
+from megatron_moe2dense.plots.sweep import FIGURES
 from megatron_moe2dense.plots.usage import specialisation, use_by_kind
 
 Drawing = Callable[[], Figure | None]
@@ -55,7 +56,7 @@ def dry_run(config: PlotConfig) -> dict[str, Any]:
 def figures(inputs: list[Input]) -> dict[str, Drawing]:
     """The figures that apply, by file name, as calls that draw them.
 
-    All metrics share one figure and all records one; each ranking, plan and statistics has its own, and several
+    All metrics share one figure and all records one; each sweep, ranking, plan and statistics has its own, and several
     statistics add the comparison of their kinds of text.
     """
     drawings: dict[str, Drawing] = {}
@@ -66,6 +67,8 @@ def figures(inputs: list[Input]) -> dict[str, Drawing]:
         drawings["training"] = partial(training_curves, {item.label: item.content for item in metrics})
     if rows := [row for item in by_kind.get("records", []) for row in item.content]:
         drawings["quality"] = partial(quality_bars, rows)
+    for item, end in _named(by_kind.get("sweep", [])):
+        drawings |= {name + end: partial(draw, item.content) for name, draw in FIGURES.items()}
     for item, end in _named(by_kind.get("ranking", [])):
         layers = item.content["layers"]
         drawings["expert_scores" + end] = partial(expert_scores, item.content)

@@ -59,10 +59,10 @@ def resolve_plan(config: ConvertConfig, source: MoeSource, reader: CheckpointRea
     """The plan to carry out: read from `config.plan`, or made from statistics and methods. Its source is `source`."""
     statistics = None if config.statistics is None else CalibratedStats.open(config.statistics)
     if statistics is not None:
-        _require_same_source(f"{config.statistics}: statistics", statistics.source, source)
+        require_same_source(f"{config.statistics}: statistics", statistics.source, source)
     if config.plan is not None:
         plan = ConversionPlan.read(Path(config.plan))
-        _require_same_source(f"{config.plan}: plan", plan.source, source)
+        require_same_source(f"{config.plan}: plan", plan.source, source)
         _require_fit(config, plan, source)
         return plan
     assert statistics is not None, "ConvertConfig requires statistics without a plan"
@@ -70,10 +70,11 @@ def resolve_plan(config: ConvertConfig, source: MoeSource, reader: CheckpointRea
     assert config.scale is not None, "ConvertConfig fills scale without a plan"
     groups = config.groups or source.dims.active
     methods = Methods(config.keep or groups, groups, config.score, config.group, config.scale)
-    return make_plan(statistics, methods, lambda layer: _flat_weights(source, reader, layer))
+    return make_plan(statistics, methods, lambda layer: flat_weights(source, reader, layer))
 
 
-def _require_same_source(what: str, found: dict[str, Any], source: MoeSource) -> None:
+def require_same_source(what: str, found: dict[str, Any], source: MoeSource) -> None:
+    """UserError when `what` (statistics, a plan) was made from another model; found: the source it recorded."""
     if found["fingerprint"] != source.fingerprint:
         raise UserError(
             f"{what} of another model ({found['path']}, fingerprint {found['fingerprint'][:12]})",
@@ -95,7 +96,9 @@ def _require_fit(config: ConvertConfig, plan: ConversionPlan, source: MoeSource)
         )
 
 
-def _flat_weights(source: MoeSource, reader: CheckpointReader, layer: int) -> FlatWeights:
+def flat_weights(source: MoeSource, reader: CheckpointReader, layer: int) -> FlatWeights:
+    """Reads one layer's experts for the grouping methods that look at weights."""
+
     def read(expert: int) -> np.ndarray:
         ffn = read_ffn(finite_tensors(reader), source.tensors.experts, layer, expert)
         return torch.cat([part.float().flatten() for part in (ffn.gate_FD, ffn.up_FD, ffn.down_DF)]).numpy()

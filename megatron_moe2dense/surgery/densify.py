@@ -3,7 +3,7 @@ each group folded into its down projection and bias, shared experts behind them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -20,7 +20,17 @@ ReadExpert = Callable[[int], DenseFfn]
 def densify(plan: LayerPlan, read: ReadExpert, shared: DenseFfn | None = None) -> DenseFfn:
     """The dense FFN of one layer, F = G * I and the neurons of the shared experts. Merging and scaling compute in float64 and round
     once to the source's dtype; the down bias is sum_g alpha_g bias_g."""
-    slices = [_scaled(_merge(plan, group, read), scale) for group, scale in enumerate(plan.scales)]
+    return stacked(plan, merged(plan, read), shared)
+
+
+def merged(plan: LayerPlan, read: ReadExpert) -> Iterator[DenseFfn]:
+    """The mean expert of each group, one after the other, not scaled yet: the same for plans that differ in their scales only."""
+    return (_merge(plan, group, read) for group in range(len(plan.scales)))
+
+
+def stacked(plan: LayerPlan, experts: Iterable[DenseFfn], shared: DenseFfn | None = None) -> DenseFfn:
+    """The dense FFN from the mean experts of `merged` and the plan's scales."""
+    slices = [_scaled(expert, scale) for expert, scale in zip(experts, plan.scales, strict=True)]
     if shared is not None:
         slices.append(_scaled(shared, plan.shared_scale))
     biases = [ffn.down_bias_D for ffn in slices if ffn.down_bias_D is not None]

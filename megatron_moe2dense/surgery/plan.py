@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -107,10 +107,18 @@ def _check_layer(layer: LayerPlan, keep: int, groups: int) -> None:
 def plan_layer(layer: int, stats: LayerStats, methods: Methods, weights: FlatWeights) -> LayerPlan:
     """Select, group, weigh and scale the experts of one layer."""
     selection = methods.scorer.select(stats, methods.keep)
+    return scaled_layer(layer, stats, selection, group_layer(stats, methods, selection, weights), methods)
+
+
+def group_layer(stats: LayerStats, methods: Methods, selection: Selection, weights: FlatWeights) -> Grouping:
+    """The groups of the kept experts, numbered by their best expert; each expert its own without a grouping method."""
     if methods.grouper is None:
-        grouping = Grouping(np.arange(methods.keep), methods.groups)
-    else:
-        grouping = _best_first(methods.grouper.group(selection, weights, stats, methods.groups))
+        return Grouping(np.arange(methods.keep), methods.groups)
+    return _best_first(methods.grouper.group(selection, weights, stats, methods.groups))
+
+
+def scaled_layer(layer: int, stats: LayerStats, selection: Selection, grouping: Grouping, methods: Methods) -> LayerPlan:
+    """The plan of a layer from a selection and groups that are made already (plans of a sweep share them)."""
     scales_G = methods.scaler.scales(selection, grouping, stats)
     return LayerPlan(
         layer=layer,
@@ -155,6 +163,11 @@ def make_plan(statistics: CalibratedStats, methods: Methods, weights: Callable[[
         UserError: a statistic the methods need was not collected; keep beyond the number of experts.
     """
     statistics.require(methods.needs())
+    return whole_plan(statistics, methods, [plan_layer(i, stats, methods, weights(i)) for i, stats in statistics.layers.items()])
+
+
+def whole_plan(statistics: CalibratedStats, methods: Methods, layers: Iterable[LayerPlan]) -> ConversionPlan:
+    """The plan of a whole model from those of its layers."""
     return ConversionPlan(
         source={name: statistics.source[name] for name in ("path", "fingerprint")},
         family=statistics.source["family"],
@@ -163,5 +176,5 @@ def make_plan(statistics: CalibratedStats, methods: Methods, weights: Callable[[
         score=scorers.dump(methods.scorer),
         group=groupers.dump(methods.grouper) if methods.grouper else None,
         scale=scalers.dump(methods.scaler),
-        layers=tuple(plan_layer(i, stats, methods, weights(i)) for i, stats in statistics.layers.items()),
+        layers=tuple(layers),
     )

@@ -272,7 +272,7 @@ def test_an_mxfp4_exponent_of_nan_is_refused(expert: int, tokens: str, tmp_path:
     tensors[name][expert, 3, 0] = 255
     save_file(tensors, packed / "model.safetensors", {"format": "pt"})
     # The fingerprint samples large files; a tiny one it sees whole, so take it out of the way.
-    monkeypatch.setattr("megatron_moe2dense.surgery.convert._require_same_source", lambda *_: None)
+    monkeypatch.setattr("megatron_moe2dense.surgery.convert.require_same_source", lambda *_: None)
     message = user_error("convert", f"source={packed}", f"statistics={tmp_path / 'stats'}", f"output={tmp_path / 'dense'}")
     assert "1 MXFP4 exponents of 255" in message
     assert name.removesuffix("_scales") in message

@@ -45,7 +45,7 @@ def test_a_nan_expert(expert: int, tokens: str, tmp_path: Path, user_error: Refu
     name = f"model.layers.1.mlp.experts.{expert}.up_proj.weight"
     damage(path, name, float("nan"))
     # The fingerprint samples large files; a tiny one it sees whole, so take it out of the way.
-    monkeypatch.setattr("megatron_moe2dense.surgery.convert._require_same_source", lambda *_: None)
+    monkeypatch.setattr("megatron_moe2dense.surgery.convert.require_same_source", lambda *_: None)
     message = user_error("convert", f"source={path}", f"statistics={tmp_path / 'stats'}", f"output={tmp_path / 'dense'}")
     assert name in message
     assert not (tmp_path / "dense").exists()

@@ -1,0 +1,188 @@
+"""Many dense models of one MoE in one pass, layer by layer: the stock layers of the MoE with each plan's dense FFN in the place of
+the MoE block. Nothing is written. Plans with equal first layers share their hidden states as far as they are equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.surgery.densify import merged, stacked
+from megatron_moe2dense.surgery.experts import Gating, gating
+from megatron_moe2dense.surgery.hidden import HiddenPlace
+from megatron_moe2dense.surgery.observe import Observer
+from megatron_moe2dense.surgery.packing import finite_tensors, read_ffn
+from megatron_moe2dense.surgery.source import MoeSource
+from megatron_moe2dense.surgery.stream import Compute, StreamedModel
+from megatron_moe2dense.surgery.types import DenseFfn, LayerPlan
+
+
+@dataclass(frozen=True)
+class Head:
+    """Final norm and output matrix, the same in the MoE and in all dense models made of it."""
+
+    norm: nn.Module
+    weight_VD: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.weight_VD.device
+
+    def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """[T, V], float32, from hidden states after the last layer."""
+        return (self.norm(x_TD.to(self.weight_VD)) @ self.weight_VD.T).float()
+
+
+class _DenseBlock(nn.Module):
+    """A dense FFN in the place of the MoE block; `ffn` is set from plan to plan."""
+
+    def __init__(self, gating: Gating, returns_scores: bool):
+        super().__init__()
+        self._gating, self._returns_scores = gating, returns_scores
+        self.ffn: DenseFfn | None = None
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
+        ffn = self.ffn
+        assert ffn is not None, "a plan's FFN is set before the layer runs"
+        linear = nn.functional.linear
+        inner_BSF = self._gating(linear(x_BSD, ffn.gate_FD, ffn.gate_bias_F), linear(x_BSD, ffn.up_FD, ffn.up_bias_F))
+        y_BSD = linear(inner_BSF, ffn.down_DF, ffn.down_bias_D)
+        return (y_BSD, None) if self._returns_scores else y_BSD
+
+
+@dataclass
+class _States:
+    """Distinct hidden states [N, S, D] in memory, and which of them each plan is at."""
+
+    distinct: list[torch.Tensor]
+    of_plan: list[int]
+    pending: list[int] = field(default_factory=list)
+
+    def branch(self, layer_plans: Sequence[LayerPlan]) -> dict[LayerPlan, dict[int, list[int]]]:
+        """Layer plan to state to the plans that are there: what has to run. Plans that differ in their scales only stand together."""
+        order = sorted(range(len(layer_plans)), key=lambda i: _merge_key(layer_plans[i]))
+        found: dict[LayerPlan, dict[int, list[int]]] = {}
+        for plan in order:
+            found.setdefault(layer_plans[plan], {}).setdefault(self.of_plan[plan], []).append(plan)
+        self.pending = [0] * len(self.distinct)
+        for states in found.values():
+            for state in states:
+                self.pending[state] += 1
+        return found
+
+    def target(self, state: int) -> torch.Tensor:
+        """Memory for what comes after the state: its own when nothing else starts from it."""
+        self.pending[state] -= 1
+        return self.distinct[state] if self.pending[state] == 0 else torch.empty_like(self.distinct[state])
+
+
+def _merge_key(plan: LayerPlan) -> tuple[Any, ...]:
+    return plan.experts, plan.group_of, plan.merge_weights, plan.align
+
+
+class DenseStream(StreamedModel):
+    """The dense models that plans make of a MoE checkpoint, and the MoE itself as their teacher; one layer in memory at a time."""
+
+    def __init__(self, source: MoeSource, reader: CheckpointReader, compute: Compute):
+        super().__init__(source, reader, compute)
+        self._checkpoint = source
+        self._ffn_gating = gating(source, AutoConfig.from_pretrained(source.index.directory))
+
+    def head(self) -> Head:
+        """Final norm and output matrix, on the compute device."""
+        source, norm = self._checkpoint, self._base.norm
+        norm.load_state_dict(self._read(f"{self._prefix}norm.", list(norm.state_dict())), assign=True)
+        name = f"{self._prefix}embed_tokens.weight" if source.dims.tied_embeddings else "lm_head.weight"
+        source.index.require([name])
+        return Head(norm, self._reader.finite(name).to(self._like))
+
+    @torch.no_grad()
+    def teacher_states(self, windows_NS: np.ndarray) -> torch.Tensor:
+        """The MoE's hidden states after its last layer, [N, S, D], on the CPU. Every weight of the model is read and checked."""
+        observer = Observer(self._checkpoint, ())
+        *_, last = self.run(windows_NS, lambda _layer, x_TD, weights: observer.observe(x_TD, weights))
+        return torch.cat(list(last))
+
+    @torch.no_grad()
+    def dense_states(
+        self, windows_NS: np.ndarray, plans: Sequence[Sequence[LayerPlan]], tick: Callable[[int], None] = lambda _number: None
+    ) -> list[torch.Tensor]:
+        """The dense models' hidden states after the last layer, [N, S, D] each, on the CPU; equal plans have the same tensor.
+
+        Args:
+            plans: the layer plans of every model, as in ConversionPlan.layers. tick: called with the number of each finished layer.
+        """
+        hidden, arguments = self._embed(windows_NS, HiddenPlace(), 0)
+        states = _States([torch.cat(list(hidden))], [0] * len(plans))
+        del hidden
+        by_layer = [{layer.layer: layer for layer in plan} for plan in plans]
+        for number, layer in enumerate(self._layers):
+            calls = {batch: found[number] for batch, found in arguments.items()}
+            if number not in self._checkpoint.layers:
+                layer.load_state_dict(self._read(self._source.layer_prefix(number), list(layer.state_dict())), assign=True)
+                for state_NSD in states.distinct:
+                    self._advance(layer, calls, state_NSD, state_NSD)
+            else:
+                states = self._moe_layer(number, calls, states, [plan[number] for plan in by_layer])
+            self._release(number, layer)
+            tick(number)
+        return [states.distinct[state] for state in states.of_plan]
+
+    def _moe_layer(self, number: int, calls: dict[int, dict[str, Any]], states: _States, plans: Sequence[LayerPlan]) -> _States:
+        source, layer = self._checkpoint, self._layers[number]
+        names = [name for name in layer.state_dict() if not name.startswith(source.spec.module + ".")]
+        block = _DenseBlock(self._ffn_gating, source.spec.returns_scores)
+        setattr(layer, source.spec.module, block)
+        layer.load_state_dict(self._read(source.layer_prefix(number), names), assign=True)
+        after = _States([], [-1] * len(plans))
+        shared = self._shared(number)
+        experts: dict[int, DenseFfn] = {}
+        key, means = None, []
+        for plan, starts in states.branch(plans).items():
+            if _merge_key(plan) != key:
+                key, means = _merge_key(plan), list(merged(plan, lambda expert: self._expert(number, expert, experts)))
+            block.ffn = _placed(stacked(plan, means, shared), self._like)
+            for state, members in starts.items():
+                x_NSD, y_NSD = states.distinct[state], states.target(state)
+                self._advance(layer, calls, x_NSD, y_NSD)
+                for member in members:
+                    after.of_plan[member] = len(after.distinct)
+                after.distinct.append(y_NSD)
+        return after
+
+    def _advance(self, layer: nn.Module, calls: dict[int, dict[str, Any]], x_NSD: torch.Tensor, y_NSD: torch.Tensor) -> None:
+        """A layer over all windows of one state; y may be x."""
+        batch = self._compute.batch
+        for start in range(0, len(x_NSD), batch):
+            x_BSD = x_NSD[start : start + batch].to(self._compute.device)
+            y_NSD[start : start + batch].copy_(layer(x_BSD, **calls[len(x_BSD)]))
+
+    def _expert(self, layer: int, expert: int, known: dict[int, DenseFfn]) -> DenseFfn:
+        """An expert of the layer on the compute device, in the source's dtype, read once a pass."""
+        if expert not in known:
+            known[expert] = self._to_device(read_ffn(finite_tensors(self._reader), self._checkpoint.tensors.experts, layer, expert))
+        return known[expert]
+
+    def _shared(self, layer: int) -> DenseFfn | None:
+        tensors = self._checkpoint.tensors.shared
+        return None if tensors is None else self._to_device(read_ffn(finite_tensors(self._reader), tensors, layer))
+
+    def _to_device(self, ffn: DenseFfn) -> DenseFfn:
+        return _mapped(ffn, lambda tensor: tensor.to(self._compute.device))
+
+
+def _placed(ffn: DenseFfn, like: torch.Tensor) -> DenseFfn:
+    """In the compute type: the rounded weights of the dense checkpoint, as a stock model would load them."""
+    return _mapped(ffn, lambda tensor: tensor.to(like))
+
+
+def _mapped(ffn: DenseFfn, change: Callable[[torch.Tensor], torch.Tensor]) -> DenseFfn:
+    present = {item.name: getattr(ffn, item.name) for item in fields(DenseFfn)}
+    return replace(ffn, **{name: change(tensor) for name, tensor in present.items() if tensor is not None})

@@ -1,0 +1,84 @@
+"""Config blocks of `moe2dense sweep`. No torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from megatron_moe2dense.common.config import Config, key
+from megatron_moe2dense.common.sizes import Bytes
+from megatron_moe2dense.surgery.grouping import groupers
+from megatron_moe2dense.surgery.scaling import scalers
+from megatron_moe2dense.surgery.scoring import METHODS, scorers
+from megatron_moe2dense.surgery.types import Grouper, Scaler, Scorer
+from megatron_moe2dense.tokens.config import TokensConfig
+
+GROUPINGS = ("weight_cluster", "output_cluster", "router_cluster", "anchor", "round_robin")  # the five of method.md section 3
+SCALINGS = ("uniform", "proportional")
+
+
+def _blocks(names: tuple[str, ...]) -> list[dict[str, str]]:
+    return [{"method": name} for name in names]
+
+
+class GridConfig(Config):
+    """The axes; every combination is a point. Default: the paper's 7 scorings x 5 groupings x 2 scalings x K."""
+
+    keep: list[int] | None = key(None, "experts to keep, K; null: the router's top-k, doubled up to all experts", "experts", min_length=1)
+    groups: list[int] | None = key(None, "slices of the dense FFN; null: the router's top-k; points with keep < groups are left out")
+    score: list[Annotated[Scorer, *scorers.field]] = key(_blocks(METHODS), "scoring methods, names or blocks", min_length=1)
+    group: list[Annotated[Grouper, *groupers.field]] = key(_blocks(GROUPINGS), "grouping methods, names or blocks", min_length=1)
+    scale: list[Annotated[Scaler, *scalers.field]] = key(_blocks(SCALINGS), "scaling methods, names or blocks", min_length=1)
+
+    @field_validator("score", "group", "scale", mode="before")
+    @classmethod
+    def _names_are_blocks(cls, value: Any) -> Any:
+        return [{"method": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _no_value_twice(self) -> GridConfig:
+        for name, values in self.model_dump(mode="json").items():
+            twice = [value for value in values or () if values.count(value) > 1]
+            if twice:
+                raise ValueError(f"{name} holds {twice[0]} twice")
+        if min([*(self.keep or ()), *(self.groups or ())], default=1) < 1:
+            raise ValueError("keep and groups must be at least 1")
+        return self
+
+
+class SweepConfig(Config):
+    """`moe2dense sweep`."""
+
+    source: str = key(..., "Hugging Face checkpoint directory of the MoE")
+    statistics: str = key(..., "output directory of `moe2dense calibrate`")
+    output: str = key(..., "directory of records.jsonl and summary.json; an unfinished sweep of the same config is resumed")
+    data: TokensConfig = key(..., "held-out tokens")
+    grid: GridConfig = key({}, "the axes of the sweep")
+    slice: str = key("1/1", 'this process does part i of n, "i/n"; any number of processes may write to one output')
+    batch_tokens: int = key(4096, "tokens through a layer at once: whole windows, at least one", "tokens", gt=0)
+    memory_budget: Bytes = key("8GiB", "for hidden states: decides how many models are evaluated in one pass", "bytes", gt=0)
+    device: str = key("cpu", "torch device: cpu, cuda, cuda:1, ...")
+    dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "weights and compute; logits are compared in float32 always")
+    overwrite: bool = key(False, "replace an existing output")
+
+    @field_validator("slice")
+    @classmethod
+    def _part_of(cls, value: str) -> str:
+        match = re.fullmatch(r"(\d+)/(\d+)", value)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise ValueError("a slice is written i/n with 1 <= i <= n, e.g. 3/8")
+        return value
+
+    @model_validator(mode="after")
+    def _overwrite_alone(self) -> SweepConfig:
+        if self.overwrite and self.part[1] > 1:
+            raise ValueError("overwrite=true with a slice: the processes would delete each other's records; remove the output first")
+        return self
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """(i, n) of the slice, i from 1."""
+        part, count = self.slice.split("/")
+        return int(part), int(count)
