@@ -47,6 +47,7 @@ COMMANDS = {
     "calibrate": _command("surgery.calibrate", "CalibrateConfig", "expert statistics of a MoE on calibration text"),
     "score": _command("surgery.score", "ScoreConfig", "rank experts from statistics"),
     "convert": _command("surgery.convert", "ConvertConfig", "MoE checkpoint and statistics to a dense checkpoint"),
+    "prune-dense": _command("surgery.prune_dense.prune", "PruneDenseConfig", "a dense model to a smaller one, by importance"),
     "sweep": _command("sweep.run", "SweepConfig", "every combination of scoring, grouping, scaling and K, evaluated in memory"),
     "cache-teacher": _command("trainer.cache.write", "CacheTeacherConfig", "the teacher's top-k log-probabilities to disk, for distill"),
     "distill": _command("trainer.distill", "DistillConfig", "train the dense student on the teacher's logits (Megatron-Core)"),

@@ -20,6 +20,7 @@ from megatron_moe2dense.families.qwen2 import QWEN2
 from megatron_moe2dense.families.qwen2_moe import QWEN2_MOE
 from megatron_moe2dense.families.qwen3 import QWEN3
 from megatron_moe2dense.families.qwen3_moe import QWEN3_MOE
+from megatron_moe2dense.families.smaller import smaller_config
 from megatron_moe2dense.families.spec import ClampedSwiglu, Dims, FamilySpec, GroupLimit, MegatronRule, Router
 
 FAMILIES: dict[str, FamilySpec] = {
@@ -38,6 +39,7 @@ __all__ = [
     "Router",
     "family_of",
     "moe_family_of",
+    "smaller_config",
 ]
 
 

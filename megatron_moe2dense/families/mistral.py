@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_moe2dense.families.axes import decoder_axes
 from megatron_moe2dense.families.dims import decoder_dims
 from megatron_moe2dense.families.layout import mlp
 from megatron_moe2dense.families.megatron import TRUNK_RULES, attention_rules, decoder_fields, dense_rules, window_fields
@@ -26,4 +27,5 @@ MISTRAL = FamilySpec(
     ffn=_FFN,
     megatron=(*TRUNK_RULES, *attention_rules(), *dense_rules(_FFN)),
     megatron_config=mistral_megatron_config,
+    axes=decoder_axes(_FFN),
 )

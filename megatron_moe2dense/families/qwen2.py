@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_moe2dense.families.axes import decoder_axes
 from megatron_moe2dense.families.dims import decoder_dims
 from megatron_moe2dense.families.layout import mlp
 from megatron_moe2dense.families.megatron import TRUNK_RULES, attention_rules, decoder_fields, dense_rules, sliding_layers, window_fields
@@ -39,4 +40,5 @@ QWEN2 = FamilySpec(
         "add_qkv_bias": True,
         **qwen_window_fields(config, late_layers(config)),
     },
+    axes=decoder_axes(QWEN2_FFN, biases="qkv"),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families.axes import decoder_axes
 from megatron_moe2dense.families.dims import decoder_dims
 from megatron_moe2dense.families.layout import mlp
 from megatron_moe2dense.families.megatron import TRUNK_RULES, attention_rules, decoder_fields, dense_rules
@@ -30,4 +31,5 @@ QWEN3 = FamilySpec(
     ffn=QWEN3_FFN,
     megatron=QWEN3_RULES,
     megatron_config=lambda config: {**qwen3_megatron_config(config), **qwen_window_fields(config, late_layers(config))},
+    axes=decoder_axes(QWEN3_FFN, biases="qkvo", qk_norm=True),
 )

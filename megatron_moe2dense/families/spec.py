@@ -114,6 +114,7 @@ class FamilySpec:
     module: the stock module of the whole MoE block inside a decoder layer. returns_scores: it returns (output, scores).
     clamped_swiglu: None when act(gate) * up with the config's hidden_act.
     dense_target: family name of the dense result. dense_config(config, width): its config.json.
+    axes: of every tensor of a dense family what its axes count (families/axes.py); None: the family can not be pruned to a shape.
     added(config): tensors the dense class has and the source lacks, name templates with their shapes; written as zeros.
     """
 
@@ -131,4 +132,5 @@ class FamilySpec:
     clamped_swiglu: Callable[[HfConfig], ClampedSwiglu] | None = None
     dense_target: str | None = None
     dense_config: Callable[[HfConfig, int], dict[str, Any]] | None = None
+    axes: Mapping[str, str] | None = None
     added: Callable[[HfConfig], dict[str, tuple[int, ...]]] = field(default=_nothing_added)

@@ -6,7 +6,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,8 +30,22 @@ from megatron_moe2dense.surgery.stats import (
     chosen_statistics,
     save_stats,
 )
-from megatron_moe2dense.surgery.stream import Compute, StreamedModel
+from megatron_moe2dense.surgery.stream import Compute, StreamedModel, StreamSource
+from megatron_moe2dense.tokens.config import TokensConfig
 from megatron_moe2dense.tokens.indexed import windows
+
+
+class PassConfig(Protocol):
+    """The keys of a config that say how the calibration text runs through the model."""
+
+    @property
+    def data(self) -> TokensConfig: ...  # noqa: D102
+    @property
+    def batch_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def device(self) -> str: ...  # noqa: D102
+    @property
+    def dtype(self) -> str: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -51,9 +65,9 @@ def run(config: CalibrateConfig) -> None:
     with joined() as ranks:
         source = MoeSource.open(config.source)
         windows_BS = windows(config.data, source.dims.vocab_size)
-        compute, names = _compute(config, ranks), chosen_statistics(config.statistics)
+        compute, names = chosen_compute(config, ranks), chosen_statistics(config.statistics)
         share_BS = ranks.share(windows_BS, compute.batch)
-        facts = {"source": source.facts(), "data": _data_facts(windows_BS), "compute": _compute_facts(compute, ranks)}
+        facts = {"source": source.facts(), "data": data_facts(windows_BS), "compute": compute_facts(compute, ranks)}
         identity = [facts, names, hashlib.sha256(windows_BS.tobytes()).hexdigest()]
         output = Path(config.output)
         with ranks.output_directory(output, "calibrate", config.model_dump(mode="json"), **facts) as working:
@@ -83,7 +97,7 @@ def calibrate(source: MoeSource, windows_BS: np.ndarray, names: tuple[str, ...],
             return observer.observe(x_TD, weights)
 
         for hidden in StreamedModel(source, reader, compute).run(windows_BS, observe, resume.place, resume.start):
-            _require_finite(hidden, source)
+            require_finite(hidden, source)
             if hidden.layer > resume.start:
                 done = hidden.layer - 1
                 if done in source.layers:
@@ -92,7 +106,8 @@ def calibrate(source: MoeSource, windows_BS: np.ndarray, names: tuple[str, ...],
     return sums
 
 
-def _require_finite(hidden: HiddenStates, source: MoeSource) -> None:
+def require_finite(hidden: HiddenStates, source: StreamSource) -> None:
+    """UserError when a hidden state is NaN or infinite."""
     if not all(torch.isfinite(x_BSD).all() for x_BSD in hidden):
         raise UserError(
             f"{source.index.directory}: hidden states with NaN or infinite values",
@@ -101,7 +116,8 @@ def _require_finite(hidden: HiddenStates, source: MoeSource) -> None:
         )
 
 
-def _compute(config: CalibrateConfig, ranks: Ranks) -> Compute:
+def chosen_compute(config: PassConfig, ranks: Ranks) -> Compute:
+    """Device, dtype and windows of a forward pass; UserError for a device this machine does not have."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     if name == "cuda" and ranks.world > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -115,12 +131,14 @@ def _compute(config: CalibrateConfig, ranks: Ranks) -> Compute:
     return Compute(device, getattr(torch, dtype), max(1, config.batch_tokens // config.data.sequence_length))
 
 
-def _compute_facts(compute: Compute, ranks: Ranks) -> dict[str, Any]:
+def compute_facts(compute: Compute, ranks: Ranks) -> dict[str, Any]:
+    """What manifests record of the computation."""
     dtype = str(compute.dtype).removeprefix("torch.")
     return {"device": compute.device.type, "processes": ranks.world, "dtype": dtype, "batch": compute.batch}
 
 
-def _data_facts(windows_BS: np.ndarray) -> dict[str, Any]:
+def data_facts(windows_BS: np.ndarray) -> dict[str, Any]:
+    """What manifests record of the calibration text."""
     return {"sequences": len(windows_BS), "sequence_length": windows_BS.shape[1], "tokens": windows_BS.size}
 
 
@@ -134,7 +152,7 @@ def dry_run(config: CalibrateConfig) -> dict[str, Any]:
     source = MoeSource.open(config.source)
     windows_BS = windows(config.data, source.dims.vocab_size)
     ranks = Ranks(0, int(os.environ.get("WORLD_SIZE", "1")))
-    compute, dims, names = _compute(config, ranks), source.dims, chosen_statistics(config.statistics)
+    compute, dims, names = chosen_compute(config, ranks), source.dims, chosen_statistics(config.statistics)
     run_experts = dims.experts if runs_every_expert(names) else dims.active
     expert_params = 3 * dims.hidden_size * dims.expert_width
     block = {name for layer in source.layers for name in source.block_names(layer)}
@@ -150,8 +168,8 @@ def dry_run(config: CalibrateConfig) -> dict[str, Any]:
     widest = max(2 * dims.expert_width, dims.hidden_size)
     return {
         "source": {"family": source.spec.name, "layers": len(source.layers), "experts": dims.experts, "active": dims.active},
-        "data": _data_facts(windows_BS),
-        "compute": _compute_facts(compute, ranks),
+        "data": data_facts(windows_BS),
+        "compute": compute_facts(compute, ranks),
         "reads": {str(source.index.directory): source.index.nbytes, config.data.path: windows_BS.size * 2},
         "writes": {config.output: sums * len(source.layers)},
         "flops": per_token * windows_BS.size,

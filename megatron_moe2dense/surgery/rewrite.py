@@ -3,10 +3,8 @@ dense layers go straight to their place in the output. A killed pass goes on at 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,15 +15,14 @@ from megatron_moe2dense.checkpoint.assets import copy_assets
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.checkpoint.shards import SHARD_BYTES, ShardWriter, shards_of
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.common.log import logger
-from megatron_moe2dense.common.outputs import read_json, write_json
+from megatron_moe2dense.common.outputs import write_json
 from megatron_moe2dense.common.progress import progress
 from megatron_moe2dense.surgery.layout import Step, dense_steps, dense_width, layer_tensors, making_bytes, replaced
 from megatron_moe2dense.surgery.packing import stored_tensors
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.source import MoeSource
+from megatron_moe2dense.surgery.written import Written
 
-PROGRESS_FILE = "progress.json"
 PLAN_FILE = "plan.json"
 _CHECKERS = min(8, 2 * (os.cpu_count() or 1))  # threads: half of them wait for the disk
 _CHUNK = 4 * 1024**2  # bytes of one piece of a copied tensor
@@ -33,32 +30,24 @@ _CHUNK = 4 * 1024**2  # bytes of one piece of a copied tensor
 
 @dataclass
 class DenseOutput:
-    """One dense checkpoint in the making. directory: its working directory. shard_bytes: of its largest file. done: steps on disk."""
+    """One dense checkpoint in the making. directory: its working directory. shard_bytes: of its largest file."""
 
     plan: ConversionPlan
     directory: Path
     shard_bytes: int = SHARD_BYTES
-    done: int = 0
     steps: list[Step] = field(default_factory=list)
 
     def prepare(self, source: MoeSource, queue_bytes: int) -> ShardWriter:
         """Lay out the files and find out how far an earlier run came."""
         self.steps = dense_steps(source, self.plan.groups)
         shards = shards_of([spec for step in self.steps for spec in (*step.copied, *step.made)], self.shard_bytes)
-        content = [source.fingerprint, self.plan.hash(), [shard.header().decode("latin-1") for shard in shards]]
-        self._identity = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        path = self.directory / PROGRESS_FILE
-        found = read_json(path, "progress of an earlier run") if path.exists() else {}
-        if found.get("identity") == self._identity and all(shard.is_laid_out(self.directory) for shard in shards):
-            self.done = found["steps"]
-            logger.info("%s: resumed after %d of %d steps", self.directory, self.done, len(self.steps))
-        else:
-            path.unlink(missing_ok=True)
+        self.written = Written.find(self.directory, [source.fingerprint, self.plan.hash()], shards, len(self.steps))
         return ShardWriter(self.directory, shards, queue_bytes)
 
-    def reached(self, steps: int) -> Callable[[], None]:
-        """What records that so many steps are on disk."""
-        return lambda: write_json(self.directory / PROGRESS_FILE, {"identity": self._identity, "steps": steps})
+    @property
+    def done(self) -> int:
+        """Steps on disk."""
+        return self.written.done
 
 
 def write_dense(source: MoeSource, reader: CheckpointReader, outputs: Sequence[DenseOutput], memory_budget: int) -> None:
@@ -125,7 +114,7 @@ def _write_step(source: MoeSource, reader: CheckpointReader, output: DenseOutput
         width = dense_width(source, output.plan.groups)
         for name, tensor in layer_tensors(source, stored_tensors(reader), step.layer, plans.get(step.layer), width).items():
             writer.write(name, tensor)
-    writer.mark(output.reached(number + 1))
+    writer.mark(output.written.reached(number + 1))
 
 
 def _write_rest(source: MoeSource, output: DenseOutput) -> None:
@@ -133,4 +122,4 @@ def _write_rest(source: MoeSource, output: DenseOutput) -> None:
     write_json(output.directory / "config.json", source.spec.dense_config(source.index.config, dense_width(source, output.plan.groups)))
     copy_assets(source.index.directory, output.directory)
     output.plan.write(output.directory / PLAN_FILE)
-    (output.directory / PROGRESS_FILE).unlink()
+    output.written.remove()

@@ -10,20 +10,40 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.families import Dims
 from megatron_moe2dense.surgery.experts import MoeWeights, gating, load_moe
 from megatron_moe2dense.surgery.hidden import HiddenPlace, HiddenStates
 from megatron_moe2dense.surgery.source import MoeSource
 
 # Called once per forward of a MoE layer with (layer number, x_TD, weights of the block); returns the block's output [T, D].
 MoeForward = Callable[[int, torch.Tensor, MoeWeights], torch.Tensor]
+
+
+class StreamSource(Protocol):
+    """What a checkpoint has to say of itself: its files, sizes, and what the names of a layer's tensors begin with."""
+
+    @property
+    def index(self) -> CheckpointIndex:
+        """The opened files."""
+        ...
+
+    @property
+    def dims(self) -> Dims:
+        """Sizes."""
+        ...
+
+    def layer_prefix(self, layer: int) -> str:
+        """What the names of all tensors of a layer begin with."""
+        ...
 
 
 class _Recorder(nn.Module):
@@ -61,17 +81,18 @@ class Compute:
 
 
 class StreamedModel:
-    """A MoE checkpoint that runs one layer at a time.
+    """A checkpoint that runs one layer at a time.
 
     Args:
-        source: the checkpoint. reader: open on it. compute: device, dtype, windows per forward.
+        source: the checkpoint; of a MoE a `MoeSource`. reader: open on it. compute: device, dtype, windows per forward.
     """
 
-    def __init__(self, source: MoeSource, reader: CheckpointReader, compute: Compute):
+    def __init__(self, source: StreamSource, reader: CheckpointReader, compute: Compute):
         self._source, self._reader, self._compute = source, reader, compute
         self._like = torch.empty(0, dtype=compute.dtype, device=compute.device)
         config = AutoConfig.from_pretrained(source.index.directory)
-        self._gating = gating(source, config)
+        self._moe = source if isinstance(source, MoeSource) else None
+        self._gating = None if self._moe is None else gating(self._moe, config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=compute.dtype)
         self._base: Any = model.eval().base_model
@@ -81,13 +102,24 @@ class StreamedModel:
         self._base.rotary_emb = type(self._base.rotary_emb)(config=config).to(compute.device)
         self._prefix = source.layer_prefix(0).removesuffix("layers.0.")
 
+    @property
+    def layers(self) -> list[Any]:
+        """The stock decoder layers, to hook into: the same objects in every run, weightless but for the one that runs."""
+        return self._layers
+
+    @torch.no_grad()
+    def final_norm(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """What the LM head would see of hidden states after the last layer; once a run has begun."""
+        return self._base.norm(x_BSD.to(self._compute.device))
+
     @torch.no_grad()
     def run(
-        self, windows_BS: np.ndarray, moe_forward: MoeForward, place: HiddenPlace | None = None, start: int = 0
+        self, windows_BS: np.ndarray, moe_forward: MoeForward | None, place: HiddenPlace | None = None, start: int = 0
     ) -> Iterator[HiddenStates]:
         """Yield the hidden states before layer `start` and after each layer from there on; the next layer's weights are read meanwhile.
 
         Args:
+            moe_forward: None for a model without experts.
             place: where the states live (None: in memory). start: the layer to go on at, from the file of an earlier run.
 
         The yielded object is always the same one, advanced from layer to layer.
@@ -135,22 +167,25 @@ class StreamedModel:
 
     def _read_layer(self, number: int) -> tuple[dict[str, torch.Tensor], MoeWeights | None]:
         """Weights of a layer on the compute device: of the stock modules, and of the MoE block; nothing beyond the last layer."""
-        source = self._source
+        moe = self._moe
         if number == len(self._layers):
             return {}, None
         names, weights = list(self._layers[number].state_dict()), None
-        if number in source.layers:
-            names = [name for name in names if not name.startswith(source.spec.module + ".")]
-            weights = load_moe(source, self._reader, number, self._gating, self._like)
-        return self._read(source.layer_prefix(number), names), weights
+        if moe is not None and self._gating is not None and number in moe.layers:
+            names = [name for name in names if not name.startswith(moe.spec.module + ".")]
+            weights = load_moe(moe, self._reader, number, self._gating, self._like)
+        return self._read(self._source.layer_prefix(number), names), weights
 
-    def _assemble(self, number: int, layer: Any, read: tuple[dict[str, torch.Tensor], MoeWeights | None], moe_forward: MoeForward) -> None:
+    def _assemble(
+        self, number: int, layer: Any, read: tuple[dict[str, torch.Tensor], MoeWeights | None], forward: MoeForward | None
+    ) -> None:
         state, weights = read
-        if weights is not None:
-            setattr(layer, self._source.spec.module, _MoeBlock(number, weights, moe_forward, self._source.spec.returns_scores))
+        if self._moe is not None and weights is not None:
+            assert forward is not None, "a MoE needs its forward"
+            setattr(layer, self._moe.spec.module, _MoeBlock(number, weights, forward, self._moe.spec.returns_scores))
         layer.load_state_dict(state, assign=True)
 
     def _release(self, number: int, layer: Any) -> None:
         layer.to("meta")
-        if number in self._source.layers:
-            setattr(layer, self._source.spec.module, nn.Identity())
+        if self._moe is not None and number in self._moe.layers:
+            setattr(layer, self._moe.spec.module, nn.Identity())

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import megatron_moe2dense.surgery.calibrate
-import megatron_moe2dense.surgery.convert  # noqa: F401
+import megatron_moe2dense.surgery.convert
+import megatron_moe2dense.surgery.prune_dense.prune  # noqa: F401
 from megatron_moe2dense.cli import main
 
 

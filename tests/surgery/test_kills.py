@@ -1,4 +1,4 @@
-"""Killed with SIGKILL at random moments and started again, calibrate and convert end with the bytes of an undisturbed run, and
+"""Killed with SIGKILL at random moments and started again, calibrate, convert and prune-dense end with the bytes of an undisturbed run, and
 nothing that is half done ever stands in the place of an output. `MOE2DENSE_KILLS` sets how often (`make chaos`: 20)."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 
 from megatron_moe2dense.cli import main
 from tests.helpers.distributed import ROOT, environment
-from tests.helpers.tiny_models import tiny_qwen3_moe, write_tokens
+from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 from tests.surgery.conftest import calibration
 
 KILLS = int(os.environ.get("MOE2DENSE_KILLS", "5"))
@@ -53,3 +53,10 @@ def test_a_killed_conversion_ends_with_the_same_bytes(inputs: Path, tmp_path: Pa
 def test_a_killed_conversion_to_several_outputs_ends_with_the_same_bytes(inputs: Path, tmp_path: Path):
     plans = {str(tmp_path / name): str(inputs / name / "plan.json") for name in ("a", "b")}
     kill(["convert", f"source={inputs / 'moe'}", f"outputs={json.dumps(plans)}"], tmp_path / "a", tmp_path / "b")
+
+
+def test_a_killed_pruning_ends_with_the_same_bytes(inputs: Path, tmp_path: Path):
+    source = tiny_qwen3(tmp_path / "dense", dtype="bfloat16", num_hidden_layers=12)
+    target = "target={hidden_size: 48, num_hidden_layers: 10, num_attention_heads: 2, intermediate_size: 96}"
+    arguments = [*calibration(source, str(inputs / "tokens"), tmp_path / "pruned"), target, "batch_tokens=128", "shard_size=100KB"]
+    kill(["prune-dense", *arguments], tmp_path / "pruned")

@@ -1,0 +1,146 @@
+"""A dense checkpoint as pruning sees it: every tensor's axes, presence and shape checked; and the shapes it can be cut to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families import FAMILIES, Dims, FamilySpec, family_of
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that pruning changes, by their names in config.json."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share a key and value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+
+@dataclass(frozen=True)
+class AxesOf:
+    """One tensor: its name template, the layer it belongs to (None: to none), and a letter an axis (families/axes.py)."""
+
+    template: str
+    layer: int | None
+    axes: str
+
+    def name(self, layer: int | None) -> str:
+        """Its name as one of layer `layer`."""
+        return self.template.format(layer=layer)
+
+
+@dataclass(frozen=True)
+class DenseSource:
+    """An opened dense checkpoint of a family whose axes are known."""
+
+    index: CheckpointIndex
+    spec: FamilySpec
+    dims: Dims
+
+    @classmethod
+    def open(cls, directory: str | Path) -> DenseSource:
+        """Read headers and check all tensors against config.json.
+
+        Raises:
+            UserError: a family that can not be pruned, damaged files, tensors missing, unknown, quantised or of another shape.
+        """
+        return cls.of(CheckpointIndex.open(directory))
+
+    @classmethod
+    def of(cls, index: CheckpointIndex) -> DenseSource:
+        """As `open`, of an index that was read already."""
+        spec = family_of(index.config, str(index.directory / "config.json"))
+        if spec.axes is None:
+            known = [name for name, other in FAMILIES.items() if other.axes is not None]
+            do = "convert it first: `moe2dense convert` makes a MoE dense" if spec.moe else "prune a model of one of these"
+            raise UserError(f"{index.directory}: a {spec.name} model", f"a dense model: {', '.join(known)}", do)
+        source = cls(index, spec, spec.dims(index.config))
+        source._check()
+        return source
+
+    def _check(self) -> None:
+        needed = [name for name in self.tensors if not name.endswith(".bias")]
+        if self.dims.tied_embeddings:
+            needed.remove("lm_head.weight")
+        self.index.require(needed)
+        for name, info in self.index.tensors.items():
+            if name not in self.tensors:
+                raise UserError(
+                    f"{self.index.directory}: {name}",
+                    f"only the tensors of a {self.spec.name} model of {self.dims.layers} layers, unquantised",
+                    "check that config.json and the weights are of the same model; dequantise it first",
+                )
+            self.index.require_shape(name, self.sizes(self.tensors[name], self.shape))
+            if info.dtype not in ("BF16", "F16", "F32", "F64"):
+                raise UserError(
+                    f"{self.index.directory}: {name} is quantised ({info.dtype})", "floating-point weights", "dequantise it first"
+                )
+
+    @cached_property
+    def tensors(self) -> dict[str, AxesOf]:
+        """By name, every tensor that a checkpoint of this family and size may hold: those of no layer first, then layer by layer."""
+        assert self.spec.axes is not None, "checked when it was opened"
+        trunk = [AxesOf(template, None, axes) for template, axes in self.spec.axes.items() if "{layer}" not in template]
+        in_layers = [(template, axes) for template, axes in self.spec.axes.items() if "{layer}" in template]
+        rest = [AxesOf(template, layer, axes) for layer in range(self.dims.layers) for template, axes in in_layers]
+        return {tensor.name(tensor.layer): tensor for tensor in (*trunk, *rest)}
+
+    @property
+    def shape(self) -> Shape:
+        """Its own."""
+        dims = self.dims
+        return Shape(dims.hidden_size, dims.layers, dims.heads, dims.kv_heads, dims.dense_width)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash that tells these weights from others (CheckpointIndex.fingerprint)."""
+        return self.index.fingerprint()
+
+    def facts(self) -> dict[str, Any]:
+        """What manifests record of the source."""
+        return {"path": str(self.index.directory), "fingerprint": self.fingerprint, "family": self.spec.name}
+
+    def layer_prefix(self, layer: int) -> str:
+        """What the names of all tensors of a layer begin with."""
+        return f"model.layers.{layer}."
+
+    def present(self, layer: int | None) -> Iterator[AxesOf]:
+        """The tensors that the checkpoint really holds of a layer, or of none."""
+        return (tensor for name, tensor in self.tensors.items() if tensor.layer == layer and name in self.index.tensors)
+
+    def sizes(self, tensor: AxesOf, shape: Shape) -> tuple[int, ...]:
+        """The shape of a tensor in a model of `shape`."""
+        dims = self.dims
+        by_letter = {
+            "V": dims.vocab_size,
+            "D": shape.hidden_size,
+            "F": shape.intermediate_size,
+            "Q": shape.num_attention_heads * dims.head_dim,
+            "K": shape.num_key_value_heads * dims.head_dim,
+            "H": dims.head_dim,
+        }
+        return tuple(by_letter[letter] for letter in tensor.axes)
+
+    def parameters(self, shape: Shape) -> int:
+        """Parameters of a model of `shape`."""
+        trunk, layer = (sum(prod(self.sizes(tensor, shape)) for tensor in self.present(of)) for of in (None, 0))
+        return trunk + shape.num_hidden_layers * layer
+
+    def config_sizes(self, shape: Shape) -> dict[str, int]:
+        """What config.json says of the sizes; with head_dim, which hidden_size no longer tells."""
+        return {**dataclasses.asdict(shape), "head_dim": self.dims.head_dim}
