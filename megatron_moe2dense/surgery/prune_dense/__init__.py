@@ -1,1 +1,1 @@
-"""A dense model to a smaller dense one (method.md section 8): importance from one calibration pass, then slices of every tensor."""
+"""A dense model to a smaller dense one (method.md section 6): importance from one calibration pass, then slices of every tensor."""

@@ -1,4 +1,4 @@
-"""What each layer, channel, head and neuron of a dense model carries on calibration text (method.md section 8, after Minitron,
+"""What each layer, channel, head and neuron of a dense model carries on calibration text (method.md section 6, after Minitron,
 arXiv 2407.14679), as float64 sums over tokens; and which of them a smaller shape keeps."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`moe2dense prune-dense`: a dense checkpoint to a smaller one of the same family (method.md section 8), one layer in memory at a
+"""`moe2dense prune-dense`: a dense checkpoint to a smaller one of the same family (method.md section 6), one layer in memory at a
 time: the dense-to-dense baseline."""
 
 from __future__ import annotations
