@@ -40,9 +40,10 @@ class KlConfig(Config):
 
 @dataclass(frozen=True)
 class PresetTask:
-    """A task of a preset: lm-eval's name, examples in the prompt, and the metric that goes into the mean."""
+    """A task of a preset: lm-eval's name and folder, examples in the prompt, and the metric that goes into the mean."""
 
     task: str
+    folder: str
     shots: int
     metric: str
 
@@ -51,11 +52,11 @@ class PresetTask:
 # lm-eval has it, the choice of the Open LLM Leaderboard for the same tasks.
 PRESETS = {
     "paper": (
-        PresetTask("winogrande", 5, "acc"),
-        PresetTask("hellaswag", 10, "acc_norm"),
-        PresetTask("arc_easy", 25, "acc_norm"),
-        PresetTask("arc_challenge", 25, "acc_norm"),
-        PresetTask("mmlu", 5, "acc"),
+        PresetTask("winogrande", "winogrande", 5, "acc"),
+        PresetTask("hellaswag", "hellaswag", 10, "acc_norm"),
+        PresetTask("arc_easy", "arc", 25, "acc_norm"),
+        PresetTask("arc_challenge", "arc", 25, "acc_norm"),
+        PresetTask("mmlu", "mmlu/default", 5, "acc"),
     )
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel
 
 from megatron_moe2dense.common.errors import UserError, did_you_mean
-from megatron_moe2dense.evals.config import HarnessConfig
+from megatron_moe2dense.evals.config import PRESETS, HarnessConfig
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -57,11 +57,9 @@ def load_tasks(config: HarnessConfig) -> Tasks:
     Raises:
         UserError: an unknown task, data that can't be had, or `shots` for a task that fixes them to 0.
     """
-    # Reading the index of lm-eval's own tasks takes seconds; task files alone don't need it.
-    chosen = config.chosen()
-    manager = require_harness().tasks.TaskManager(include_defaults=not all(name.endswith(".yaml") for name, _ in chosen))
+    manager = task_manager(config)
     by_shots: dict[int | None, list[Any]] = {}
-    for name, shots in chosen:
+    for name, shots in config.chosen():
         if name not in manager.task_index and not Path(name).is_file():
             hint = did_you_mean(name, manager.all_tasks) or "lm-eval lists its tasks with `lm_eval ls tasks`"
             raise UserError(f"task {name!r}", "a task of lm-eval or the path of a task YAML file", hint)
@@ -80,6 +78,15 @@ def load_tasks(config: HarnessConfig) -> Tasks:
         top = [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
         by_shots.setdefault(shots, []).extend(top)
     return Tasks(manager, by_shots)
+
+
+def task_manager(config: HarnessConfig) -> Any:
+    """lm-eval's TaskManager with no more than it needs: reading all of lm-eval's own tasks takes ten seconds."""
+    tasks = require_harness().tasks
+    if config.preset is not None:
+        folders = sorted({str(Path(tasks.__file__).parent / item.folder) for item in PRESETS[config.preset]})
+        return tasks.TaskManager(include_defaults=False, include_path=folders)
+    return tasks.TaskManager(include_defaults=not all(name.endswith(".yaml") for name, _ in config.chosen()))
 
 
 def require_tokenizer(directory: Path) -> None:

@@ -17,7 +17,7 @@ from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.evals import evaluate
 from megatron_moe2dense.evals.config import EvalConfig, HarnessConfig
-from megatron_moe2dense.evals.harness import Answers, load_tasks, require_harness
+from megatron_moe2dense.evals.harness import Answers, load_tasks, task_manager
 from tests.helpers.tiny_models import tiny_qwen3
 
 WORDS = [f"w{i}" for i in range(255)]
@@ -112,8 +112,7 @@ def test_bos_of_a_tokenizer_that_adds_one_is_kept_or_left_out_and_read_off(root,
 def test_the_papers_preset_is_its_five_tasks_with_its_shots():
     preset = HarnessConfig(preset="paper")
     assert dict(preset.chosen()) == {"winogrande": 5, "hellaswag": 10, "arc_easy": 25, "arc_challenge": 25, "mmlu": 5}
-    lm_eval = require_harness()
-    manager = lm_eval.tasks.TaskManager()
+    manager = task_manager(preset)
     listed = {item["metric"] for task in ("hellaswag", "arc_easy") for item in _task_yaml(manager, task)["metric_list"]}
     assert {preset.metric("hellaswag"), preset.metric("arc_easy"), preset.metric("arc_challenge")} <= listed
     assert all(task in manager.task_index for task, _ in preset.chosen())
