@@ -6,7 +6,7 @@
 #   SOURCE    Hugging Face directory of the MoE, with its tokenizer; nothing is downloaded here
 #   TEXT      folder of parquet files: FineWeb-Edu sample-10BT
 #   OUT       everything is written here
-#   ROWS      rows to run: convert_<row>.yaml, or random_ffn: the model of the row CONTROL with random FFNs
+#   ROWS      rows to run: convert_<row>.yaml; random_ffn, the model of the row CONTROL with random FFNs; d2d, the pruned model DENSE
 #   LAUNCHER  starts calibrate and distill, on several nodes for example
 #             "srun --ntasks-per-node 1 torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500"
 set -euo pipefail
@@ -22,11 +22,11 @@ read -ra launcher <<< "${LAUNCHER:-torchrun --nproc-per-node 8}"
 distributed=("${launcher[@]}" -m megatron_moe2dense)
 
 distill_row() { # row, student, settings
-    unless_trained "$OUT/$1/run" "${distributed[@]}" distill "$configs/distill.yaml" teacher="$SOURCE" student="$2" output="$OUT/$1/run" \
+    unless_trained "$OUT/$1/run" "${distributed[@]}" distill "$recipe" teacher="$teacher" student="$2" output="$OUT/$1/run" \
         data.path="$tokens" data.validation="${tokens}_validation" "${@:3}"
     unless_there "$OUT/$1/export" moe2dense export "$configs/export.yaml" checkpoint="$OUT/$1/run" output="$OUT/$1/export"
     unless_there "$OUT/$1/records.jsonl" moe2dense eval "$configs/eval.yaml" models="{$1: $OUT/$1/export}" output="$OUT/$1/records.jsonl" \
-        kl.teacher="$SOURCE" perplexity.data.path="${tokens}_validation"
+        kl.teacher="$teacher" perplexity.data.path="${tokens}_validation"
 }
 
 convert_row() { # row
@@ -38,7 +38,16 @@ unless_there "$tokens.json" moe2dense data "$configs/data.yaml" source="$TEXT" t
 unless_there "$OUT/statistics" "${distributed[@]}" calibrate "$configs/calibrate.yaml" source="$SOURCE" output="$OUT/statistics" \
     data.path="$tokens"
 for row in "${rows[@]}"; do
+    recipe=$configs/distill.yaml
+    teacher=$SOURCE
     case $row in
+        d2d)
+            recipe=$configs/distill_d2d.yaml
+            teacher=$DENSE
+            unless_there "$OUT/d2d/dense" moe2dense prune-dense "$configs/prune_dense.yaml" source="$DENSE" output="$OUT/d2d/dense" \
+                data.path="$tokens"
+            distill_row d2d "$OUT/d2d/dense" "$@"
+            ;;
         random_ffn)
             convert_row "$CONTROL"
             distill_row "$row" "$OUT/$CONTROL/dense" initialize=random_ffn "$@"

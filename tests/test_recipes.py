@@ -44,7 +44,7 @@ def commands(recipe: str, folder: Path, *arguments: str, **variables: str) -> li
     log = folder / "commands"
     log.unlink(missing_ok=True)
     environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "COMMANDS": str(log)}
-    paths = {"SOURCE": str(folder / "moe"), "TEXT": str(folder / "text"), "OUT": str(folder / "out")}
+    paths = {"SOURCE": str(folder / "moe"), "DENSE": str(folder / "dense"), "TEXT": str(folder / "text"), "OUT": str(folder / "out")}
     script = ROOT / f"launch/reproduce_{recipe}.sh"
     subprocess.run([script, *arguments], env=environment | paths | variables, cwd=folder, check=True)
     lines = [line.split("\0")[:-1] for line in log.read_text().splitlines()]
@@ -69,6 +69,8 @@ def test_every_row_is_calibrated_once_then_converted_distilled_exported_and_meas
     for command in found:
         assert ("train.seed=3" in command) == (command[0] == "distill")
         assert (ROOT / command[1]).is_file()
+    d2d = [argument for command in found if "d2d" in " ".join(command) for argument in command if "teacher=" in argument]
+    assert {argument.partition("=")[2] for argument in d2d} <= {str(tmp_path / "dense")}, "the baseline's teacher is the dense model"
 
 
 @pytest.mark.parametrize("recipe", EXPERTS)
@@ -76,6 +78,7 @@ def test_every_command_of_a_recipe_dry_runs_on_a_tiny_model(recipe: str, tmp_pat
     family, experts = EXPERTS[recipe]
     out = tmp_path / "out"
     tiny(family, tmp_path / "moe", dtype="bfloat16", max_position_embeddings=4096, num_hidden_layers=2, **experts)
+    tiny("qwen3", tmp_path / "dense", dtype="bfloat16", max_position_embeddings=4096, num_hidden_layers=2)
     (out / "tokens.json").parent.mkdir()
     write_tokens(out / "tokens", 2 * 2048)
     write_tokens(out / "tokens_validation", 2048)
@@ -85,12 +88,14 @@ def test_every_command_of_a_recipe_dry_runs_on_a_tiny_model(recipe: str, tmp_pat
         name, output = command[0], next(Path(item.partition("=")[2]) for item in command if item.startswith("output="))
         if name == "data" or output.exists():
             continue  # data needs the model's own tokenizer; a control shares the dense model of the main row
+        if name == "prune-dense":
+            command += ["target={hidden_size: 32, num_hidden_layers: 1}", "data.sequence_length=64", "data.sequences=8", "device=cpu"]
         cli.main([*command, "--dry-run"])
         config = json.loads(capsys.readouterr().out)["config"]
         assert config["output"] == str(output)
         if name == "calibrate":
             cli.main([*command, "data.sequence_length=64", "data.sequences=8", "device=cpu"])
-        elif name == "convert":
+        elif name in ("convert", "prune-dense"):
             cli.main(command)
         elif name == "distill":
             (output / "checkpoints" / "step_00000001").mkdir(parents=True)
