@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench format chaos parity
+.PHONY: quickstart test lint bench format chaos parity study-smoke
 
 quickstart: .venv/.installed-train-plot  ## a trained MoE becomes a distilled dense model, in out/quickstart
 	launch/quickstart_cpu.sh
@@ -15,6 +15,13 @@ chaos: .venv/.installed-dev  ## every stage killed at random moments (20 times e
 
 parity: .venv/.installed-dev  ## table: every layout of the trainer against stock transformers in one process
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.trainer.parity
+
+study-smoke: .venv/.installed-dev  ## every arm of the study at tiny length, in out/study_smoke
+	rm -rf out/study_smoke && mkdir -p out/study_smoke && cp docs/study.md out/study_smoke/
+	OUT=out/study_smoke REPORT=out/study_smoke/study.md SEEDS=0 PROCESSES=1 \
+	    PRETRAIN_SETTINGS="data.path=examples/pico_moe/tokens/distill train.steps=2 data.validation_sequences=32" \
+	    SAMPLE_SETTINGS="data.sequences=16" EVAL_SETTINGS="perplexity.data.sequences=8 harness.limit=8" \
+	    launch/study_pico.sh train.steps=2 data.validation_sequences=16 teacher_check.loss_bound=null
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

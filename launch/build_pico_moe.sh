@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Rebuild examples/pico_moe from nothing: text, tokenizer, token files, pretraining, checkpoint, report.
 # Needs Debian's apt-get and dpkg, a Python 3.11 with pip, and both package registries. The work folder is out/pico_build.
+# STOP_AFTER=tokens ends it before the pretraining.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -26,6 +27,7 @@ for kind in glosses literature manual python scripture; do
 done
 tokenise distill "$example/tokens/distill"
 tokenise heldout "$example/tokens/heldout"
+[[ ${STOP_AFTER:-} != tokens ]] || exit 0
 
 # 4. Pretraining with the project's own trainer: about 14 million tokens, half an hour on two cores.
 mkdir -p "$work/initial"

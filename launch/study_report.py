@@ -1,0 +1,168 @@
+"""The tables and figures of launch/study_pico.sh: python study_report.py OUT DOCUMENT.
+
+Rewrites what stands between the document's markers; beside the document go study_records.jsonl, a row for each arm and seed, and
+images/study_{quality,training}.png.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_moe2dense.plots.style import FAINT, PALETTE, log_axis, new_figure, style
+
+BEGIN, END = "<!-- launch/study_pico.sh: begin -->", "<!-- launch/study_pico.sh: end -->"
+# In the paper's order, best first; its average score of the five tasks for Qwen3-30B-A3B, none for the last (docs/method.md).
+ARMS = {
+    "do_acp": ("DO-ACP, K = G", 58.10),
+    "sf": ("SF, K = 2 G, weight clustering", 53.46),
+    "d2d": ("D2D: pruned dense teacher", 51.84),
+    "random_ffn": ("random FFNs, teacher's attention", 45.44),
+    "random": ("all random", None),
+}
+# name, digits, whether more is better
+MEASURES = {"kl": ("KL to the MoE [nats]", 4, False), "perplexity": ("perplexity", 2, False), "accuracy": ("local task [%]", 1, True)}
+Row = dict[str, Any]
+
+
+def _lines(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _measured(record: Row) -> Row:
+    metrics = record["metrics"]
+    accuracy = metrics["accuracy"]["continuation"]
+    return {"kl": metrics["kl"], "perplexity": metrics["perplexity"], "accuracy": 100 * accuracy}
+
+
+def collect(out: Path) -> tuple[list[Row], list[Row]]:
+    """One row for each teacher, and one for each arm and seed with its training curve (evaluations: tokens, loss).
+
+    Raises:
+        ValueError: there is no finished seed. OSError, KeyError: a part of one is missing.
+    """
+    teachers = [
+        {"teacher": record["model"], "parameters": record["parameters"], **_measured(record)} for record in _lines(out / "teachers.jsonl")
+    ]
+    rows: list[Row] = []
+    for folder in sorted(out.glob("seed_*")):
+        own = _measured(_lines(folder / "own_teacher.jsonl")[0])["kl"]
+        for record in _lines(folder / "records.jsonl"):
+            steps = _lines(folder / record["model"] / "run" / "metrics.jsonl")
+            row = {"arm": record["model"], "seed": int(folder.name.removeprefix("seed_")), **_measured(record)}
+            row |= {"parameters": record["parameters"], "kl_own_teacher": own if record["model"] == "d2d" else row["kl"]}
+            row["seconds"] = sum(step.get("step_seconds", 0.0) for step in steps)
+            row["curve"] = [[step["tokens"], step["eval_loss"]] for step in steps if "eval_loss" in step]
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{out} has no seed_*/records.jsonl")
+    return teachers, rows
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and sample standard deviation; the mean alone for one value."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown table, an arm a line, the best mean of every measure in bold."""
+    means = {name: {arm: statistics.mean(_values(rows, arm, name)) for arm in ARMS} for name in MEASURES}
+    best = {name: (max if MEASURES[name][2] else min)(means[name], key=means[name].__getitem__) for name in MEASURES}
+    heads = ["arm", *(title for title, _, _ in MEASURES.values()), "KL to its own teacher [nats]", "distillation [s]", "paper's average"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for arm, (title, paper) in ARMS.items():
+        cells = [spread(_values(rows, arm, name), digits) for name, (_, digits, _) in MEASURES.items()]
+        cells = [f"**{cell}**" if best[name] == arm else cell for name, cell in zip(MEASURES, cells, strict=True)]
+        cells += [spread(_values(rows, arm, "kl_own_teacher"), 4), spread(_values(rows, arm, "seconds"), 0)]
+        lines.append(f"| {title} | {' | '.join(cells)} | {'-' if paper is None else f'{paper:.2f}'} |")
+    return "\n".join(lines)
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """For every measure, neighbours in the paper's order: does it hold on the mean, and in how many seeds."""
+    pairs = list(zip(list(ARMS)[:-1], list(ARMS)[1:], strict=True))
+    lines = ["| the paper's order | " + " | ".join(title for title, _, _ in MEASURES.values()) + " |", "|---|" + "---|" * len(MEASURES)]
+    for better, worse in pairs:
+        cells = []
+        for name, (_, _, more) in MEASURES.items():
+            sign = 1 if more else -1
+            gaps = [sign * (a - b) for a, b in zip(_values(rows, better, name), _values(rows, worse, name), strict=True)]
+            holds = "holds" if statistics.mean(gaps) > 0 else "does not hold"
+            cells.append(f"{holds}, {sum(gap > 0 for gap in gaps)} of {len(gaps)} seeds")
+        lines.append(f"| {better} before {worse} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _values(rows: Sequence[Row], arm: str, name: str) -> list[float]:
+    found = [row[name] for row in sorted(rows, key=lambda row: row["seed"]) if row["arm"] == arm]
+    assert len(found) == len({row["seed"] for row in rows}), f"every seed has {arm}"
+    return found
+
+
+def text(teachers: Sequence[Row], rows: Sequence[Row]) -> str:
+    """What stands between the markers."""
+    seeds = len({row["seed"] for row in rows})
+    said = [
+        f"{row['teacher']} teacher: {row['parameters']:,} parameters, perplexity {row['perplexity']:.2f}, "
+        f"local task {row['accuracy']:.1f}%."
+        for row in teachers
+    ]
+    students = {row["parameters"] for row in rows}
+    said.append(
+        f"Students: {', '.join(f'{count:,}' for count in sorted(students))} parameters. Mean ± standard deviation of {seeds} seeds."
+    )
+    return "\n\n".join([" ".join(said), table(rows), verdict(rows)])
+
+
+def figures(rows: Sequence[Row], folder: Path) -> None:
+    """study_quality.png: every seed of every arm, by measure; study_training.png: held-out loss over tokens."""
+    folder.mkdir(exist_ok=True)
+    with style():
+        figure = new_figure(10, 3.4)
+        for axes, (name, (title, _, _)) in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES.items(), strict=True):
+            for place, arm in enumerate(ARMS):
+                values = _values(rows, arm, name)
+                axes.plot(values, [place] * len(values), "o", color=PALETTE[place], alpha=0.7)
+                axes.plot([statistics.mean(values)], [place], "|", color=FAINT, markersize=18)
+            axes.set_title(title)
+            axes.set_yticks(range(len(ARMS)), [title for title, _ in ARMS.values()])
+            axes.grid(axis="x")
+            axes.set_ylim(len(ARMS) - 0.5, -0.5)
+        figure.savefig(folder / "study_quality.png", dpi=150)
+        figure = new_figure(7, 4)
+        axes = figure.subplots()
+        for place, (arm, (title, _)) in enumerate(ARMS.items()):
+            for number, row in enumerate(row for row in rows if row["arm"] == arm):
+                tokens, losses = zip(*row["curve"], strict=True)
+                axes.plot(tokens, losses, color=PALETTE[place], alpha=0.8, label=title if number == 0 else None)
+        axes.set_xlabel("distillation tokens")
+        axes.set_ylabel("held-out loss [nats/token]")
+        log_axis(axes)
+        axes.legend()
+        figure.savefig(folder / "study_training.png", dpi=150)
+
+
+def main(out: Path, document: Path) -> None:
+    """Write the records, the figures and the document's tables.
+
+    Raises:
+        ValueError: the document has no markers; besides those of `collect`.
+    """
+    content = document.read_text()
+    if BEGIN not in content or END not in content:
+        raise ValueError(f"{document} does not have the lines {BEGIN} and {END}")
+    teachers, rows = collect(out)
+    document.with_name("study_records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*teachers, *rows]))
+    figures(rows, document.parent / "images")
+    before, after = content.partition(BEGIN)[0], content.partition(END)[2]
+    document.write_text(f"{before}{BEGIN}\n{text(teachers, rows)}\n{END}{after}")
+    print(text(teachers, rows))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
