@@ -20,6 +20,8 @@ from megatron_moe2dense.surgery.hidden import HiddenPlace, HiddenStates
 from megatron_moe2dense.surgery.resume import Resume
 from megatron_moe2dense.surgery.stats import STATISTICS, CalibratedStats
 from tests.helpers.distributed import launch
+from tests.helpers.tiny_models import tiny_qwen3
+from tests.surgery.cases import PRUNED
 from tests.surgery.conftest import SEQUENCE, calibration
 
 BATCHES = f"batch_tokens={3 * SEQUENCE}"  # 20 windows in batches of 3: the last one has 2
@@ -58,9 +60,11 @@ def test_spilling_gives_the_same_bytes(moe: Path, tokens: str, tmp_path: Path, m
 
 
 @pytest.mark.distributed
-def test_two_ranks_with_half_the_data_each_give_the_statistics_of_one(moe: Path, tokens: str, tmp_path: Path):
+def test_two_ranks_with_half_the_data_each_give_the_statistics_and_the_pruned_model_of_one(moe: Path, tokens: str, tmp_path: Path):
     main(["calibrate", *calibration(moe, tokens, tmp_path / "one"), BATCHES])
     arguments = [item for item in calibration(moe, tokens, tmp_path / "two") if not item.startswith("output")]
+    pruning = [*calibration(tiny_qwen3(tmp_path / "dense"), tokens, tmp_path / "pruned_by_one"), BATCHES, PRUNED]
+    main(["prune-dense", *pruning])
     refused = launch(2, "tests.surgery.cases:calibrate_on_two_ranks", [*arguments, BATCHES], str(tmp_path))
     one, two = CalibratedStats.open(tmp_path / "one"), CalibratedStats.open(tmp_path / "straight")
     for layer, stats in one.layers.items():
@@ -68,6 +72,8 @@ def test_two_ranks_with_half_the_data_each_give_the_statistics_of_one(moe: Path,
             tolerance = 1e-12 if name in ("tokens", "selected_count") else 1e-6
             np.testing.assert_allclose(two.layers[layer][name], stats[name], rtol=tolerance, err_msg=name)
     assert stats_bytes(tmp_path / "spilled") == stats_bytes(tmp_path / "resumed") == stats_bytes(tmp_path / "straight")
+    for name in ("model.safetensors", "kept.json", "config.json"):
+        assert (tmp_path / "pruned" / name).read_bytes() == (tmp_path / "pruned_by_one" / name).read_bytes()
     assert len(refused) == 4
     assert all("overwrite" in message for message in refused[::2])
     assert all("one batch for every process" in message for message in refused[1::2])
