@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 
 from megatron_moe2dense.checkpoint.assets import copy_assets
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
@@ -154,6 +155,19 @@ def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Train
     fields = {**models.recompute_fields(config.parallel, blueprint), **_balancing(config, blueprint)}
     student = models.build(blueprint, groups, device, split, **fields)
     wrapped = initialize.start(config, student, blueprint, groups)
+    with contextlib.ExitStack() as undo:
+        undo.callback(optim.release, wrapped)
+        trainer, state = _assemble(config, groups, device, (blueprint, student, wrapped))
+        undo.pop_all()
+    return trainer, state
+
+
+_Student = tuple[models.Blueprint, list[models.HeadlessGPT], list[DistributedDataParallel]]
+
+
+def _assemble(config: DistillConfig, groups: Groups, device: Runtime, learner: _Student) -> tuple[Trainer, TrainState]:
+    """What stands around the student."""
+    blueprint, student, wrapped = learner
     optimizer, scheduler = optim.build(config, wrapped)
     frozen = teacher.build(config, blueprint, groups, device) if config.has_live_teacher() else None
     checkpointer = Checkpointer(Path(config.output) / "checkpoints", config.train, groups)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from pathlib import Path
 
+import pytest
+
 from megatron_moe2dense.common.config import build
+from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer import distill, runtime
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer.config import DistillConfig, ParallelConfig
@@ -26,8 +30,9 @@ def test_the_groups_of_a_layout_end_with_it():
         assert gloo_threads() <= before + 2  # that of the default group is made late
 
 
-def test_a_run_leaves_nothing_behind(tmp_path: Path):
-    """A model or an optimizer that lives on would keep its groups."""
+@pytest.mark.parametrize("loss_bound", [None, 0.8])
+def test_a_run_leaves_nothing_behind(loss_bound: float | None, tmp_path: Path):
+    """A model or an optimizer that lives on would keep its groups; a run whose teacher is refused, for it is random, has them too."""
     tiny_qwen3_moe(tmp_path / "teacher", seed=1)
     tiny_qwen3(tmp_path / "student", seed=2)
     write_tokens(tmp_path / "tokens", 32 * 4 + 1)
@@ -38,9 +43,10 @@ def test_a_run_leaves_nothing_behind(tmp_path: Path):
         "data": {"path": str(tmp_path / "tokens"), "sequence_length": 32},
         "batch": {"micro": 2, "global": 2},
         "train": {"steps": 2},
-        "teacher_check": {"loss_bound": None, "stock_forward": "never"},
+        "teacher_check": {"loss_bound": loss_bound, "stock_forward": "never"},
         "dtype": "float32",
     }
     before = gloo_threads()
-    distill.run(build(DistillConfig, settings, "the test"))
+    with pytest.raises(UserError, match="uniform guess") if loss_bound is not None else contextlib.nullcontext():
+        distill.run(build(DistillConfig, settings, "the test"))
     assert gloo_threads() <= before + 2
