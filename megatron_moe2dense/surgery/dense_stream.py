@@ -111,13 +111,11 @@ class DenseStream(StreamedModel):
         return torch.cat(list(last))
 
     @torch.no_grad()
-    def dense_states(
-        self, windows_NS: np.ndarray, plans: Sequence[Sequence[LayerPlan]], tick: Callable[[int], None] = lambda _number: None
-    ) -> list[torch.Tensor]:
+    def dense_states(self, windows_NS: np.ndarray, plans: Sequence[Sequence[LayerPlan]]) -> list[torch.Tensor]:
         """The dense models' hidden states after the last layer, [N, S, D] each, on the CPU; equal plans have the same tensor.
 
         Args:
-            plans: the layer plans of every model, as in ConversionPlan.layers. tick: called with the number of each finished layer.
+            plans: the layer plans of every model, as in ConversionPlan.layers.
         """
         hidden, arguments = self._embed(windows_NS, HiddenPlace(), 0)
         states = _States([torch.cat(list(hidden))], [0] * len(plans))
@@ -132,7 +130,6 @@ class DenseStream(StreamedModel):
             else:
                 states = self._moe_layer(number, calls, states, [plan[number] for plan in by_layer])
             self._release(number, layer)
-            tick(number)
         return [states.distinct[state] for state in states.of_plan]
 
     def _moe_layer(self, number: int, calls: dict[int, dict[str, Any]], states: _States, plans: Sequence[LayerPlan]) -> _States:
