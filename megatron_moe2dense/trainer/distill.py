@@ -18,6 +18,7 @@ from megatron_moe2dense.common.outputs import MANIFEST, Status, claim, config_ha
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import initialize, optim, runtime, teacher
 from megatron_moe2dense.trainer import model as models
+from megatron_moe2dense.trainer.agreement import together
 from megatron_moe2dense.trainer.cache.teacher import CachedTeacher, open_cache
 from megatron_moe2dense.trainer.checkpoints.checkpointer import Checkpointer
 from megatron_moe2dense.trainer.checkpoints.writer import latest, step_of
@@ -95,29 +96,27 @@ def _identity(config: DistillConfig) -> dict[str, Any]:
 
 def claim_output(config: DistillConfig) -> None:
     """Rank 0 takes the output directory and puts the student's config and tokenizer into it; errors reach every rank."""
-    problem: list[UserError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            output = Path(config.output)
+    with together():
+        if dist.get_rank() == 0:
+            output, student = Path(config.output), Path(config.student)
             if claim(output, output, _identity(config), config.overwrite):
                 _require_same_text(config)
             _write_manifest(config, "unfinished")
-            student = Path(config.student)
             (output / "student").mkdir(exist_ok=True)
             content = read_json(student / "config.json", "the student's Hugging Face directory with its config.json")
             write_json(output / "student" / "config.json", content)
             copy_assets(student, output / "student")
-        except UserError as error:
-            problem = [error]
-    dist.broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise problem[0]
+
+
+def _recorded(config: DistillConfig, name: str) -> Any:
+    """What the manifest of an earlier part of this run says, None when there is none."""
+    manifest = Path(config.output) / MANIFEST
+    return read_json(manifest, "the manifest of this run").get(name) if manifest.exists() else None
 
 
 def _require_same_text(config: DistillConfig) -> None:
     """UserError when token files have changed since an earlier part of the run: sample n would be another one."""
-    manifest = Path(config.output) / MANIFEST
-    before = read_json(manifest, "the manifest of this run").get("data") if manifest.exists() else None
+    before = _recorded(config, "data")
     if before is not None and before != texts(config.data, config.train.seed):
         raise UserError(
             f"{config.output} was begun with token files of other content than those at its data keys now",
@@ -130,19 +129,13 @@ def _write_manifest(config: DistillConfig, status: Status, **facts: Any) -> None
     """The run's manifest; the plan that made the student stays known through to the export, the teacher's proof over resumes."""
     made_by = Path(config.student) / MANIFEST
     plan_hash = read_json(made_by, "the student's manifest").get("plan_hash") if made_by.exists() else None
-    facts_of_run = {"config_hash": _identity_hash(config), "plan_hash": plan_hash, "teacher": _proof_of(config), **facts}
+    facts_of_run = {"config_hash": _identity_hash(config), "plan_hash": plan_hash, "teacher": _recorded(config, "teacher"), **facts}
     data = texts(config.data, config.train.seed)
     write_manifest(Path(config.output), status, "distill", _dump(config), data=data, **facts_of_run)
 
 
-def _proof_of(config: DistillConfig) -> dict[str, Any] | None:
-    """What an earlier part of this run recorded of its teacher."""
-    manifest = Path(config.output) / MANIFEST
-    return read_json(manifest, "the manifest of this run").get("teacher") if manifest.exists() else None
-
-
 def _prove(config: DistillConfig, groups: Groups, frozen: teacher.LiveTeacher, training: SampleStream) -> None:
-    recorded = prove(frozen, config, groups, training.first(), _proof_of(config))
+    recorded = prove(frozen, config, groups, training.first(), _recorded(config, "teacher"))
     if dist.get_rank() == 0:
         _write_manifest(config, "unfinished", teacher=recorded)
 

@@ -93,7 +93,7 @@ def build(config: DistillConfig, student: models.Blueprint, groups: Groups, runt
 
 
 def _active(config: DistillConfig, dims: Dims) -> int:
-    active = config.teacher_routing.active if config.teacher_routing else None
+    active = config.active_experts()
     if active is None:
         return dims.active
     if not dims.active <= active <= dims.experts:

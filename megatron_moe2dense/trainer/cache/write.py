@@ -22,6 +22,7 @@ from megatron_moe2dense.tokens.indexed import TokenFile
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime, teacher
+from megatron_moe2dense.trainer.agreement import together
 from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
 from megatron_moe2dense.trainer.cache.files import STAGE, CacheFacts, shard_path, tokenizer_hash
 from megatron_moe2dense.trainer.cache.fill import Filler
@@ -92,7 +93,7 @@ def _facts(config: CacheTeacherConfig) -> CacheFacts:
     dims = models.Blueprint.of(index.config, config.teacher, getattr(torch, config.dtype)).dims
     if config.k > dims.vocab_size:
         raise UserError(f"k={config.k}", f"at most the vocabulary of {dims.vocab_size}", "choose a smaller k")
-    active = config.teacher_routing.active if config.teacher_routing else None
+    active = _as_a_run(config).active_experts()
     return CacheFacts(
         teacher=index.fingerprint(),
         tokenizer=tokenizer_hash(Path(config.teacher)),
@@ -109,17 +110,11 @@ def _facts(config: CacheTeacherConfig) -> CacheFacts:
 def _claimed(config: CacheTeacherConfig) -> tuple[Path, CacheFacts]:
     """Rank 0 takes the working directory; its facts, or its error, reach every rank."""
     working = Path(config.output + ".tmp")
-    outcome: list[CacheFacts | UserError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [_claim(config, working)]
-        except UserError as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    assert outcome[0] is not None
-    return working, outcome[0]
+    with together():
+        found = [_claim(config, working) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    assert found[0] is not None
+    return working, found[0]
 
 
 def _claim(config: CacheTeacherConfig, working: Path) -> CacheFacts:
