@@ -33,7 +33,7 @@ from megatron_moe2dense.trainer.losses.shards import VocabShard
 from megatron_moe2dense.trainer.step import Models, student_pass
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples/pico_moe"
-LENGTH, MICRO, STEPS, ROUNDS = 256, 8, 2, 7
+LENGTH, MICRO, STEPS, ROUNDS = 256, 8, 2, 20
 
 
 def dense_student(folder: Path) -> Path:

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_moe2dense.trainer.runtime.experts import PlainExperts
 from megatron_moe2dense.trainer.runtime.latent_attention import use_latent_attention
 from megatron_moe2dense.trainer.runtime.modules import HeadsRMSNorm, RMSNorm, SdpaCoreAttention
 
@@ -43,6 +44,8 @@ def _local_layer(config: TransformerConfig, number: int) -> Any:
     )
     layer: Any = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if has_experts:
+        layer.mlp.submodules.experts.module = PlainExperts
     attention = layer.self_attention.submodules
     attention.core_attention = SdpaCoreAttention
     if config.multi_latent_attention:
