@@ -8,7 +8,7 @@ quickstart: .venv/.installed-train-plot  ## a trained MoE becomes a distilled de
 	launch/quickstart_cpu.sh
 
 test: .venv/.installed-dev  ## all tests, in two processes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: .venv/.installed-dev  ## every stage killed at random moments (20 times each in surgery) and resumed
 	MOE2DENSE_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/surgery/test_kills.py tests/trainer/test_resume.py

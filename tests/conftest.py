@@ -20,3 +20,8 @@ def example() -> Path:
 def tokenizer_directory(example: Path) -> Path:
     """A Hugging Face tokenizer: byte-level BPE of 2,048 tokens, token 0 ends a document."""
     return example / "model"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start several processes first: they are the long ones, and the short ones fill the other worker's time at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("distributed") is None)
