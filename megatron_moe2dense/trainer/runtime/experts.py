@@ -29,7 +29,8 @@ class PlainExperts(SequentialMLP):
             return super().forward(rows_TD, counts_E, weights_T)
         counts, outputs_TD = counts_E.tolist(), torch.empty_like(rows_TD)
         parts = zip(rows_TD.split(counts), weights_T[:, None].split(counts), outputs_TD.split(counts), strict=True)
-        for expert, (rows, weights, outputs) in zip(self.local_experts, parts, strict=True):
+        experts: Any = self.local_experts
+        for expert, (rows, weights, outputs) in zip(experts, parts, strict=True):
             gate, up = torch.mm(rows, expert.linear_fc1.weight.t()).chunk(2, dim=-1)
             torch.mm(torch.nn.functional.silu(gate).mul_(up).mul_(weights), expert.linear_fc2.weight.t(), out=outputs)
         return outputs_TD, None
