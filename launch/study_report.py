@@ -35,8 +35,7 @@ def _lines(path: Path) -> list[Row]:
 
 def _measured(record: Row) -> Row:
     metrics = record["metrics"]
-    accuracy = metrics["accuracy"]["continuation"]
-    return {"kl": metrics["kl"], "perplexity": metrics["perplexity"], "accuracy": 100 * accuracy}
+    return {"kl": metrics["kl"], "perplexity": metrics["perplexity"], "accuracy": 100 * metrics["accuracy"]["continuation"]}
 
 
 def collect(out: Path) -> tuple[list[Row], list[Row]]:
@@ -50,12 +49,14 @@ def collect(out: Path) -> tuple[list[Row], list[Row]]:
     ]
     rows: list[Row] = []
     for folder in sorted(out.glob("seed_*")):
-        own = _measured(_lines(folder / "own_teacher.jsonl")[0])["kl"]
+        own = _lines(folder / "own_teacher.jsonl")[0]["metrics"]["kl"]
         for record in _lines(folder / "records.jsonl"):
             steps = _lines(folder / record["model"] / "run" / "metrics.jsonl")
             row = {"arm": record["model"], "seed": int(folder.name.removeprefix("seed_")), **_measured(record)}
             row |= {"parameters": record["parameters"], "kl_own_teacher": own if record["model"] == "d2d" else row["kl"]}
-            row["seconds"] = sum(step.get("step_seconds", 0.0) for step in steps)
+            # the median, since other jobs may have shared the machine for a while
+            timed = [step["step_seconds"] for step in steps if "step_seconds" in step]
+            row["seconds"] = statistics.median(timed) * len(timed)
             row["curve"] = [[step["tokens"], step["eval_loss"]] for step in steps if "eval_loss" in step]
             rows.append(row)
     if not rows:
@@ -73,7 +74,7 @@ def table(rows: Sequence[Row]) -> str:
     """A Markdown table, an arm a line, the best mean of every measure in bold."""
     means = {name: {arm: statistics.mean(_values(rows, arm, name)) for arm in ARMS} for name in MEASURES}
     best = {name: (max if MEASURES[name][2] else min)(means[name], key=means[name].__getitem__) for name in MEASURES}
-    heads = ["arm", *(title for title, _, _ in MEASURES.values()), "KL to its own teacher [nats]", "distillation [s]", "paper's average"]
+    heads = ["arm", *(title for title, _, _ in MEASURES.values()), "KL to its own teacher [nats]", "distillation, median step x steps [s]", "paper's average"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for arm, (title, paper) in ARMS.items():
         cells = [spread(_values(rows, arm, name), digits) for name, (_, digits, _) in MEASURES.items()]
