@@ -16,7 +16,7 @@ import time
 
 import torch
 
-VOCAB, HIDDEN, ROUNDS, FEW = 151_936, 1024, 3, 128
+VOCAB, HIDDEN, ROUNDS, FEW = 151_936, 1024, 2, 128
 TOKENS = int(os.environ.get("MOE2DENSE_BENCH_TOKENS", "4096"))
 
 
