@@ -59,7 +59,7 @@ class SweepConfig(Config):
     slice: str = key("1/1", 'this process does part i of n, "i/n"; any number of processes may write to one output')
     batch_tokens: int = key(4096, "tokens through a layer at once: whole windows, at least one", "tokens", gt=0)
     memory_budget: Bytes = key("8GiB", "for hidden states: decides how many models are evaluated in one pass", "bytes", gt=0)
-    device: str = key("cpu", "torch device: cpu, cuda, cuda:1, ...")
+    device: str = key("auto", "torch device: cpu, cuda, cuda:1, ...; auto: cuda where there is one, else cpu")
     dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "weights and compute; logits are compared in float32 always")
     overwrite: bool = key(False, "replace an existing output")
 
