@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from megatron_moe2dense.common.outputs import read_json
 DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 DTYPE_BYTES["BOOL"] = 1
 _SAMPLES, _SAMPLE_BYTES = 64, 1024
+_HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class CheckpointIndex:
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        names = set(read_json(index, "a safetensors index")["weight_map"].values())
+        names = _shard_names(index)
         absent = sorted(name for name in names if not (directory / name).exists())
         if absent:
             raise UserError(f"{directory}: {len(absent)} of {len(names)} shards absent, first {absent[0]}", "all shards", "download them")
@@ -109,27 +111,48 @@ def _weight_files(directory: Path) -> list[Path]:
     return [single]
 
 
+def _shard_names(index: Path) -> set[str]:
+    """The files of an index; UserError unless all lie beside it: an index from elsewhere must not make us read other files."""
+    expected = "a safetensors index: the weight_map of tensor names to names of .safetensors files in the same folder"
+    content = read_json(index, expected)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index}: no weight_map", expected, "download the checkpoint again")
+    for name in names.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index}: shard {name!r}", expected, "do not use this checkpoint unless you know why it says so")
+    return set(names.values())
+
+
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file; UserError when the file is cut short or is no safetensors file."""
     size = file.stat().st_size
     with file.open("rb") as handle:
         head = handle.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 0 < length <= size - 8:
+        if not 0 < length <= min(size - 8, _HEADER_LIMIT):
             raise _damaged(file, f"{size} bytes, header of {length} bytes")
         try:
             header = json.loads(handle.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError):
+            header.pop("__metadata__", None)
+            infos = {name: _tensor_info(name, file, entry, 8 + length) for name, entry in header.items()}
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
             raise _damaged(file, "a header that is no JSON") from None
-    header.pop("__metadata__", None)
-    infos = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        infos[name] = TensorInfo(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _damaged(file, f"a header that describes no tensors ({type(error).__name__} {error})") from None
     needed = max((info.start + info.nbytes for info in infos.values()), default=8 + length)
     if needed != size:
         raise _damaged(file, f"{size} bytes")
     return infos
+
+
+def _tensor_info(name: str, file: Path, entry: dict[str, Any], data: int) -> TensorInfo:
+    """One entry of a header; ValueError when type, shape and place do not fit. data: where the tensors begin in the file."""
+    (begin, end), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+    fits = dtype not in DTYPE_BYTES or math.prod(shape) * DTYPE_BYTES[dtype] == end - begin
+    if not 0 <= begin <= end or any(size < 0 for size in shape) or not fits:
+        raise ValueError(f"{name}: {dtype} {list(shape)} at bytes {begin} to {end}")
+    return TensorInfo(name, file, dtype, shape, data + begin, end - begin)
 
 
 def _damaged(file: Path, found: str) -> UserError:

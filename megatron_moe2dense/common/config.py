@@ -72,7 +72,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 def parse_yaml(text: str, where: str) -> Any:
     """YAML text to Python objects; UserError with line and column where it is no YAML."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise UserError(f"{where}: {error}", "a YAML document", "mend the line named above") from None
 

@@ -20,6 +20,7 @@ import megatron_moe2dense
 from megatron_moe2dense.common.errors import UserError
 
 MANIFEST = "moe2dense.json"
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 Status = Literal["unfinished", "finished"]
 
 
@@ -60,9 +61,9 @@ def commit() -> str | None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically (temporary file in the same folder, fsync, rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
     with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -79,17 +80,17 @@ def read_json(path: Path, expected: str) -> Any:
     """Parse a JSON file; UserError (saying what was `expected`) when it is missing or no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}: {error}", expected, "check the path, or make the file again") from None
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk while writing `path` into a UserError; partial files stay beside, never in place."""
+    """Turn a full, broken or read-only disk while writing `path` into a UserError; partial files stay beside, never in place."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR):
+        if error.errno not in _DISK:
             raise
         raise UserError(
             f"{error.filename or path}: {os.strerror(error.errno)}",

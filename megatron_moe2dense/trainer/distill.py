@@ -126,12 +126,17 @@ def _require_same_text(config: DistillConfig) -> None:
 
 
 def _write_manifest(config: DistillConfig, status: Status, **facts: Any) -> None:
-    """The run's manifest; the plan that made the student stays known through to the export, the teacher's proof over resumes."""
-    made_by = Path(config.student) / MANIFEST
-    plan_hash = read_json(made_by, "the student's manifest").get("plan_hash") if made_by.exists() else None
-    facts_of_run = {"config_hash": _identity_hash(config), "plan_hash": plan_hash, "teacher": _recorded(config, "teacher"), **facts}
-    data = texts(config.data, config.train.seed)
-    write_manifest(Path(config.output), status, "distill", _dump(config), data=data, **facts_of_run)
+    """The run's manifest; the plan that made the student stays known through to the export, the teacher's proof over resumes.
+
+    What is read of the inputs is read once, when the run begins: they may be gone when it ends.
+    """
+    if (Path(config.output) / MANIFEST).exists():
+        of_inputs = {name: _recorded(config, name) for name in ("plan_hash", "teacher", "data")}
+    else:
+        made_by = Path(config.student) / MANIFEST
+        plan_hash = read_json(made_by, "the student's manifest").get("plan_hash") if made_by.exists() else None
+        of_inputs = {"plan_hash": plan_hash, "teacher": None, "data": texts(config.data, config.train.seed)}
+    write_manifest(Path(config.output), status, "distill", _dump(config), **{**of_inputs, "config_hash": _identity_hash(config), **facts})
 
 
 def _prove(config: DistillConfig, groups: Groups, frozen: teacher.LiveTeacher, training: SampleStream) -> None:

@@ -16,7 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.trainer.agreement import together
-from megatron_moe2dense.trainer.checkpoints import seal
+from megatron_moe2dense.trainer.checkpoints import pickles, seal
 from megatron_moe2dense.trainer.checkpoints.writer import Writer, complete
 from megatron_moe2dense.trainer.config import TrainConfig
 from megatron_moe2dense.trainer.groups import Groups
@@ -92,14 +92,16 @@ class Checkpointer:
         verify(path)
         wanted = self._state(chunks, optimizer, loading=True)
         check_shapes(path, wanted["model"])
-        layout = dist_checkpointing.load_common_state_dict(str(path))["layout"]
+        with pickles.weights_only():
+            layout = dist_checkpointing.load_common_state_dict(str(path))["layout"]
         self._check_layout(path, layout, moe=chunks[0].config.num_moe_experts is not None)
         same_layout = layout == self._layout
         if same_layout:
             wanted["random"] = _random_states()
         else:
             logger.info("%s was written in another parallel layout: random states start anew", path)
-        state: Any = dist_checkpointing.load(wanted, str(path))
+        with pickles.weights_only():
+            state: Any = dist_checkpointing.load(wanted, str(path))
         _fill(chunks, state)
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
@@ -113,17 +115,24 @@ def load_weights(path: Path, chunks: list[HeadlessGPT], groups: Groups) -> None:
     verify(path)
     weights = _weights(chunks, {"dp_cp_group": groups.collection.dp_cp})
     check_shapes(path, weights)
-    _fill(chunks, dist_checkpointing.load({"model": weights}, str(path)))
+    with pickles.weights_only():
+        state = dist_checkpointing.load({"model": weights}, str(path))
+    _fill(chunks, state)
 
 
 def verify(path: Path) -> None:
-    """Read all files of a checkpoint, each rank its share of them; UserError on every rank when one is not as it was written."""
+    """Read all files of a checkpoint, each rank its share of them, before anything is unpickled.
+
+    Raises:
+        UserError: on every rank, when a file is not as it was written or would run code of its own.
+    """
     with together():
         fault = seal.broken(path, slice(dist.get_rank(), None, dist.get_world_size()))
         if fault is not None:
             before = [other for other in complete(path.parent) if other.name < path.name]
             then = f"the same command then continues from {before[-1].name}" if before else "the same command then starts from step 0"
             raise UserError(fault, f"the files that {seal.SEAL} lists, as they were written", f"remove {path}; {then}")
+        pickles.require_data(path)
 
 
 def check_shapes(path: Path, weights: dict[str, Any]) -> None:

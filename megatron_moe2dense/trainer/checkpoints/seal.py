@@ -30,8 +30,11 @@ def broken(directory: Path, share: slice) -> str | None:
     """What is wrong with the seal, or with the files of this share of its list; None when nothing is."""
     try:
         sealed = json.loads((directory / SEAL).read_bytes())
-    except (OSError, ValueError) as error:
+        strangers = {path.name for path in directory.iterdir()} - {SEAL, *sealed}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         return f"{directory / SEAL}: {error}"
+    if strangers:
+        return f"{directory / min(strangers)} is not in {SEAL}"
     return next(_faults(directory, list(sealed.items())[share]), None)
 
 
