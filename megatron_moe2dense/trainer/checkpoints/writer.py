@@ -21,6 +21,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import disk_errors
 from megatron_moe2dense.trainer.agreement import together
 from megatron_moe2dense.trainer.checkpoints import seal
+from megatron_moe2dense.trainer.runtime import upstream
 
 _NAME = re.compile(r"step_(\d{8})")
 _DIGESTS = "digests_{rank}.json"
@@ -69,7 +70,8 @@ class Writer:
         assert not self._final.exists(), "a run never comes to the same step twice"
         partial = self._make_partial(self._final)
         with disk_errors(self._final):
-            request = dist_checkpointing.save(content, str(partial), async_sharded_save=True, content_metadata=metadata)
+            options = {"async_sharded_save": True, "content_metadata": metadata, **upstream.own_checkpoint_writers()}
+            request = dist_checkpointing.save(content, str(partial), **options)
         assert request is not None
         self._queue.schedule_async_request(_sealed(request, partial, functools.partial(self._publish, partial, self._final)))
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from megatron_moe2dense.trainer import without_triton
+
 _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "linspace", "as_tensor", "eye")
 _FACTORIES += ("randperm", "empty_like", "zeros_like", "ones_like", "full_like")
@@ -130,17 +132,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if not fullname.startswith("megatron."):
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def exec_module(module: types.ModuleType) -> None:
-            run(module)
-            _give(module, self._proxy)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+        return without_triton.spec_of(fullname, path, target, after=lambda module: _give(module, self._proxy))
 
 
 def _give(module: types.ModuleType, proxy: _Proxy) -> None:

@@ -37,6 +37,14 @@ class LatentAttention(MLASelfAttention):
             down: Any = self.linear_kv_down_proj
             down.register_forward_hook(self._position_key_of_all_heads)
 
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        """0.19 asks for the classes; without `qk_layernorm` (see `latent_fields`) it would refuse the norms that our spec names."""
+        if self.config.qk_layernorm:
+            resolve: Any = super()._resolve_qk_norm_config  # type: ignore[misc] - none before 0.19
+            return resolve(submodules)
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
     def _position_key_of_all_heads(self, _module: torch.nn.Module, _inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         """Sum the gradient of the position key over the ranks, each of which has some of the heads that share it.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
@@ -66,6 +67,19 @@ class HeadsRMSNorm(torch.nn.Module):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         """For Megatron's distributed checkpoints."""
         return _sharded(self, {"weight": 0}, (prefix, sharded_offsets), metadata)
+
+
+class HeadsNormedAttention(SelfAttention):
+    """SelfAttention whose queries and keys are normalised over all heads. It makes the norms itself, since Megatron's `qk_layernorm`,
+    without which 0.19 takes none from the layer spec, would sum their gradients over tensor-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, *arguments: Any, **options: Any):
+        super().__init__(config, *arguments, **options)
+        width, eps = self.hidden_size_per_attention_head, config.layernorm_epsilon
+        assert config.num_query_groups is not None
+        norms: Any = self
+        norms.q_layernorm = HeadsRMSNorm(config, width, config.num_attention_heads, eps)
+        norms.k_layernorm = HeadsRMSNorm(config, width, config.num_query_groups, eps)
 
 
 class SdpaCoreAttention(MegatronModule):

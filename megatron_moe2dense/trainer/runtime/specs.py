@@ -6,14 +6,14 @@ import copy
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_moe2dense.trainer.runtime.experts import PlainExperts
 from megatron_moe2dense.trainer.runtime.latent_attention import use_latent_attention
-from megatron_moe2dense.trainer.runtime.modules import HeadsRMSNorm, RMSNorm, SdpaCoreAttention
+from megatron_moe2dense.trainer.runtime.modules import HeadsNormedAttention, RMSNorm, SdpaCoreAttention
+from megatron_moe2dense.trainer.runtime.upstream import use_experts
 
 
 def block_spec(config: TransformerConfig, transformer_engine: bool, chunk: int) -> TransformerBlockSubmodules:
@@ -45,7 +45,7 @@ def _local_layer(config: TransformerConfig, number: int) -> Any:
     layer: Any = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     if has_experts:
-        layer.mlp.submodules.experts.module = PlainExperts
+        layer.mlp = use_experts(layer.mlp, PlainExperts)
     attention = layer.self_attention.submodules
     attention.core_attention = SdpaCoreAttention
     if config.multi_latent_attention:
@@ -60,6 +60,4 @@ def _local_layer(config: TransformerConfig, number: int) -> Any:
 def _norm_over_heads(config: TransformerConfig, layer: Any) -> None:
     """Give the layer norms of queries and keys over all heads, where the model has them."""
     if getattr(config, "qk_norm_over_heads", False):
-        attention = layer.submodules.self_attention.submodules
-        attention.q_layernorm = ModuleSpec(HeadsRMSNorm, params={"heads": config.num_attention_heads})
-        attention.k_layernorm = ModuleSpec(HeadsRMSNorm, params={"heads": config.num_query_groups})
+        layer.submodules.self_attention.module = HeadsNormedAttention

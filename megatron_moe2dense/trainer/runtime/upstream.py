@@ -1,9 +1,12 @@
-"""Faults of Megatron-Core, most of which show without CUDA, Transformer Engine or Apex only: one named mend each, with its versions."""
+"""What differs between versions of Megatron-Core (0.16 to 0.19), and its faults, most of which show without CUDA, Transformer Engine or
+Apex only: one named function each, with its versions."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
+import inspect
 import pickle
 import queue
 import tempfile
@@ -54,7 +57,25 @@ def checkpoint_results_without_a_server() -> None:
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    filesystem_async._get_write_results_queue = _ResultsFile
+    new = hasattr(filesystem_async, "get_write_results_queue")  # 0.17 renamed it
+    setattr(filesystem_async, "get_write_results_queue" if new else "_get_write_results_queue", _ResultsFile)
+
+
+def own_checkpoint_writers() -> dict[str, Any]:
+    """Options of `dist_checkpointing.save`: Megatron-Core's own writers, where 0.17 and later would take nvidia-resiliency-ext's."""
+    from megatron.core import dist_checkpointing
+
+    return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+
+
+def use_experts(mlp: Any, experts: type) -> Any:
+    """The MoE part of a local layer spec with another class of experts: a ModuleSpec's, or (0.19) that of a partial of MoELayer."""
+    if isinstance(mlp, functools.partial):
+        built = mlp.keywords["submodules"]
+        built.experts = functools.partial(experts, *built.experts.args, **built.experts.keywords)
+    else:
+        mlp.submodules.experts.module = experts
+    return mlp
 
 
 class _ResultsFile:
@@ -70,7 +91,7 @@ class _ResultsFile:
     def get_nowait(self) -> Any:
         self._file.seek(0)
         try:
-            return pickle.load(self._file)
+            return pickle.load(self._file)  # noqa: S301 - of our own fork, through a file without a name
         except EOFError:
             raise queue.Empty from None
 
@@ -109,11 +130,16 @@ def moe_gemm_name_without_te() -> None:
 
 
 def latent_attention_without_te() -> None:
-    """0.16: `multi_latent_attention` takes the mock instances that stand for TE's classes for TE, and asks isinstance of them."""
+    """`multi_latent_attention` takes the mock instances that stand for TE's classes for TE, and asks isinstance of them (0.16).
+
+    It knows a duplicated down projection by its class, whose name it does not import without TE (0.17 and later).
+    """
+    from megatron.core.post_training.modelopt.layers import Linear
     from megatron.core.transformer import multi_latent_attention
 
     if not isinstance(multi_latent_attention.TELinear, type):
         multi_latent_attention.HAVE_TE = False
+        multi_latent_attention.Linear = Linear
 
 
 def all_to_all_split_sizes_on_cpu() -> None:
