@@ -27,6 +27,8 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/shellcheck -x launch/*.sh launch/*.slurm .ci/run
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 format: .venv/.installed-dev
 	$(BIN)/ruff check --fix .

