@@ -68,6 +68,30 @@ class ScoreConfig(Config):
         return value
 
 
+class RefitConfig(Config):
+    """The down projection solved in closed form (ours)."""
+
+    method: Literal["ridge"] = key("ridge", "ridge regression of the teacher's outputs on the dense FFN's neurons")
+    ridge: float | Literal["auto"] = key(
+        "auto", "relative to the mean of the diagonal; auto: the best of 1e-7 ... 1e-1 on a held-out tenth of the text, layer by layer"
+    )
+    mode: Literal["parallel", "sequential"] = key(
+        "sequential",
+        "parallel: each layer on the teacher's own inputs; sequential: on those of the student made so far, to the teacher's hidden states",
+    )
+    shared: Literal["fixed", "refitted"] = key("fixed", "the down projection of the shared experts; no effect where a family has none")
+    batch_tokens: int = key(8192, "tokens of one forward pass, rounded down to whole windows, at least one", "tokens", gt=0)
+    device: str = key("auto", "torch device; auto: cuda where there is one, else cpu")
+    dtype: Literal["auto", "float32", "float64", "bfloat16"] = key("auto", "compute type; auto: float32 on cpu, bfloat16 on cuda")
+
+    @field_validator("ridge")
+    @classmethod
+    def _not_negative(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and value < 0:
+            raise ValueError("ridge must be 0 or more")
+        return value
+
+
 class ConvertConfig(Config):
     """`moe2dense convert`: from statistics and methods, or from a plan.json that an earlier run wrote."""
 
@@ -80,6 +104,8 @@ class ConvertConfig(Config):
     group: Annotated[Grouper | None, *groupers.optional_field] = key(None, "grouping method; only for keep > groups")
     scale: Annotated[Scaler | None, *scalers.optional_field] = key(None, "scaling method; uniform without a plan")
     plan: str | None = key(None, "plan.json that takes the place of score, group and scale")
+    refit: RefitConfig | None = key(None, "solve the down projections on calibration text; needs data")
+    data: TokensConfig | None = key(None, "the text of the refit; with a plan that has one, the same text at another place")
     outputs: dict[str, str] | None = key(
         None, "several outputs in one pass over the source, {directory: plan.json, ...}; takes the place of output and plan", min_length=1
     )
@@ -97,6 +123,10 @@ class ConvertConfig(Config):
     @model_validator(mode="after")
     def _plan_or_methods(self) -> ConvertConfig:
         methods = {"score": self.score, "group": self.group, "scale": self.scale}
+        if self.refit is not None and self.data is None:
+            raise ValueError("refit needs text: give data.path")
+        if self.data is not None and self.refit is None and self.plan is None:
+            raise ValueError("data has no effect without refit; remove it, or add refit.method=ridge")
         if (self.output is None) == (self.outputs is None):
             raise ValueError("output or outputs must be given, one of the two")
         if self.outputs is not None:

@@ -17,6 +17,7 @@ from megatron_moe2dense.surgery.config import ConvertConfig
 from megatron_moe2dense.surgery.layout import dense_size, dense_width, making_bytes
 from megatron_moe2dense.surgery.packing import finite_tensors, read_ffn
 from megatron_moe2dense.surgery.plan import ConversionPlan, Methods, make_plan
+from megatron_moe2dense.surgery.refit.planned import Place, cost, fit_planned, with_refit
 from megatron_moe2dense.surgery.rewrite import DenseOutput, write_dense
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import CalibratedStats
@@ -37,8 +38,9 @@ def run(config: ConvertConfig) -> None:
             outputs = []
             for job, plan in pending if len(jobs) > 1 and pending else jobs:
                 facts = {"source": source.facts(), "plan_hash": plan.hash()}
-                directory = output_directory(Path(str(job.output)), "convert", job.model_dump(mode="json"), **facts)
-                outputs.append(DenseOutput(plan, stack.enter_context(directory), job.shard_size))
+                directory = stack.enter_context(output_directory(Path(str(job.output)), "convert", job.model_dump(mode="json"), **facts))
+                fits = fit_planned(source, reader, plan, Place(directory, job.memory_budget)) if plan.refit is not None else None
+                outputs.append(DenseOutput(plan, directory, job.shard_size, fits))
             write_dense(source, reader, outputs, config.memory_budget)
     for job, plan in jobs:
         parameters, nbytes = dense_size(source, plan.groups)
@@ -64,13 +66,14 @@ def resolve_plan(config: ConvertConfig, source: MoeSource, reader: CheckpointRea
         plan = ConversionPlan.read(Path(config.plan))
         require_same_source(f"{config.plan}: plan", plan.source, source)
         _require_fit(config, plan, source)
-        return plan
+        return with_refit(config, plan, source)
     assert statistics is not None, "ConvertConfig requires statistics without a plan"
     assert config.score is not None, "ConvertConfig fills score without a plan"
     assert config.scale is not None, "ConvertConfig fills scale without a plan"
     groups = config.groups or source.dims.active
     methods = Methods(config.keep or groups, groups, config.score, config.group, config.scale)
-    return make_plan(statistics, methods, lambda layer: flat_weights(source, reader, layer))
+    plan = make_plan(statistics, methods, lambda layer: flat_weights(source, reader, layer))
+    return with_refit(config, plan, source)
 
 
 def require_same_source(what: str, found: dict[str, Any], source: MoeSource) -> None:
@@ -129,4 +132,5 @@ def dry_run(config: ConvertConfig) -> dict[str, Any]:
 
 def _plan_facts(source: MoeSource, plan: ConversionPlan) -> dict[str, Any]:
     short = {"keep": plan.keep, "groups": plan.groups, "width": dense_width(source, plan.groups), "hash": plan.hash()}
-    return {"plan": short, "parameters": dense_size(source, plan.groups)[0]}
+    refit = {"refit": cost(source, plan)} if plan.refit is not None else {}
+    return {"plan": short, "parameters": dense_size(source, plan.groups)[0], **refit}

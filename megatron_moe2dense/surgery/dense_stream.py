@@ -3,8 +3,8 @@ the MoE block. Nothing is written. Plans with equal first layers share their hid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoConfig
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.surgery.dense_block import DenseBlock, mapped, placed
 from megatron_moe2dense.surgery.densify import merged, stacked
-from megatron_moe2dense.surgery.experts import Gating, gating
+from megatron_moe2dense.surgery.experts import gating
 from megatron_moe2dense.surgery.hidden import HiddenPlace
 from megatron_moe2dense.surgery.observe import Observer
 from megatron_moe2dense.surgery.packing import finite_tensors, read_ffn
@@ -38,23 +39,6 @@ class Head:
     def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
         """[T, V], float32, from hidden states after the last layer."""
         return (self.norm(x_TD.to(self.weight_VD)) @ self.weight_VD.T).float()
-
-
-class _DenseBlock(nn.Module):
-    """A dense FFN in the place of the MoE block; `ffn` is set from plan to plan."""
-
-    def __init__(self, gating: Gating, returns_scores: bool):
-        super().__init__()
-        self._gating, self._returns_scores = gating, returns_scores
-        self.ffn: DenseFfn | None = None
-
-    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
-        ffn = self.ffn
-        assert ffn is not None, "a plan's FFN is set before the layer runs"
-        linear = nn.functional.linear
-        inner_BSF = self._gating(linear(x_BSD, ffn.gate_FD, ffn.gate_bias_F), linear(x_BSD, ffn.up_FD, ffn.up_bias_F))
-        y_BSD = linear(inner_BSF, ffn.down_DF, ffn.down_bias_D)
-        return (y_BSD, None) if self._returns_scores else y_BSD
 
 
 @dataclass
@@ -124,7 +108,7 @@ class DenseStream(StreamedModel):
         for number, layer in enumerate(self._layers):
             calls = {batch: found[number] for batch, found in arguments.items()}
             if number not in self._checkpoint.layers:
-                layer.load_state_dict(self._read(self._source.layer_prefix(number), list(layer.state_dict())), assign=True)
+                self._assemble_with(number, None)
                 for state_NSD in states.distinct:
                     self._advance(layer, calls, state_NSD, state_NSD)
             else:
@@ -134,10 +118,8 @@ class DenseStream(StreamedModel):
 
     def _moe_layer(self, number: int, calls: dict[int, dict[str, Any]], states: _States, plans: Sequence[LayerPlan]) -> _States:
         source, layer = self._checkpoint, self._layers[number]
-        names = [name for name in layer.state_dict() if not name.startswith(source.spec.module + ".")]
-        block = _DenseBlock(self._ffn_gating, source.spec.returns_scores)
-        setattr(layer, source.spec.module, block)
-        layer.load_state_dict(self._read(source.layer_prefix(number), names), assign=True)
+        block = DenseBlock(self._ffn_gating, source.spec.returns_scores)
+        self._assemble_with(number, block)
         after = _States([], [-1] * len(plans))
         shared = self._shared(number)
         experts: dict[int, DenseFfn] = {}
@@ -145,7 +127,7 @@ class DenseStream(StreamedModel):
         for plan, starts in states.branch(plans).items():
             if _merge_key(plan) != key:
                 key, means = _merge_key(plan), list(merged(plan, lambda expert: self._expert(number, expert, experts)))
-            block.ffn = _placed(stacked(plan, means, shared), self._like)
+            block.ffn = placed(stacked(plan, means, shared), self._like)
             for state, members in starts.items():
                 x_NSD, y_NSD = states.distinct[state], states.target(state)
                 self._advance(layer, calls, x_NSD, y_NSD)
@@ -172,14 +154,4 @@ class DenseStream(StreamedModel):
         return None if tensors is None else self._to_device(read_ffn(finite_tensors(self._reader), tensors, layer))
 
     def _to_device(self, ffn: DenseFfn) -> DenseFfn:
-        return _mapped(ffn, lambda tensor: tensor.to(self._compute.device))
-
-
-def _placed(ffn: DenseFfn, like: torch.Tensor) -> DenseFfn:
-    """In the compute type: the rounded weights of the dense checkpoint, as a stock model would load them."""
-    return _mapped(ffn, lambda tensor: tensor.to(like))
-
-
-def _mapped(ffn: DenseFfn, change: Callable[[torch.Tensor], torch.Tensor]) -> DenseFfn:
-    present = {item.name: getattr(ffn, item.name) for item in fields(DenseFfn)}
-    return replace(ffn, **{name: change(tensor) for name, tensor in present.items() if tensor is not None})
+        return mapped(ffn, lambda tensor: tensor.to(self._compute.device))

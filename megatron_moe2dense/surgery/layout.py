@@ -13,7 +13,7 @@ from megatron_moe2dense.surgery.densify import densify, pad_width
 from megatron_moe2dense.surgery.packing import ReadTensor, read_ffn, write_ffn
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.source import MoeSource
-from megatron_moe2dense.surgery.types import LayerPlan
+from megatron_moe2dense.surgery.types import DenseFfn, LayerPlan
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def dense_steps(source: MoeSource, groups: int) -> list[Step]:
     steps = [Step(None, tuple(of_layer[None]), ())]
     for layer in layers:
         plan = _placeholder(layer, groups) if layer in source.layers else None
-        made = layer_tensors(source, _meta_tensors(source), layer, plan, width)
+        made = stored_ffn(source, layer, layer_ffn(source, _meta_tensors(source), layer, plan), width)
         specs = tuple(TensorSpec.of(name, tensor) for name, tensor in made.items())
         steps.append(Step(layer, tuple(of_layer[layer]), specs))
     return steps
@@ -89,16 +89,19 @@ def replaced(source: MoeSource, layer: int) -> list[str]:
     return source.block_names(layer) if layer in source.layers else source.spec.ffn.names(layer)
 
 
-def layer_tensors(source: MoeSource, read: ReadTensor, layer: int, plan: LayerPlan | None, width: int) -> dict[str, torch.Tensor]:
-    """The dense FFN of a layer, `width` wide, as the dense family stores it. plan: None for a layer without experts."""
-    assert source.spec.dense_target is not None, "a MoE family names its dense target"
-    tensors, target = source.tensors, FAMILIES[source.spec.dense_target]
+def layer_ffn(source: MoeSource, read: ReadTensor, layer: int, plan: LayerPlan | None) -> DenseFfn:
+    """The dense FFN of a layer. plan: None for a layer without experts."""
+    tensors = source.tensors
     if plan is None:
-        ffn = read_ffn(read, source.spec.ffn, layer)
-    else:
-        shared = None if tensors.shared is None else read_ffn(read, tensors.shared, layer)
-        ffn = densify(plan, lambda expert: read_ffn(read, tensors.experts, layer, expert), shared)
-    ffn = pad_width(ffn, width)
+        return read_ffn(read, source.spec.ffn, layer)
+    shared = None if tensors.shared is None else read_ffn(read, tensors.shared, layer)
+    return densify(plan, lambda expert: read_ffn(read, tensors.experts, layer, expert), shared)
+
+
+def stored_ffn(source: MoeSource, layer: int, ffn: DenseFfn, width: int) -> dict[str, torch.Tensor]:
+    """A layer's FFN, made `width` wide, as the dense family stores it."""
+    assert source.spec.dense_target is not None, "a MoE family names its dense target"
+    target, ffn = FAMILIES[source.spec.dense_target], pad_width(ffn, width)
     like = ffn.gate_FD
     added = {name.format(layer=layer): like.new_zeros(shape) for name, shape in source.spec.added(source.index.config).items()}
     return {**dict(write_ffn(target.ffn, layer, ffn)), **added}

@@ -55,7 +55,8 @@ class Methods:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What a whole model becomes; plan.json. source: path and fingerprint of the MoE. score, group, scale: the method blocks."""
+    """What a whole model becomes; plan.json. source: path and fingerprint of the MoE. score, group, scale: the method blocks; refit: see
+    `refit.planned`."""
 
     source: dict[str, Any]
     family: str
@@ -65,15 +66,21 @@ class ConversionPlan:
     group: dict[str, Any] | None
     scale: dict[str, Any]
     layers: tuple[LayerPlan, ...]
+    refit: dict[str, Any] | None = None
 
     def hash(self) -> str:
         """Names the resulting model: two plans of one source with equal layers give the same bytes, by whatever methods."""
-        content = [self.source["fingerprint"], [dataclasses.asdict(layer) for layer in self.layers]]
+        content: list[Any] = [self.source["fingerprint"], [dataclasses.asdict(layer) for layer in self.layers]]
+        if self.refit is not None:
+            content.append({name: value for name, value in self.refit.items() if name != "data"})  # the text's hash counts, not its place
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def write(self, path: Path) -> None:
         """Write plan.json."""
-        write_json(path, {"format": FORMAT, **dataclasses.asdict(self)})
+        content = dataclasses.asdict(self)
+        if self.refit is None:
+            del content["refit"]
+        write_json(path, {"format": FORMAT, **content})
 
     @classmethod
     def read(cls, path: Path) -> ConversionPlan:

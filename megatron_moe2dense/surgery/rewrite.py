@@ -17,24 +17,26 @@ from megatron_moe2dense.checkpoint.shards import SHARD_BYTES, ShardWriter, shard
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import write_json
 from megatron_moe2dense.common.progress import progress
-from megatron_moe2dense.surgery.layout import Step, dense_steps, dense_width, layer_tensors, making_bytes, replaced
+from megatron_moe2dense.surgery.layout import Step, dense_steps, dense_width, layer_ffn, making_bytes, replaced, stored_ffn
 from megatron_moe2dense.surgery.packing import stored_tensors
 from megatron_moe2dense.surgery.plan import ConversionPlan
+from megatron_moe2dense.surgery.refit.store import FittedLayers
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.written import Written
 
-PLAN_FILE = "plan.json"
+PLAN_FILE, REFIT_FILE = "plan.json", "refit.json"
 _CHECKERS = min(8, 2 * (os.cpu_count() or 1))  # threads: half of them wait for the disk
 _CHUNK = 4 * 1024**2  # bytes of one piece of a copied tensor
 
 
 @dataclass
 class DenseOutput:
-    """One dense checkpoint in the making. directory: its working directory. shard_bytes: of its largest file."""
+    """One dense checkpoint in the making. directory: its working directory. shard_bytes: of its largest file. fits: refitted layers."""
 
     plan: ConversionPlan
     directory: Path
     shard_bytes: int = SHARD_BYTES
+    fits: FittedLayers | None = None
     steps: list[Step] = field(default_factory=list)
 
     def prepare(self, source: MoeSource, queue_bytes: int) -> ShardWriter:
@@ -111,8 +113,10 @@ def _write_step(source: MoeSource, reader: CheckpointReader, output: DenseOutput
         for offset, data in reader.chunks(spec.name, _CHUNK):
             writer.write_bytes(spec.name, offset, data)
     if step.layer is not None:
-        width = dense_width(source, output.plan.groups)
-        for name, tensor in layer_tensors(source, stored_tensors(reader), step.layer, plans.get(step.layer), width).items():
+        ffn = layer_ffn(source, stored_tensors(reader), step.layer, plans.get(step.layer))
+        if output.fits is not None and step.layer in plans:
+            ffn = output.fits[step.layer].applied(ffn)
+        for name, tensor in stored_ffn(source, step.layer, ffn, dense_width(source, output.plan.groups)).items():
             writer.write(name, tensor)
     writer.mark(output.written.reached(number + 1))
 
@@ -122,4 +126,8 @@ def _write_rest(source: MoeSource, output: DenseOutput) -> None:
     write_json(output.directory / "config.json", source.spec.dense_config(source.index.config, dense_width(source, output.plan.groups)))
     copy_assets(source.index.directory, output.directory)
     output.plan.write(output.directory / PLAN_FILE)
+    if output.fits is not None:
+        facts = [output.fits[plan.layer].report.facts() for plan in output.plan.layers]
+        write_json(output.directory / REFIT_FILE, {"layers": facts})
+        output.fits.remove()
     output.written.remove()

@@ -185,6 +185,15 @@ class StreamedModel:
             setattr(layer, self._moe.spec.module, _MoeBlock(number, weights, forward, self._moe.spec.returns_scores))
         layer.load_state_dict(state, assign=True)
 
+    def _assemble_with(self, number: int, block: nn.Module | None) -> None:
+        """The stock layer with its weights, read now; of a MoE layer with `block` in the place of the MoE block."""
+        layer, names = self._layers[number], list(self._layers[number].state_dict())
+        if block is not None:
+            assert self._moe is not None, "a dense model's layers are whole"
+            names = [name for name in names if not name.startswith(self._moe.spec.module + ".")]
+            setattr(layer, self._moe.spec.module, block)
+        layer.load_state_dict(self._read(self._source.layer_prefix(number), names), assign=True)
+
     def _release(self, number: int, layer: Any) -> None:
         layer.to("meta")
         if self._moe is not None and number in self._moe.layers:

@@ -1,0 +1,193 @@
+"""Calibration text through the teacher, and in sequential mode beside it through the student made so far: the refit of every layer.
+
+parallel: inputs and targets are those of the teacher's own MoE block. sequential: layers in order, inputs from the already converted
+student, target = the teacher's residual stream after the layer minus the student's before its FFN, so later layers mend earlier ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.common.progress import progress
+from megatron_moe2dense.surgery.calibrate import require_finite
+from megatron_moe2dense.surgery.config import RefitConfig
+from megatron_moe2dense.surgery.dense_block import DenseBlock, placed
+from megatron_moe2dense.surgery.experts import Gating, MoeWeights, gating
+from megatron_moe2dense.surgery.hidden import HiddenPlace, HiddenStates
+from megatron_moe2dense.surgery.layout import layer_ffn
+from megatron_moe2dense.surgery.observe import Observer
+from megatron_moe2dense.surgery.packing import finite_tensors
+from megatron_moe2dense.surgery.plan import ConversionPlan
+from megatron_moe2dense.surgery.refit.layer import LayerFit, LayerSums
+from megatron_moe2dense.surgery.refit.store import FittedLayers
+from megatron_moe2dense.surgery.source import MoeSource
+from megatron_moe2dense.surgery.stream import Compute, StreamedModel
+from megatron_moe2dense.surgery.types import DenseFfn
+
+
+def held_out(windows: int) -> torch.Tensor:
+    """Which windows judge and are not fitted on: every tenth, the last one of fewer; none of a single one."""
+    chosen = torch.arange(windows) % 10 == 9
+    if windows > 1 and not chosen.any():
+        chosen[-1] = True
+    return chosen
+
+
+@dataclass(frozen=True)
+class Refit:
+    """A refit to do.
+
+    Attributes:
+        plan: of the whole model. windows_NS: calibration text. fits: where layers go. memory_budget: bytes of hidden states in memory,
+            beyond which they live in files.
+    """
+
+    source: MoeSource
+    reader: CheckpointReader
+    plan: ConversionPlan
+    windows_NS: np.ndarray
+    compute: Compute
+    config: RefitConfig
+    fits: FittedLayers
+    memory_budget: int
+
+    @torch.no_grad()
+    def parallel(self) -> None:
+        """Every layer from the teacher's own inputs and outputs."""
+        observer, batch = Observer(self.source, ()), self.compute.batch
+        at: dict[int, tuple[LayerSums, DenseFfn, int]] = {}
+
+        def observe(layer: int, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
+            y_TD = observer.observe(x_TD, weights)
+            if layer not in self.fits:
+                sums, ffn, start = at.get(layer) or (*self._begin(layer), 0)
+                shape = -1, self.windows_NS.shape[1], x_TD.shape[1]
+                sums.add(x_TD.view(shape), y_TD.view(shape), self._held_out(start))
+                at[layer] = sums, ffn, start + batch
+            return y_TD
+
+        for hidden in self._bar(
+            StreamedModel(self.source, self.reader, self.compute).run(self.windows_NS, observe, self._place("teacher"))
+        ):
+            require_finite(hidden, self.source)
+            hidden.forget_others()
+            done = at.pop(hidden.layer - 1, None)
+            if done is not None:
+                self._finish(hidden.layer - 1, done[0], done[1])
+
+    @torch.no_grad()
+    def sequential(self) -> None:
+        """Layer after layer, each from what the student's layers before it really give."""
+        observer = Observer(self.source, ())
+        teacher = StreamedModel(self.source, self.reader, self.compute).run(
+            self.windows_NS, lambda _layer, x_TD, weights: observer.observe(x_TD, weights), self._place("teacher")
+        )
+        student = _Student(self.source, self.reader, self.compute)
+        student.begin(self.windows_NS, self._place("student"))
+        next(teacher)
+        for wanted in self._bar(teacher):
+            require_finite(wanted, self.source)
+            wanted.forget_others()
+            layer = wanted.layer - 1
+            if layer not in self.source.layers:
+                student.advance(layer, None)
+                continue
+            if layer not in self.fits:
+                sums, ffn = self._begin(layer)
+                for i, (x_BSD, residual_BSD) in enumerate(student.before_ffn(layer)):
+                    target_BSD = wanted[i].to(residual_BSD.device).double() - residual_BSD.double()
+                    sums.add(x_BSD, target_BSD, self._held_out(i * self.compute.batch))
+                self._finish(layer, sums, ffn)
+            student.advance(layer, self._placed(self.fits[layer].applied(self._dense(layer))))
+
+    def _begin(self, layer: int) -> tuple[LayerSums, DenseFfn]:
+        ffn = self._dense(layer)
+        routed = self.plan.groups * self.source.dims.expert_width
+        fixed = len(ffn.gate_FD) - routed if self.config.shared == "fixed" else 0
+        return LayerSums(self._gating, self._placed(ffn), fixed), ffn
+
+    def _finish(self, layer: int, sums: LayerSums, ffn: DenseFfn) -> None:
+        fit: LayerFit = sums.fit(layer, None if self.config.ridge == "auto" else self.config.ridge, ffn.gate_FD.dtype)
+        fit.report.log()
+        self.fits.put(fit)
+
+    def _dense(self, layer: int) -> DenseFfn:
+        plan = next(plan for plan in self.plan.layers if plan.layer == layer)
+        return layer_ffn(self.source, finite_tensors(self.reader), layer, plan)
+
+    def _placed(self, ffn: DenseFfn) -> DenseFfn:
+        return placed(ffn, torch.empty(0, dtype=self.compute.dtype, device=self.compute.device))
+
+    @cached_property
+    def _gating(self) -> Gating:
+        return gating(self.source, AutoConfig.from_pretrained(self.source.index.directory))
+
+    def _held_out(self, start: int) -> torch.Tensor:
+        return held_out(len(self.windows_NS))[start : start + self.compute.batch].to(self.compute.device)
+
+    def _place(self, name: str) -> HiddenPlace:
+        nbytes = self.windows_NS.size * self.source.dims.hidden_size * self.compute.dtype.itemsize
+        return HiddenPlace(self.fits.folder, self.memory_budget, name) if nbytes > self.memory_budget else HiddenPlace()
+
+    def _bar(self, states: Iterator[HiddenStates]) -> Iterator[HiddenStates]:
+        return iter(progress(states, "refit", unit="layer", total=self.source.dims.layers))
+
+
+class _Tap(nn.Module):
+    """In the place of the MoE block: keeps its input and adds nothing to the residual stream."""
+
+    def __init__(self, returns_scores: bool):
+        super().__init__()
+        self._returns_scores = returns_scores
+        self.x_BSD: torch.Tensor | None = None
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
+        self.x_BSD, nothing_BSD = x_BSD, torch.zeros_like(x_BSD)
+        return (nothing_BSD, None) if self._returns_scores else nothing_BSD
+
+
+class _Student(StreamedModel):
+    """The dense model in the making."""
+
+    def __init__(self, source: MoeSource, reader: CheckpointReader, compute: Compute):
+        super().__init__(source, reader, compute)
+        self._spec = source.spec
+        self._ffn_gating = gating(source, AutoConfig.from_pretrained(source.index.directory))
+
+    def begin(self, windows_NS: np.ndarray, place: HiddenPlace) -> None:
+        """The states before layer 0."""
+        self._hidden, self._arguments = self._embed(windows_NS, place, 0)
+
+    def before_ffn(self, layer: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batch by batch the input of the FFN, and the residual stream its output is added to, [B, S, D] each."""
+        tap = _Tap(self._spec.returns_scores)
+        self._assemble_with(layer, tap)
+        for x_BSD in self._hidden:
+            residual_BSD = self._forward(layer, x_BSD)
+            assert tap.x_BSD is not None, "every stock layer calls its MLP"
+            yield tap.x_BSD, residual_BSD
+        self._release(layer, self._layers[layer])
+
+    def advance(self, layer: int, ffn: DenseFfn | None) -> None:
+        """The states after the layer; ffn: None for a layer without experts."""
+        block = None
+        if ffn is not None:
+            block = DenseBlock(self._ffn_gating, self._spec.returns_scores)
+            block.ffn = ffn
+        self._assemble_with(layer, block)
+        for i, x_BSD in enumerate(self._hidden):
+            self._hidden.put(i, self._forward(layer, x_BSD))
+        self._release(layer, self._layers[layer])
+        self._hidden.advance(layer + 1)
+        self._hidden.forget_others()
+
+    def _forward(self, layer: int, x_BSD: torch.Tensor) -> torch.Tensor:
+        return self._layers[layer](x_BSD.to(self._compute.device), **self._arguments[len(x_BSD)][layer])

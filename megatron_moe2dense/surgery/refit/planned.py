@@ -1,0 +1,135 @@
+"""The refit block of a plan: what `convert` puts into plan.json, and carrying it out."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.surgery.calibrate import chosen_compute, compute_facts
+from megatron_moe2dense.surgery.config import ConvertConfig, RefitConfig
+from megatron_moe2dense.surgery.plan import ConversionPlan
+from megatron_moe2dense.surgery.ranks import Ranks
+from megatron_moe2dense.surgery.refit.fit import Refit
+from megatron_moe2dense.surgery.refit.layer import RIDGES
+from megatron_moe2dense.surgery.refit.store import FittedLayers
+from megatron_moe2dense.surgery.source import MoeSource
+from megatron_moe2dense.surgery.stream import Compute
+from megatron_moe2dense.tokens.config import TokensConfig
+from megatron_moe2dense.tokens.indexed import windows
+
+
+@dataclass(frozen=True)
+class Place:
+    """The working directory of an output, and the bytes of hidden states that may stay in memory."""
+
+    directory: Path
+    memory_budget: int
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What `calibrate.chosen_compute` reads."""
+
+    data: TokensConfig
+    batch_tokens: int
+    device: str
+    dtype: str
+
+
+def with_refit(config: ConvertConfig, plan: ConversionPlan, source: MoeSource) -> ConversionPlan:
+    """The plan with the config's refit, or with the one it has, on text that is where the config says.
+
+    Raises:
+        UserError: both have one; data without any; a setting without effect; text of another content than the plan's.
+    """
+    if config.refit is not None:
+        if plan.refit is not None:
+            raise UserError(f"a refit block, and one in {config.plan}", "one of the two", "drop refit: the plan already holds it")
+        if config.refit.shared == "refitted" and source.tensors.shared is None:
+            expected = f"no refit.shared for {source.spec.name}, which has no shared experts"
+            raise UserError("refit.shared=refitted", expected, "drop refit.shared")
+        assert config.data is not None, "ConvertConfig requires data for a refit"
+        text_NS = _text(config.data, source, config.refit)
+        return replace(plan, refit=_block(config.refit, config.data, text_NS))
+    if config.data is None and plan.refit is None:
+        return plan
+    if plan.refit is None:
+        raise UserError(f"data, and no refit in {config.plan}", "data only for a refit", "drop data, or add refit.method=ridge")
+    data = config.data or TokensConfig(**plan.refit["data"])
+    settings = _settings(plan)
+    found = _block(settings, data, _text(data, source, settings))
+    if found["text"] != plan.refit["text"]:
+        raise UserError(
+            f"{data.path}: other windows than those that {config.plan} was refitted on",
+            f"text with the hash {plan.refit['text'][:12]}",
+            "point data to the same token files with the same sequence_length, sequences and seed",
+        )
+    return replace(plan, refit=found)
+
+
+def fit_planned(source: MoeSource, reader: CheckpointReader, plan: ConversionPlan, place: Place) -> FittedLayers:
+    """Carry out the plan's refit, from where an earlier run was killed; the layers lie in the working directory.
+
+    Raises:
+        UserError: hidden states that are not finite; a full disk.
+    """
+    assert plan.refit is not None, "only a plan with a refit is fitted"
+    settings, data = _settings(plan), TokensConfig(**plan.refit["data"])
+    fits = FittedLayers(place.directory / "refit", plan.hash())
+    if all(layer.layer in fits for layer in plan.layers):
+        return fits
+    compute, windows_NS = _compute(settings, data), _text(data, source, settings)
+    refit = Refit(source, reader, plan, windows_NS, compute, settings, fits, place.memory_budget)
+    (refit.parallel if settings.mode == "parallel" else refit.sequential)()
+    return fits
+
+
+def cost(source: MoeSource, plan: ConversionPlan) -> dict[str, Any]:
+    """FLOPs of a plan's refit beyond the passes over its text, by layer, and bytes: sums of both parts of the text, their whole and
+    what is factorised, each F x F in float64, and the hidden states."""
+    assert plan.refit is not None, "asked of a plan with a refit"
+    settings, data = _settings(plan), TokensConfig(**plan.refit["data"])
+    hidden, tokens = source.dims.hidden_size, _text(data, source, settings).size
+    width = plan.groups * source.dims.expert_width + (source.dims.shared_width if settings.shared == "refitted" else 0)
+    solves = 2 if isinstance(settings.ridge, float) else 2 + len(RIDGES)
+    streams = 1 if settings.mode == "parallel" else 2
+    return {
+        "tokens": tokens,
+        "flops of a layer's sums": 2 * tokens * width * (width + hidden),
+        "flops of a layer's solutions": solves * (width**3 // 3 + 2 * width**2 * hidden),
+        "memory_bytes": 5 * 8 * width * (width + hidden),
+        "hidden state bytes": streams * tokens * hidden * _compute(settings, data).dtype.itemsize,
+    }
+
+
+def _settings(plan: ConversionPlan) -> RefitConfig:
+    assert plan.refit is not None, "asked of a plan with a refit"
+    return RefitConfig(**{name: value for name, value in plan.refit.items() if name in RefitConfig.model_fields})
+
+
+def _block(settings: RefitConfig, data: TokensConfig, windows_NS: np.ndarray) -> dict[str, Any]:
+    """All that the solved weights depend on; device and batch only as far as rounding goes."""
+    text = hashlib.sha256(f"{windows_NS.shape}".encode() + windows_NS.tobytes()).hexdigest()
+    dumped = settings.model_dump(mode="json")
+    return {**dumped, "data": data.model_dump(mode="json"), "text": text, "compute": compute_facts(_compute(settings, data), Ranks())}
+
+
+def _compute(settings: RefitConfig, data: TokensConfig) -> Compute:
+    return chosen_compute(_Pass(data, settings.batch_tokens, settings.device, settings.dtype), Ranks())
+
+
+def _text(data: TokensConfig, source: MoeSource, settings: RefitConfig) -> np.ndarray:
+    windows_NS = windows(data, source.dims.vocab_size)
+    if settings.ridge == "auto" and len(windows_NS) < 2:
+        raise UserError(
+            f"refit.ridge=auto with {len(windows_NS)} window of text",
+            "at least two: one to fit on and one to judge",
+            "use more data.sequences, or give refit.ridge a number",
+        )
+    return windows_NS
