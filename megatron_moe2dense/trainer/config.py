@@ -109,6 +109,9 @@ class TrainConfig(Config):
     eval_every: int | None = key(None, "steps between evaluations on data.validation; null: at the end only", "steps", gt=0)
     log_every: int = key(10, "steps between lines on stderr; metrics.jsonl has every step", "steps", gt=0)
     seed: int = key(0, "seed of data order and of random weights")
+    timeout: float = key(
+        30.0, "of several processes, how long a step, an evaluation or a save may take before the late ranks are named", "minutes", gt=0
+    )
     most_skipped: int = key(10, "steps in a row without a finite loss and gradient after which the run stops", "steps", gt=0)
     spike: float | None = key(1.5, "warn of a loss above this multiple of the median of the last 64; null: never", gt=1)
 

@@ -37,12 +37,17 @@ from megatron_moe2dense.trainer.step import Models
 
 # What may change between the parts of one run: layout and logging, not the mathematics.
 _MAY_CHANGE = ("parallel", "logging", "device", "overwrite", "teacher_check")
-_MAY_CHANGE_IN_TRAIN = ("save_every", "keep", "async_save", "eval_every", "log_every", "most_skipped", "spike")
+_MAY_CHANGE_IN_TRAIN = ("save_every", "keep", "async_save", "eval_every", "log_every", "timeout", "most_skipped", "spike")
 
 
 def run(config: DistillConfig) -> None:
     """Train; started again with the same config after a stop, continue from the last checkpoint."""
-    with runtime.session(config.device) as device, process_groups.initialized(config.parallel, config.train.seed) as groups:
+    # twice the timeout of a step: the watch over the ranks says more than a collective that gives up
+    patience = max(runtime.PATIENCE, 2 * config.train.timeout)
+    with (
+        runtime.session(config.device, patience) as device,
+        process_groups.initialized(config.parallel, config.train.seed, patience) as groups,
+    ):
         claim_output(config)
         trainer, state = build(config, groups, device)
         with contextlib.closing(trainer):

@@ -15,6 +15,7 @@ from torch.distributed import distributed_c10d
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer.config import ParallelConfig
+from megatron_moe2dense.trainer.runtime import PATIENCE
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class Groups:
 
 
 @contextlib.contextmanager
-def initialized(parallel: ParallelConfig, seed: int) -> Iterator[Groups]:
-    """Megatron's process groups for this layout, with seeded random states; destroyed at the end.
+def initialized(parallel: ParallelConfig, seed: int, patience: float = PATIENCE) -> Iterator[Groups]:
+    """Megatron's process groups for this layout, with seeded random states; destroyed at the end. patience: as of `runtime.session`.
 
     Raises:
         UserError: the number of processes does not fit the layout.
@@ -88,6 +89,7 @@ def initialized(parallel: ParallelConfig, seed: int) -> Iterator[Groups]:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
+        distributed_timeout_minutes=patience,  # type: ignore[arg-type] - becomes a timedelta
     )
     try:
         torch.manual_seed(seed)

@@ -20,7 +20,8 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.trainer.runtime import cpu, peaks, upstream
 
-_TIMEOUT = datetime.timedelta(minutes=30)
+# How long a collective may wait where nothing else was asked for.
+PATIENCE = 30.0  # minutes
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,13 @@ class Runtime:
 
 
 @contextlib.contextmanager
-def session(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Runtime]:
+def session(device: Literal["auto", "cpu", "cuda"], patience: float = PATIENCE) -> Iterator[Runtime]:
     """Prepare Megatron-Core for the device and join the process group (torchrun's, or one of a single process).
 
     A process group that exists already is used and left in place.
+
+    Args:
+        device: what is asked for. patience: minutes that a collective may wait for a rank.
 
     Raises:
         UserError: `device: cuda` without a GPU; `device: cpu` with one (Megatron-Core would use it all the same).
@@ -49,7 +53,7 @@ def session(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Runtime]:
     runtime = _gpu() if available else _cpu()
     upstream.checkpoint_results_without_a_server()
     upstream.all_reduce_of_strided_tensors()
-    joined = _join(runtime.backend)
+    joined = _join(runtime.backend, patience)
     logger.info(
         "runtime: %s, %s, %d processes, %s kernels",
         runtime.device.type,
@@ -83,12 +87,12 @@ def _cpu() -> Runtime:
     return Runtime(torch.device("cpu"), "gloo", transformer_engine=False)
 
 
-def _join(backend: str) -> bool:
+def _join(backend: str, patience: float) -> bool:
     """True when this call made the process group."""
     if dist.is_initialized():
         return False
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=patience))
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     return True

@@ -1,0 +1,168 @@
+"""Starts moe2dense commands as processes that were forked from one which has imported everything: real ranks that die real deaths,
+without the ten seconds that the imports of each would cost.
+
+`with Forks() as forks: job = forks.start(arguments, processes=2, fault=...)`. A fault, `(function of tests.trainer.faults, arguments)`,
+is called in every rank before the command.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tests.helpers.distributed import ROOT, environment, free_port
+
+
+class Job:
+    """Ranks that are running, or have ended."""
+
+    def __init__(self, forks: Forks, ranks: list[int], output: Path):
+        self._forks, self.ranks, self._output = forks, ranks, output
+
+    def codes(self) -> list[int | None]:
+        """Exit codes, negative for a signal, None for a rank that runs."""
+        return self._forks.ask({"codes": self.ranks})
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """Until a rank has failed or all are done, then end the others as torchrun does; all exit codes."""
+        deadline = time.monotonic() + timeout
+        while None in (codes := self.codes()) and not any(codes):
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.02)
+        return self.end()
+
+    def wait_for(self, ranks: list[int], timeout: float = 120) -> list[int | None]:
+        """Until these ranks are done; exit codes of all."""
+        deadline = time.monotonic() + timeout
+        while any((codes := self.codes())[rank] is None for rank in ranks):
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.02)
+        return codes
+
+    def end(self) -> list[int]:
+        """Kill the ranks that still run; checkpoint writers live on, as they do under torchrun."""
+        for rank, code in zip(self.ranks, self.codes(), strict=True):
+            if code is None:
+                os.kill(rank, signal.SIGKILL)
+        while None in (codes := self.codes()):
+            time.sleep(0.01)
+        return [code for code in codes if code is not None]
+
+    def said(self, rank: int | None = None) -> str:
+        """What one rank, or all, wrote to stderr and stdout."""
+        chosen = range(len(self.ranks)) if rank is None else [rank]
+        return "".join((self._output / str(number)).read_text() for number in chosen)
+
+
+class Forks:
+    """Context manager around the process that forks."""
+
+    def __init__(self) -> None:
+        self._jobs: list[Job] = []
+
+    def __enter__(self) -> Forks:
+        self._folder = tempfile.TemporaryDirectory()
+        command = [sys.executable, "-m", "tests.helpers.forks"]
+        self._server = subprocess.Popen(command, env=environment(), cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for job in self._jobs:
+            job.end()
+        self._server.communicate()
+        self._folder.cleanup()
+
+    def ask(self, question: dict[str, Any]) -> Any:
+        """One line there, one back."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        print(json.dumps(question), file=self._server.stdin, flush=True)
+        answer = self._server.stdout.readline()
+        assert answer, "the process that forks has died"
+        return json.loads(answer)
+
+    def start(self, arguments: list[str], processes: int = 1, fault: tuple[str, list[Any]] | None = None) -> Job:
+        """`moe2dense ARGUMENTS` as so many ranks (1: without a process group of its own)."""
+        output = Path(tempfile.mkdtemp(dir=self._folder.name))
+        place = {"processes": processes, "port": free_port(), "output": str(output)}
+        job = Job(self, self.ask({"arguments": arguments, "fault": fault, **place}), output)
+        self._jobs.append(job)
+        return job
+
+    def run(self, arguments: list[str], processes: int = 1) -> None:
+        """To its end, which has to be a good one."""
+        job = self.start(arguments, processes)
+        codes = job.wait()
+        assert not any(codes), job.said()[-6000:]
+
+
+def _rank(job: dict[str, Any], rank: int) -> None:
+    """The life of a forked rank."""
+    os.setsid()
+    output = os.open(Path(job["output"]) / str(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    if job["processes"] > 1:
+        size, address = str(job["processes"]), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
+        os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, **address})
+    if job["fault"] is not None:
+        name, arguments = job["fault"]
+        getattr(importlib.import_module("tests.trainer.faults"), name)(rank, *arguments)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    from megatron_moe2dense.cli import main
+
+    main(job["arguments"])
+
+
+def _fork(job: dict[str, Any], rank: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        _rank(job, rank)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _serve() -> None:
+    import megatron_moe2dense.trainer.cache.write
+    import megatron_moe2dense.trainer.distill
+    import megatron_moe2dense.trainer.export
+    import megatron_moe2dense.trainer.proof.stock  # noqa: F401
+
+    answers = os.fdopen(os.dup(1), "w")
+    ended: dict[int, int] = {}
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "codes" not in question:
+            print(json.dumps([_fork(question, rank) for rank in range(question["processes"])]), file=answers, flush=True)
+            continue
+        for child in question["codes"]:
+            if child not in ended:
+                found, status = os.waitpid(child, os.WNOHANG)
+                if found:
+                    ended[child] = os.waitstatus_to_exitcode(status)
+        print(json.dumps([ended.get(child) for child in question["codes"]]), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
