@@ -7,8 +7,7 @@
 #   TEXT      folder of parquet files: FineWeb-Edu sample-10BT
 #   OUT       everything is written here
 #   ROWS      rows to run: convert_<row>.yaml; random_ffn, the model of the row CONTROL with random FFNs; d2d, the pruned model DENSE
-#   LAUNCHER  starts calibrate and distill, on several nodes for example
-#             "srun --ntasks-per-node 1 torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+#   LAUNCHER  starts calibrate and distill: launch/node.sh, all GPUs of this node; launch/srun.sh, those of the job's nodes
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/resumable.sh
@@ -18,12 +17,15 @@ source launch/resumable.sh
 configs=yaml_configs/$RECIPE
 tokens=$OUT/tokens
 read -ra rows <<< "$ROWS"
-read -ra launcher <<< "${LAUNCHER:-torchrun --nproc-per-node 8}"
-distributed=("${launcher[@]}" -m megatron_moe2dense)
+read -ra distributed <<< "${LAUNCHER:-launch/node.sh}"
 
 distill_row() { # row, student, settings
     unless_trained "$OUT/$1/run" "${distributed[@]}" distill "$recipe" teacher="$teacher" student="$2" output="$OUT/$1/run" \
         data.path="$tokens" data.validation="${tokens}_validation" "${@:3}"
+    if [[ -e $OUT/$1/run/moe2dense.json ]] && ! trained "$OUT/$1/run"; then
+        echo "stopped before its end: $OUT/$1/run; the same command goes on" >&2
+        exit 0
+    fi
     unless_there "$OUT/$1/export" moe2dense export "$configs/export.yaml" checkpoint="$OUT/$1/run" output="$OUT/$1/export"
     unless_there "$OUT/$1/records.jsonl" moe2dense eval "$configs/eval.yaml" models="{$1: $OUT/$1/export}" output="$OUT/$1/records.jsonl" \
         kl.teacher="$teacher" perplexity.data.path="${tokens}_validation"

@@ -47,7 +47,8 @@ trap on_term TERM
 
 # One task a node, which says its number; when one fails for good the others have nobody to work with.
 # shellcheck disable=SC2016  # on the node
-srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --kill-on-bad-exit=1 --output "$LOG_DIR/node_%n.txt" "${container[@]}" \
+srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --kill-on-bad-exit=1 "${container[@]}" \
+    --output "$LOG_DIR/node_%n.txt" --open-mode append \
     bash -c 'NODE_RANK=$SLURM_NODEID exec launch/node.sh "$@"' node "$@" &
 pid=$!
 status=0
