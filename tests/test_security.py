@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import struct
 from collections.abc import Callable
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from megatron_moe2dense.checkpoint.assets import copy_assets
 from megatron_moe2dense.checkpoint.index import CheckpointIndex, read_header
 from megatron_moe2dense.common import config, outputs
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.evals.models import load_model
 from megatron_moe2dense.surgery.config import InspectConfig
 from tests.helpers.tiny_models import tiny_qwen3
 
@@ -131,3 +134,23 @@ def test_a_damaged_shard_is_named(how: str, sharded: Path):
         CheckpointIndex.open(sharded)
     shard.write_bytes(content)
     assert set(load_file(shard)) <= set(CheckpointIndex.open(sharded).tensors)
+
+
+def test_code_that_a_model_brings_is_never_run(sharded: Path, tmp_path: Path):
+    """Stock transformers would ask on the terminal whether to run it."""
+    marker = tmp_path / "it ran"
+    (sharded / "code.py").write_text(f"open({str(marker)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    content = json.loads((sharded / "config.json").read_text())
+    foreign = {"model_type": "foreign", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (sharded / "config.json").write_text(json.dumps({**content, **foreign}))
+    with pytest.raises(UserError, match="trust_remote_code"):
+        load_model(CheckpointIndex.open(sharded), torch.device("cpu"), "float32")
+    assert not marker.exists()
+
+
+def test_every_call_of_transformers_says_that_it_trusts_no_code():
+    for file in (Path(__file__).resolve().parents[1] / "megatron_moe2dense").rglob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "from_pretrained":
+                said = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg == "trust_remote_code"}
+                assert said == {"trust_remote_code": False}, f"{file}:{call.lineno}"

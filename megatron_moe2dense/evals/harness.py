@@ -106,7 +106,7 @@ def answer(model: PreTrainedModel, directory: Path, config: HarnessConfig, tasks
         UserError: `add_bos_token=true` for a tokenizer that adds none.
     """
     lm_eval = require_harness()
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     harness_model = lm_eval.models.huggingface.HFLM(
         pretrained=model,
         tokenizer=tokenizer,

@@ -54,6 +54,7 @@ def load_model(index: CheckpointIndex, device: torch.device, dtype: str, device_
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             index.directory,
             local_files_only=True,
+            trust_remote_code=False,
             dtype=getattr(torch, dtype),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, all at once

@@ -77,7 +77,7 @@ class DenseStream(StreamedModel):
     def __init__(self, source: MoeSource, reader: CheckpointReader, compute: Compute):
         super().__init__(source, reader, compute)
         self._checkpoint = source
-        self._ffn_gating = gating(source, AutoConfig.from_pretrained(source.index.directory))
+        self._ffn_gating = gating(source, AutoConfig.from_pretrained(source.index.directory, trust_remote_code=False))
 
     def head(self) -> Head:
         """Final norm and output matrix, on the compute device."""

@@ -90,7 +90,7 @@ class StreamedModel:
     def __init__(self, source: StreamSource, reader: CheckpointReader, compute: Compute):
         self._source, self._reader, self._compute = source, reader, compute
         self._like = torch.empty(0, dtype=compute.dtype, device=compute.device)
-        config = AutoConfig.from_pretrained(source.index.directory)
+        config = AutoConfig.from_pretrained(source.index.directory, trust_remote_code=False)
         self._moe = source if isinstance(source, MoeSource) else None
         self._gating = None if self._moe is None else gating(self._moe, config)
         with torch.device("meta"):

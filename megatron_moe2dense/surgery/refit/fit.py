@@ -128,7 +128,7 @@ class Refit:
 
     @cached_property
     def _gating(self) -> Gating:
-        return gating(self.source, AutoConfig.from_pretrained(self.source.index.directory))
+        return gating(self.source, AutoConfig.from_pretrained(self.source.index.directory, trust_remote_code=False))
 
     def _held_out(self, start: int) -> torch.Tensor:
         return held_out(len(self.windows_NS))[start : start + self.compute.batch].to(self.compute.device)
@@ -160,7 +160,7 @@ class _Student(StreamedModel):
     def __init__(self, source: MoeSource, reader: CheckpointReader, compute: Compute):
         super().__init__(source, reader, compute)
         self._spec = source.spec
-        self._ffn_gating = gating(source, AutoConfig.from_pretrained(source.index.directory))
+        self._ffn_gating = gating(source, AutoConfig.from_pretrained(source.index.directory, trust_remote_code=False))
 
     def begin(self, windows_NS: np.ndarray, place: HiddenPlace) -> None:
         """The states before layer 0."""

@@ -42,7 +42,7 @@ def logits(directory: Path, dtype: torch.dtype, tokens_S: Tensor, active: int | 
     options: dict[str, Any] = {} if active is None else {"num_experts_per_tok": active}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, local_files_only=True, dtype=dtype, output_loading_info=True, **options
+            directory, local_files_only=True, trust_remote_code=False, dtype=dtype, output_loading_info=True, **options
         )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise UserError(
