@@ -43,6 +43,12 @@ def family(request: pytest.FixtureRequest, text: str, tmp_path_factory: pytest.T
     return moe, root / "stats", root / "plain"
 
 
+@pytest.fixture(scope="module")
+def small(moe: Path, statistics: Path) -> tuple[Path, Path, Path]:
+    """The bfloat16 MoE of all tests of the surgery and its statistics; no dense model."""
+    return moe, statistics, moe
+
+
 def refitted(family: tuple[Path, Path, Path], text: str, output: Path, *options: str) -> dict[str, torch.Tensor]:
     data = [f"data.path={text}", f"data.sequence_length={SEQUENCE}", "refit.dtype=float64"]
     main(["convert", f"source={family[0]}", f"statistics={family[1]}", f"output={output}", "refit.method=ridge", *data, *options])
@@ -100,14 +106,11 @@ def least_squares(x_TF: torch.Tensor, y_TD: torch.Tensor, bias: bool) -> torch.T
 @pytest.mark.parametrize("shared", ["fixed", "refitted"])
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])
 def test_down_projections_are_the_least_squares_solution(
-    mode: str, shared: str, family: tuple[Path, Path, Path], text: str, tmp_path: Path, user_error: Callable[..., str]
+    mode: str, shared: str, family: tuple[Path, Path, Path], text: str, tmp_path: Path
 ):
-    options = (f"refit.mode={mode}", f"refit.ridge={RIDGE}", *([f"refit.shared={shared}"] if shared == "refitted" else []))
-    if shared == "refitted" and "deepseek" not in str(family[0]):
-        arguments = (f"source={family[0]}", f"statistics={family[1]}", f"output={tmp_path / 'dense'}", f"data.path={text}", *options)
-        assert "no shared experts" in user_error("convert", *arguments)
-        return
-    found = refitted(family, text, tmp_path / "dense", *options)
+    if "deepseek" not in str(family[0]):
+        shared = "fixed"  # there are none
+    found = refitted(family, text, tmp_path / "dense", f"refit.mode={mode}", f"refit.ridge={RIDGE}", f"refit.shared={shared}")
     teacher, student = Stock(family[0]), Stock(family[2])
     teacher.run(text)
     config = json.loads((family[0] / "config.json").read_text())
@@ -150,14 +153,13 @@ def test_nothing_but_the_down_projections_changes_and_the_report_is_beside_them(
 
 
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])
-def test_batches_do_not_matter_and_a_plan_gives_the_same_bytes(mode: str, moe: Path, statistics: Path, text: str, tmp_path: Path):
-    family = (moe, statistics, moe)
-    once = refitted(family, text, tmp_path / "once", f"refit.mode={mode}", f"refit.batch_tokens={SEQUENCE * 64}")
-    often = refitted(family, text, tmp_path / "often", f"refit.mode={mode}", f"refit.batch_tokens={SEQUENCE * 5}")
+def test_batches_do_not_matter_and_a_plan_gives_the_same_bytes(mode: str, small: tuple[Path, Path, Path], text: str, tmp_path: Path):
+    once = refitted(small, text, tmp_path / "once", f"refit.mode={mode}", f"refit.batch_tokens={SEQUENCE * 64}")
+    often = refitted(small, text, tmp_path / "often", f"refit.mode={mode}", f"refit.batch_tokens={SEQUENCE * 5}")
     for name, tensor in once.items():  # bfloat16: the last bit may round the other way
         assert torch.linalg.vector_norm(tensor.double() - often[name].double()) <= 1e-3 * torch.linalg.vector_norm(tensor.double())
     assert (tmp_path / "once/plan.json").read_text() != (tmp_path / "often/plan.json").read_text()
-    main(["convert", f"source={moe}", f"plan={tmp_path / 'once/plan.json'}", f"output={tmp_path / 'again'}"])
+    main(["convert", f"source={small[0]}", f"plan={tmp_path / 'once/plan.json'}", f"output={tmp_path / 'again'}"])
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "once/model.safetensors").read_bytes()
 
 
@@ -216,27 +218,27 @@ def test_an_ill_conditioned_problem_is_solved_with_a_larger_ridge():
     ],
 )
 def test_a_refit_without_sense_is_refused(
-    options: list[str], message: str, moe: Path, statistics: Path, text: str, tmp_path: Path, user_error: Callable[..., str]
+    options: list[str], message: str, small: tuple[Path, Path, Path], text: str, user_error: Callable[..., str]
 ):
     given = [option.replace("TEXT", text) for option in options]
-    assert message in user_error("convert", f"source={moe}", f"statistics={statistics}", f"output={tmp_path / 'dense'}", *given)
+    assert message in user_error("convert", f"source={small[0]}", f"statistics={small[1]}", "output=nowhere", *given)
 
 
 def test_a_plans_refit_is_refused_on_other_text_or_twice(
-    moe: Path, statistics: Path, text: str, tokens: str, tmp_path: Path, user_error: Callable[..., str]
+    small: tuple[Path, Path, Path], text: str, tokens: str, tmp_path: Path, user_error: Callable[..., str]
 ):
-    refitted((moe, statistics, moe), text, tmp_path / "dense")
-    again = ["convert", f"source={moe}", f"plan={tmp_path / 'dense/plan.json'}", f"output={tmp_path / 'again'}"]
+    refitted(small, text, tmp_path / "dense")
+    again = ["convert", f"source={small[0]}", f"plan={tmp_path / 'dense/plan.json'}", f"output={tmp_path / 'again'}"]
     assert "other windows than those" in user_error(*again, f"data.path={tokens}", f"data.sequence_length={SEQUENCE}")
     assert "one of the two" in user_error(*again, "refit.method=ridge", f"data.path={text}")
-    main(["convert", f"source={moe}", f"statistics={statistics}", f"output={tmp_path / 'plain'}"])
-    plain = ["convert", f"source={moe}", f"plan={tmp_path / 'plain/plan.json'}", f"output={tmp_path / 'again'}"]
+    main(["convert", f"source={small[0]}", f"statistics={small[1]}", f"output={tmp_path / 'plain'}"])
+    plain = ["convert", f"source={small[0]}", f"plan={tmp_path / 'plain/plan.json'}", f"output={tmp_path / 'again'}"]
     assert "data only for a refit" in user_error(*plain, f"data.path={text}")
 
 
-def test_a_killed_refit_keeps_its_solved_layers(moe: Path, statistics: Path, text: str, tmp_path: Path, monkeypatch: Any):
+def test_a_killed_refit_keeps_its_solved_layers(small: tuple[Path, Path, Path], text: str, tmp_path: Path, monkeypatch: Any):
     """Stopped in the third layer: the layers before are not fitted again, and the end is that of an uninterrupted run."""
-    whole = refitted((moe, statistics, moe), text, tmp_path / "whole")
+    whole = refitted(small, text, tmp_path / "whole")
     fit, fitted = LayerSums.fit, []
 
     def until_the_third(self: LayerSums, layer: int, *arguments: Any) -> LayerFit:
@@ -247,14 +249,14 @@ def test_a_killed_refit_keeps_its_solved_layers(moe: Path, statistics: Path, tex
 
     monkeypatch.setattr(LayerSums, "fit", until_the_third)
     with pytest.raises(KeyboardInterrupt):
-        refitted((moe, statistics, moe), text, tmp_path / "dense")
-    found = refitted((moe, statistics, moe), text, tmp_path / "dense")
+        refitted(small, text, tmp_path / "dense")
+    found = refitted(small, text, tmp_path / "dense")
     assert fitted == [0, 1, 2, 2, 3]
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
 
-def test_a_dry_run_says_what_the_refit_costs(moe: Path, statistics: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = [f"source={moe}", f"statistics={statistics}", f"output={tmp_path / 'dense'}", f"data.path={text}", "refit.mode=parallel"]
+def test_a_dry_run_says_what_the_refit_costs(small: tuple[Path, Path, Path], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = [f"source={small[0]}", f"statistics={small[1]}", f"output={tmp_path / 'dense'}", f"data.path={text}", "refit.mode=parallel"]
     main(["convert", *arguments, f"data.sequence_length={SEQUENCE}", "refit.ridge=1e-3", "--dry-run"])
     cost = json.loads(capsys.readouterr().out)["refit"]
     assert cost["tokens"] == SEQUENCE * WINDOWS
