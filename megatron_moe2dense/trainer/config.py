@@ -98,6 +98,16 @@ class BatchConfig(Config):
     global_: int = key(256, "sequences per optimizer step over all ranks", "sequences", gt=0, alias="global")
 
 
+class Fp8Config(Config):
+    """Matrix products of the student in FP8, on GPUs with Transformer Engine."""
+
+    format: Literal["hybrid", "e4m3"] = key("hybrid", "hybrid: e4m3 forward, e5m2 for gradients")
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = key(
+        "tensorwise",
+        "scaling: tensors by their history or their own maximum, blocks of 128 (Hopper), 32 with shared exponents (Blackwell)",
+    )
+
+
 class TrainConfig(Config):
     """Length of the run and what happens on the way."""
 
@@ -187,6 +197,7 @@ class DistillConfig(Config):
     logging: LoggingConfig = key(LoggingConfig(), "metrics")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "cuda where there is a GPU, else cpu")
     dtype: Literal["float32", "bfloat16"] = key("bfloat16", "compute type; bfloat16 keeps float32 master weights")
+    fp8: Fp8Config | None = key(None, "FP8 products of the student (never of the teacher); needs dtype: bfloat16; null: none")
     overwrite: bool = key(False, "replace a finished or foreign run in output")
 
     @model_validator(mode="after")
@@ -206,6 +217,8 @@ class DistillConfig(Config):
             raise ValueError(
                 f"parallel.overlap_gradients waits for a gradient of the LM head, loss {self.resolved_loss().method_name()} has none"
             )
+        if self.fp8 is not None and self.dtype != "bfloat16":
+            raise ValueError(f"fp8 has no effect with dtype: {self.dtype}")
         if self.data.validation is None and self.train.eval_every is not None:
             raise ValueError("train.eval_every has no effect without data.validation")
         return self

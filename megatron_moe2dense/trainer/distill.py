@@ -31,7 +31,7 @@ from megatron_moe2dense.trainer.loop import Trainer
 from megatron_moe2dense.trainer.metrics import Metrics, Speed
 from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.proof.prove import prove
-from megatron_moe2dense.trainer.runtime import Runtime
+from megatron_moe2dense.trainer.runtime import Runtime, fp8
 from megatron_moe2dense.trainer.state import TrainState
 from megatron_moe2dense.trainer.step import Models
 
@@ -95,6 +95,8 @@ def _identity_hash(config: DistillConfig) -> str:
 
 def _identity(config: DistillConfig) -> dict[str, Any]:
     content = {name: value for name, value in _dump(config).items() if name not in _MAY_CHANGE}
+    if config.fp8 is None:  # runs begun before there was this key are the same runs
+        del content["fp8"]
     content["train"] = {name: value for name, value in content["train"].items() if name not in _MAY_CHANGE_IN_TRAIN}
     return content
 
@@ -153,9 +155,9 @@ def _prove(config: DistillConfig, groups: Groups, frozen: teacher.LiveTeacher, t
 def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Trainer, TrainState]:
     """All parts of a run on this rank, restored from the last checkpoint when there is one."""
     _check_batch(config, groups)
-    blueprint = _student_blueprint(config)
+    blueprint = student_blueprint(config)
     split = Split.of_student(config.parallel, blueprint.dims.layers)
-    fields = {**models.recompute_fields(config.parallel, blueprint), **_balancing(config, blueprint)}
+    fields = {**models.recompute_fields(config.parallel, blueprint), **_balancing(config, blueprint), **fp8.fields(config.fp8, device)}
     student = models.build(blueprint, groups, device, split, **fields)
     wrapped = initialize.start(config, student, blueprint, groups)
     with contextlib.ExitStack() as undo:
@@ -215,7 +217,8 @@ def _resume(checkpointer: Checkpointer, *parts: Any) -> TrainState:
     return state
 
 
-def _student_blueprint(config: DistillConfig) -> models.Blueprint:
+def student_blueprint(config: DistillConfig) -> models.Blueprint:
+    """Of the student's directory, whose weights have to be there unless all are random; UserError otherwise."""
     directory, dtype = Path(config.student), getattr(torch, config.dtype)
     if config.initialize == "random":
         content = read_json(directory / "config.json", "the student's Hugging Face directory with its config.json")
@@ -237,21 +240,8 @@ def _balancing(config: DistillConfig, blueprint: models.Blueprint) -> dict[str, 
 
 
 def _check_batch(config: DistillConfig, groups: Groups) -> None:
-    parallel, per_round = config.parallel, config.batch.micro * groups.data_size
-    if config.batch.global_ % per_round:
-        raise UserError(
-            f"batch.global={config.batch.global_}, batch.micro={config.batch.micro}, {groups.data_size} data-parallel ranks",
-            f"batch.global a multiple of micro x ranks = {per_round}",
-            "change batch.global or batch.micro",
-        )
     sizes = {"batch.global": config.batch.global_}
     if config.data.validation is not None:
         sizes["data.validation_sequences"] = config.data.validation_sequences
-    for name, size in sizes.items():
-        if parallel.virtual_pipeline > 1 and size % (per_round * parallel.pipeline):
-            raise UserError(
-                f"{name}={size} with parallel.virtual_pipeline={parallel.virtual_pipeline}",
-                f"micro-batches in whole rounds of the pipeline: a multiple of micro x ranks x stages = {per_round * parallel.pipeline}",
-                f"change {name}, batch.micro or parallel.virtual_pipeline",
-            )
-    process_groups.require_sequence(parallel, config.data.sequence_length)
+    process_groups.require_rounds(config.parallel, config.batch, sizes, groups.data_size)
+    process_groups.require_sequence(config.parallel, config.data.sequence_length)

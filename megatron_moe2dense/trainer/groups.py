@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import distributed_c10d
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.trainer.config import ParallelConfig
+from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
 from megatron_moe2dense.trainer.runtime import PATIENCE
 
 
@@ -73,14 +73,7 @@ def initialized(parallel: ParallelConfig, seed: int, patience: float = PATIENCE)
     Raises:
         UserError: the number of processes does not fit the layout.
     """
-    world = dist.get_world_size()
-    model = parallel.tensor * parallel.pipeline * parallel.context
-    if world % model or (world // parallel.pipeline) % parallel.expert:
-        raise UserError(
-            f"{world} processes",
-            f"a multiple of tensor x pipeline x context = {model} whose stages hold whole groups of expert = {parallel.expert}",
-            "start another number of processes (torchrun --nproc-per-node) or change `parallel`",
-        )
+    require_world(parallel, dist.get_world_size())
     outer = _existing()
     parallel_state.initialize_model_parallel(
         parallel.tensor,
@@ -108,6 +101,39 @@ def _destroy(groups: set[dist.ProcessGroup]) -> None:
     """Megatron (all versions) only forgets its groups; each goes on holding a polling thread, sockets or a NCCL communicator."""
     for group in groups:
         dist.destroy_process_group(group)
+
+
+def require_world(parallel: ParallelConfig, world: int) -> None:
+    """UserError when so many processes do not make whole groups of every kind."""
+    model = parallel.tensor * parallel.pipeline * parallel.context
+    if world % model or (world // parallel.pipeline) % parallel.expert:
+        raise UserError(
+            f"{world} processes",
+            f"a multiple of tensor x pipeline x context = {model} whose stages hold whole groups of expert = {parallel.expert}",
+            "start another number of processes (torchrun --nproc-per-node) or change `parallel`",
+        )
+
+
+def require_rounds(parallel: ParallelConfig, batch: BatchConfig, sizes: Mapping[str, int], data_size: int) -> None:
+    """UserError when sequences do not come out as whole micro-batches of all ranks and, interleaved, as whole rounds of the pipeline.
+
+    Args:
+        sizes: numbers of sequences by the key they are set with. data_size: ranks that read different samples.
+    """
+    per_round = batch.micro * data_size
+    if batch.global_ % per_round:
+        raise UserError(
+            f"batch.global={batch.global_}, batch.micro={batch.micro}, {data_size} data-parallel ranks",
+            f"batch.global a multiple of micro x ranks = {per_round}",
+            "change batch.global or batch.micro",
+        )
+    for name, size in sizes.items():
+        if parallel.virtual_pipeline > 1 and size % (per_round * parallel.pipeline):
+            raise UserError(
+                f"{name}={size} with parallel.virtual_pipeline={parallel.virtual_pipeline}",
+                f"micro-batches in whole rounds of the pipeline: a multiple of micro x ranks x stages = {per_round * parallel.pipeline}",
+                f"change {name}, batch.micro or parallel.virtual_pipeline",
+            )
 
 
 def require_sequence(parallel: ParallelConfig, length: int) -> None:

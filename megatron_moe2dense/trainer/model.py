@@ -107,7 +107,7 @@ def build(blueprint: Blueprint, groups: Groups, runtime: Runtime, split: Split, 
     Raises:
         UserError: the model does not divide over the parallel layout.
     """
-    _check_layout(blueprint.dims, groups)
+    require_division(blueprint.dims, groups.parallel)
     fields = {**transformer_fields(blueprint, groups, runtime), **_pipeline_fields(split, groups), **overrides}
     config = config_of(fields)
     return [_chunk(blueprint, config, groups, runtime, number) for number in range(split.chunks)]
@@ -168,18 +168,19 @@ def transformer_fields(blueprint: Blueprint, groups: Groups, runtime: Runtime) -
         "bf16": blueprint.dtype == torch.bfloat16,
         "calculate_per_token_loss": True,
         "attention_softmax_in_fp32": True,
-        **_device_fields(runtime),
+        **device_fields(runtime),
         **family,
     }
     if dims.experts:
         fields |= _moe_fields(blueprint, groups, runtime)
-        _check_biases(fields)
+        require_whole_biases(fields)
     if fields.get("multi_latent_attention"):
         fields |= latent_fields(fields, runtime.transformer_engine)
     return fields
 
 
-def _device_fields(runtime: Runtime) -> dict[str, Any]:
+def device_fields(runtime: Runtime) -> dict[str, Any]:
+    """Those that depend on the device and its kernels alone."""
     kernels = runtime.transformer_engine
     return {
         "use_cpu_initialization": runtime.device.type == "cpu",
@@ -253,8 +254,8 @@ def _attention_parameters(blueprint: Blueprint) -> int:
     return q + kv + dims.heads * v_head * dims.hidden_size
 
 
-def _check_layout(dims: Dims, groups: Groups) -> None:
-    parallel = groups.parallel
+def require_division(dims: Dims, parallel: ParallelConfig) -> None:
+    """UserError when heads or experts do not divide over their ranks."""
     wanted = {
         "tensor": ("num_key_value_heads", dims.kv_heads, parallel.tensor),
         "expert": ("num_experts", dims.experts, parallel.expert),
@@ -264,8 +265,8 @@ def _check_layout(dims: Dims, groups: Groups) -> None:
             raise UserError(f"parallel.{name}: {parts} with {what} = {size}", f"a divisor of {size}", f"choose another parallel.{name}")
 
 
-def _check_biases(fields: Mapping[str, Any]) -> None:
-    """Megatron-Core would add the bias of an expert's second layer once on every rank that holds a part of the expert."""
+def require_whole_biases(fields: Mapping[str, Any]) -> None:
+    """UserError when experts with biases are split: Megatron-Core would add that of the second layer once on every rank with a part."""
     if fields["add_bias_linear"] and fields["expert_tensor_parallel_size"] > 1:
         raise UserError(
             f"parallel.tensor {fields['tensor_model_parallel_size']}, parallel.expert 1 with experts that have biases",

@@ -77,12 +77,7 @@ def build(config: DistillConfig, student: models.Blueprint, groups: Groups, runt
     assert config.teacher is not None
     directory = Path(config.teacher)
     blueprint = models.Blueprint.of(CheckpointIndex.open(directory).config, str(directory), student.dtype)
-    if blueprint.dims.vocab_size != student.dims.vocab_size:
-        raise UserError(
-            f"teacher vocabulary {blueprint.dims.vocab_size}, student vocabulary {student.dims.vocab_size}",
-            "one vocabulary",
-            "distil into a student made from this teacher, or one with its tokenizer",
-        )
+    require_same_vocabulary(blueprint, student)
     overrides = {"moe_router_topk": _active(config, blueprint.dims)} if blueprint.dims.experts else {}
     chunks = models.build(blueprint, groups, runtime, Split.of_teacher(groups.parallel, blueprint.dims.layers), **overrides)
     weights.load(chunks, blueprint, groups, directory)
@@ -90,6 +85,16 @@ def build(config: DistillConfig, student: models.Blueprint, groups: Groups, runt
         chunk.requires_grad_(False).eval()
     logger.info("teacher: %s, %d layers, %d parameters on this rank", directory, blueprint.dims.layers, _count(chunks))
     return LiveTeacher(chunks, blueprint)
+
+
+def require_same_vocabulary(teacher: models.Blueprint, student: models.Blueprint) -> None:
+    """UserError for two sizes of vocabulary."""
+    if teacher.dims.vocab_size != student.dims.vocab_size:
+        raise UserError(
+            f"teacher vocabulary {teacher.dims.vocab_size}, student vocabulary {student.dims.vocab_size}",
+            "one vocabulary",
+            "distil into a student made from this teacher, or one with its tokenizer",
+        )
 
 
 def _active(config: DistillConfig, dims: Dims) -> int:

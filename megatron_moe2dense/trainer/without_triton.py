@@ -62,7 +62,10 @@ class _Triton(importlib.abc.MetaPathFinder):
     """The last to be asked, so never where triton is installed."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+        self,
+        fullname: str,
+        path: Sequence[str] | None,  # noqa: ARG002
+        target: types.ModuleType | None = None,  # noqa: ARG002
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname.partition(".")[0] != "triton" or _importer() not in _ASK:
             return None

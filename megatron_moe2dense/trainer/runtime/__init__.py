@@ -45,27 +45,40 @@ def session(device: Literal["auto", "cpu", "cuda"], patience: float = PATIENCE) 
     Raises:
         UserError: `device: cuda` without a GPU; `device: cpu` with one (Megatron-Core would use it all the same).
     """
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise UserError("device: cuda, but no CUDA device", "a GPU with its driver", "use device: auto or cpu")
-    if device == "cpu" and available:
-        raise UserError("device: cpu on a machine with a GPU", "device: auto", "hide the GPUs with CUDA_VISIBLE_DEVICES= to train on CPU")
-    runtime = _gpu() if available else _cpu()
+    require_device(device)
+    runtime = _gpu() if torch.cuda.is_available() else _cpu()
     upstream.checkpoint_results_without_a_server()
     upstream.all_reduce_of_strided_tensors()
     joined = _join(runtime.backend, patience)
     logger.info(
-        "runtime: %s, %s, %d processes, %s kernels",
+        "runtime: %s, %s, %d processes, %s kernels, %s",
         runtime.device.type,
         runtime.backend,
         dist.get_world_size(),
         "Transformer Engine" if runtime.transformer_engine else "plain PyTorch",
+        upstream.adam(),
     )
     try:
         yield runtime
     finally:
         if joined:
             dist.destroy_process_group()
+
+
+def require_device(device: Literal["auto", "cpu", "cuda"]) -> None:
+    """UserError when this machine has not what `device` asks for; see `session`."""
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UserError("device: cuda, but no CUDA device", "a GPU with its driver", "use device: auto or cpu")
+    if device == "cpu" and available:
+        raise UserError("device: cpu on a machine with a GPU", "device: auto", "hide the GPUs with CUDA_VISIBLE_DEVICES= to train on CPU")
+
+
+def expected() -> Runtime:
+    """What `session` would choose for the first process here; joins no group and touches no device."""
+    if torch.cuda.is_available():
+        return Runtime(torch.device("cuda", 0), "nccl", upstream.has_transformer_engine())
+    return Runtime(torch.device("cpu"), "gloo", transformer_engine=False)
 
 
 def peak_flops(runtime: Runtime, dtype: str) -> float | None:

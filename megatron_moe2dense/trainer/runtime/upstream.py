@@ -24,6 +24,14 @@ def has_transformer_engine() -> bool:
         return False
 
 
+def adam() -> str:
+    """Which AdamW Megatron-Core took at its import: Transformer Engine's fused one, else NVIDIA Apex's, else torch's."""
+    from megatron.core import optimizer
+
+    cls: Any = optimizer.Adam
+    return f"{cls.__module__.partition('.')[0]} {cls.__name__}"
+
+
 def mend() -> None:
     """Apply the mends for machines without CUDA; each does nothing where its fault is absent."""
     random_state_on_cpu()
