@@ -23,8 +23,9 @@ from megatron_moe2dense.common.errors import UserError, did_you_mean
 class Command:
     """One subcommand: where its config class, its `run(config)` and its `dry_run(config)` live, and its help line.
 
-    `run` does the work; `dry_run` returns the facts that `--dry-run` prints. `positional` names the key that a bare
-    argument sets instead of naming a YAML file; `flags` are keys that also exist as `--key [value]`.
+    `run` does the work; `dry_run` returns the facts that `--dry-run` prints. `positional` names the key that a bare argument sets
+    instead of naming a YAML file, with `positional_yaml` even when it is one (of another command); `flags` are keys that also exist
+    as `--key [value]`.
     """
 
     config: str
@@ -32,6 +33,7 @@ class Command:
     dry_run: str
     help: str
     positional: str | None = None
+    positional_yaml: bool = False
     flags: tuple[str, ...] = ()
 
 
@@ -55,6 +57,13 @@ COMMANDS = {
     "export": _command("trainer.export", "ExportConfig", "trainer checkpoint to a Hugging Face checkpoint"),
     "eval": _command("evals.evaluate", "EvalConfig", "perplexity, KL to the teacher, lm-eval accuracy, generation speed of checkpoints"),
     "make-task": _command("evals.local_task", "MakeTaskConfig", "a multiple-choice task for eval out of held-out tokens"),
+    "doctor": _command(
+        "trainer.doctor.run",
+        "DoctorConfig",
+        "what this machine has, what distill would use, and what a config of it lacks here",
+        positional="config",
+        positional_yaml=True,
+    ),
     "plot": _command("plots.plot", "PlotConfig", "figures from statistics, metrics and records"),
 }
 
@@ -129,7 +138,7 @@ def _parse(name: str, command: Command, argv: list[str]) -> tuple[argparse.Names
     overrides += [f"{flag}={getattr(options, flag)}" for flag in command.flags if getattr(options, flag) is not None]
     if len(bare) > 1:
         raise UserError(f"arguments {bare}", "at most one argument without `=`", "write settings as key.path=value")
-    if bare and command.positional and not bare[0].endswith((".yaml", ".yml")):
+    if bare and command.positional and (command.positional_yaml or not bare[0].endswith((".yaml", ".yml"))):
         return options, None, [f"{command.positional}={bare[0]}", *overrides]
     return options, Path(bare[0]) if bare else None, overrides
 
