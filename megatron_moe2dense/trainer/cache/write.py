@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
-from megatron_moe2dense.common.outputs import MANIFEST, claim, config_hash, publish, read_json, write_manifest
+from megatron_moe2dense.common.outputs import MANIFEST, claim, config_hash, disk_errors, publish, read_json, write_manifest
 from megatron_moe2dense.tokens.indexed import TokenFile
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
@@ -127,7 +127,8 @@ def _claim(config: CacheTeacherConfig, working: Path) -> CacheFacts:
                 "the files it was begun with",
                 "bring them back, or remove it and start again",
             )
-    working.mkdir(parents=True, exist_ok=True)
+    with disk_errors(working):
+        working.mkdir(parents=True, exist_ok=True)
     _write_manifest(working, "unfinished", config, facts)
     return facts
 
