@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 _COLLECTIVES = (
     *("allreduce", "allreduce_coalesced", "broadcast", "reduce", "gather", "scatter", "barrier", "send", "recv", "recv_anysource"),
-    *("allgather", "allgather_coalesced", "_allgather_base", "all_gather_single", "allgather_into_tensor_coalesced"),
+    *("allgather", "allgather_coalesced", "_allgather_base", "all_gather_single"),
+    *("allgather_into_tensor_coalesced", "all_gather_single_coalesced", "reduce_scatter_single_coalesced"),
     *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single", "reduce_scatter_tensor_coalesced"),
     *("alltoall", "alltoall_base", "all_to_all_single"),
 )
