@@ -64,6 +64,9 @@ COMMANDS = {
         positional="config",
         positional_yaml=True,
     ),
+    "plan": _command(
+        "trainer.plan.plan", "PlanConfig", "memory, messages and time of a layout on given GPUs, or the best layouts; on paper"
+    ),
     "plot": _command("plots.plot", "PlotConfig", "figures from statistics, metrics and records"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.loop import Trainer
 from megatron_moe2dense.trainer.metrics import Metrics, Speed
 from megatron_moe2dense.trainer.pipeline import Split
+from megatron_moe2dense.trainer.plan import memory
+from megatron_moe2dense.trainer.plan.job import Job, fewest_processes
 from megatron_moe2dense.trainer.proof.prove import prove
 from megatron_moe2dense.trainer.runtime import Runtime, fp8
 from megatron_moe2dense.trainer.state import TrainState
@@ -59,30 +62,48 @@ def run(config: DistillConfig) -> None:
 
 
 def dry_run(config: DistillConfig) -> dict[str, Any]:
-    """Steps, tokens, parameters, model FLOPs (see `flops`) and bytes of model state.
+    """Steps, tokens, parameters, model FLOPs (see `flops`) and bytes.
 
-    The bytes are those of all processes together without activations: weights, float32 gradients, Adam's moments and, in bfloat16, master
-    weights of the student; weights of the teacher.
+    memory_bytes: of all processes together, without activations and padding: weights, float32 gradients, Adam's moments and, in bfloat16,
+    master weights of the student; weights of the teacher. memory_per_process: by pipeline stage and part (`plan.memory`), on as many
+    processes as this runs on, or the fewest that the layout needs.
     """
     half = config.dtype == "bfloat16"
     tokens = config.steps() * config.batch.global_ * config.data.sequence_length
     per_pass = {"student": (3, 2 + 4 + 4 + 8 if half else 4 + 4 + 8), "teacher": (1, 2 if half else 4)}
     facts: dict[str, Any] = {"steps": config.steps(), "tokens": tokens, "flops": 0, "memory_bytes": {}}
+    blueprints: dict[str, models.Blueprint] = {}
     for name, directory in (("student", config.student), ("teacher", config.teacher if config.has_live_teacher() else None)):
         if directory is None:
             continue
         content = read_json(Path(directory) / "config.json", "a Hugging Face directory with a config.json")
-        blueprint = models.Blueprint.of(content, directory, getattr(torch, config.dtype))
+        blueprint = blueprints[name] = models.Blueprint.of(content, directory, getattr(torch, config.dtype))
         total, active = models.count_parameters(blueprint)
         passes, nbytes = per_pass[name]
         facts[name] = {"directory": directory, "family": blueprint.family.name, "parameters": total, "active_parameters": active}
         experts = config.active_experts() if name == "teacher" else None
         facts["flops"] += int(passes * forward_flops(blueprint, config.data.sequence_length, experts) * tokens)
         facts["memory_bytes"][name] = nbytes * total
+    facts["memory_per_process"] = _memory_per_process(config, blueprints["student"], blueprints.get("teacher"))
     files = [source.path for source in config.data.sources()]
     facts["reads"] = [path for path in (*files, config.data.validation, config.student, config.teacher, config.teacher_cache) if path]
     facts["writes"] = [f"{config.output}/checkpoints", f"{config.output}/metrics.jsonl"]
     return facts
+
+
+def _memory_per_process(config: DistillConfig, student: models.Blueprint, teacher: models.Blueprint | None) -> dict[str, dict[str, int]]:
+    job = Job(
+        student=student,
+        teacher=teacher,
+        active=config.active_experts(),
+        parallel=config.parallel,
+        batch=config.batch,
+        length=config.data.sequence_length,
+        world=int(os.environ.get("WORLD_SIZE", fewest_processes(config.parallel))),
+        loss=config.resolved_loss(),
+        kernels=config.device != "cpu",
+    )
+    return {f"stage {stage}": memory.of_stage(job, stage).parts() for stage in job.stages()}
 
 
 def _dump(config: DistillConfig) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, TrainC
 from megatron_moe2dense.trainer.data.config import TrainDataConfig
 from megatron_moe2dense.trainer.data.datasets import Reading, identity, training_dataset
 from megatron_moe2dense.trainer.data.samples import Samples
+from megatron_moe2dense.trainer.flops import forward_flops
 from megatron_moe2dense.trainer.proof.prove import prove
 
 # Where and how it is computed; the content of the cache is the same, or nearly so.
@@ -64,15 +65,15 @@ def run(config: CacheTeacherConfig) -> None:
 
 
 def dry_run(config: CacheTeacherConfig) -> dict[str, Any]:
-    """Samples, tokens, FLOPs (2 per active parameter and token), bytes of the cache, and of full bfloat16 logits beside it."""
+    """Samples, tokens, FLOPs (`flops.forward_flops`), bytes of the cache, and of full bfloat16 logits beside it."""
     content = read_json(Path(config.teacher) / "config.json", "a Hugging Face directory with a config.json")
     blueprint = models.Blueprint.of(content, config.teacher, getattr(torch, config.dtype))
     tokens = _samples(config) * config.data.sequence_length
-    _, active = models.count_parameters(blueprint)
+    per_token = forward_flops(blueprint, config.data.sequence_length, _as_a_run(config).active_experts())
     return {
         "samples": _samples(config),
         "tokens": tokens,
-        "flops": 2 * active * tokens,
+        "flops": int(per_token * tokens),
         "bytes": tokens * config.bytes_per_token(),
         "bytes_per_token": config.bytes_per_token(),
         "bytes_per_token_of_full_logits": 2 * blueprint.dims.vocab_size,

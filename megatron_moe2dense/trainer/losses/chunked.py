@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # float32 copies of a chunk's logits that a loss holds at once, and the bytes they may take together. Small chunks cost time: each
 # reads and writes the head's whole gradient.
-_COPIES, _CHUNK_BYTES = 4, 512 * 1024**2
+COPIES, _CHUNK_BYTES = 4, 512 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def chunks(tokens: int, columns: int) -> list[slice]:
     """Slices of `tokens` tokens, short enough for the float32 logits of `columns` columns."""
-    size = max(32, _CHUNK_BYTES // (4 * _COPIES * columns))
+    size = max(32, _CHUNK_BYTES // (4 * COPIES * columns))
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 

@@ -1,0 +1,82 @@
+"""Config of `plan`: the keys of `distill` that sizes depend on, and the hardware."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import model_validator
+
+from megatron_moe2dense.common.config import Config, key
+from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, ParallelConfig, RoutingConfig
+from megatron_moe2dense.trainer.data.config import TrainDataConfig
+from megatron_moe2dense.trainer.losses import Loss, losses
+
+
+class HardwareConfig(Config):
+    """The machine."""
+
+    gpu: Literal["H100", "H200", "B200", "A100"] = key("H100", "kind of GPU: the SXM part of that name")
+    gpus: int = key(8, "GPUs of a node", "GPUs", gt=0)
+    nodes: int = key(1, "nodes", "nodes", gt=0)
+    network: float | None = key(None, "bandwidth between nodes, of each GPU and direction; null: as in the vendor's DGX", "bytes/s", gt=0)
+    price: float | None = key(
+        None, "price of a GPU-hour; null: a round list price of the kind (an assumption, in docs/operations.md)", "USD", gt=0
+    )
+    efficiency: float = key(0.33, "share of the data sheet's rates, FLOP/s and bytes/s alike, that a run reaches", "fraction", gt=0, le=1)
+    reserve: float = key(0.08, "share of the GPU's memory kept free for fragmentation", "fraction", ge=0, lt=1)
+
+
+class TextConfig(Config):
+    """What sizes need to know of the text."""
+
+    sequence_length: int = key(2048, "length of one sample", "tokens", gt=1)
+
+
+class PlanConfig(Config):
+    """`moe2dense plan`. A YAML of `distill` is one of `plan` too: what sizes do not depend on is left to `distill`."""
+
+    student: str = key(..., "Hugging Face directory of the student, or its config.json")
+    teacher: str | None = key(..., "Hugging Face directory of the frozen teacher, or its config.json; null: none, or a cached one")
+    hardware: HardwareConfig = key(HardwareConfig(), "the machine")
+    parallel: ParallelConfig | None = key(None, "judge this layout; null: suggest the best ones")
+    batch: BatchConfig | None = key(None, "batch sizes; null: 256 sequences a step, and the micro-batch that is fastest")
+    data: TextConfig = key(TextConfig(), "training text")
+    loss: Annotated[Loss, *losses.field] | None = key(None, "loss block; null: forward_kl with a teacher, cross_entropy without")
+    teacher_cache: str | None = key(None, "given: the teacher's knowledge is read from disk, it takes no memory and no time")
+    teacher_routing: RoutingConfig | None = key(None, "teacher routing")
+    dtype: Literal["float32", "bfloat16"] = key("bfloat16", "compute type; bfloat16 keeps float32 master weights")
+    suggestions: int = key(8, "layouts in the table", "layouts", gt=0)
+    report: str | None = key(None, "JSON file to write beside the tables; null: none")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_run(cls, raw: Any) -> Any:
+        """Leave out the keys of `distill` that no size depends on; a key that `distill` does not know stays, and is refused."""
+        if not isinstance(raw, dict):
+            return raw
+        found = _without(raw, set(DistillConfig.model_fields) - set(cls.model_fields))
+        if isinstance(found.get("data"), dict):
+            found["data"] = _without(found["data"], set(TrainDataConfig.model_fields) - set(TextConfig.model_fields))
+        return found
+
+    @model_validator(mode="after")
+    def _settings_have_effect(self) -> PlanConfig:
+        if self.loss is not None and self.loss.needs_teacher and self.teacher is None and self.teacher_cache is None:
+            raise ValueError(f"loss {self.loss.method_name()} needs a teacher")
+        if self.dtype == "float32":
+            raise ValueError("dtype float32: the hardware table has bfloat16 rates alone")
+        if self.teacher is None and self.teacher_routing is not None:
+            raise ValueError("teacher_routing has no effect without a teacher")
+        return self
+
+    def resolved_loss(self) -> Loss:
+        """The loss, with its default filled in."""
+        return self.loss or losses["cross_entropy" if self.teacher is None else "forward_kl"]()
+
+    def world(self) -> int:
+        """GPUs in all."""
+        return self.hardware.gpus * self.hardware.nodes
+
+
+def _without(raw: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in raw.items() if name not in names}
