@@ -106,6 +106,32 @@ def test_a_run_killed_in_every_phase_ends_like_an_uninterrupted_one(round_: int,
     assert_equal(run, straight, forks)
 
 
+@pytest.mark.parametrize("phase", ["export tensor", "export publish"])
+def test_an_export_that_is_killed_leaves_no_model_and_is_done_by_the_same_command(phase: str, straight: Path, forks: Forks):
+    expected, target = exported(straight, forks), straight.with_name(phase)
+    command = ["export", f"checkpoint={straight}", f"output={target}", "dtype=float32"]
+    call = random.Random(phase).randint(1, len(expected)) if phase == "export tensor" else 1
+    assert forks.start(command, fault=("at", [(0, phase, call), "kill"])).wait() == [-9]
+    assert not target.exists()
+    forks.run(command)
+    found = load_file(target / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_teacher_cache_that_is_killed_goes_on_after_its_last_shard(root: Path, forks: Forks):
+    def command(output: str) -> list[str]:
+        settings = {"teacher": root / "teacher", "output": root / output, "data.path": root / "tokens", "data.sequence_length": LENGTH}
+        sizes = {"k": 8, "samples": 12, "shard_samples": 4, "teacher_check.loss_bound": "null", "teacher_check.stock_forward": "never"}
+        return ["cache-teacher", *(f"{name}={value}" for name, value in {**settings, **sizes, "dtype": "float32"}.items())]
+
+    forks.run(command("cache"))
+    assert forks.start(command("killed cache"), fault=("at", [(0, "shard of a teacher cache", 2), "kill"])).wait() == [-9]
+    assert [path.name for path in (root / "killed cache.tmp").glob("shard_*.safetensors")] == ["shard_00000.safetensors"]
+    forks.run(command("killed cache"))
+    for shard in (root / "cache").glob("shard_*"):
+        assert shard.read_bytes() == (root / "killed cache" / shard.name).read_bytes()
+
+
 @pytest.mark.parametrize("late", [1, 0])
 def test_a_rank_that_stops_answering_is_named_by_the_others(late: int, root: Path, straight: Path, forks: Forks):
     """Rank 0 holds the job's store as well: then that is what does not answer."""
