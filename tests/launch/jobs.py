@@ -41,21 +41,22 @@ def variables(folder: Path, **more: str) -> dict[str, str]:
     }
 
 
-def write_inputs(root: Path) -> Path:
-    """A tiny MoE teacher, a dense student and tokens; returns the YAML of a run of `STEPS` steps."""
-    tiny_qwen3_moe(root / "teacher", seed=1)
+def write_inputs(root: Path, teacher: bool) -> Path:
+    """A dense student, tokens, a tiny MoE teacher (the proof of one takes each start some seconds); returns the YAML of `STEPS` steps."""
+    if teacher:
+        tiny_qwen3_moe(root / "teacher", seed=1)
     tiny_qwen3(root / "student", seed=2)
     write_tokens(root / "tokens", 32 * 4 * STEPS + 1)
     config = root / "run.yaml"
     config.write_text(f"""
 student: {root}/student
-teacher: {root}/teacher
+teacher: {f"{root}/teacher" if teacher else "null"}
 data: {{path: {root}/tokens, sequence_length: 32}}
 batch: {{micro: 2, global: 4}}
 optim: {{lr: 1.0e-3}}
 train: {{steps: {STEPS}, save_every: 5}}
-teacher_check: {{loss_bound: null}}
 dtype: float32
+{"teacher_check: {loss_bound: null}" if teacher else ""}
 """)
     return config
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.distributed
 
 
 def test_a_job_on_two_nodes_stopped_requeued_on_one_and_robbed_of_a_rank_ends_like_one_process(tmp_path: Path):
-    config, run = jobs.write_inputs(tmp_path), tmp_path / "run"
+    config, run = jobs.write_inputs(tmp_path, teacher=False), tmp_path / "run"
     with jobs.started(jobs.submit(2, config, f"output={run}"), tmp_path, SLURM_JOB_ID="4711") as job:
         jobs.wait_until(job, lambda: jobs.last_step(run) >= 3)
         assert len(jobs.agents(job)) == len(jobs.ranks(job)) == 2
