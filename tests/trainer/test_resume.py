@@ -10,9 +10,8 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,12 @@ from megatron_moe2dense.trainer import export
 from megatron_moe2dense.trainer.checkpoints.writer import latest, step_of
 from megatron_moe2dense.trainer.config import ExportConfig
 from tests.helpers.distributed import ROOT, environment, torchrun
+from tests.helpers.forks import Forks, Job
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
+from tests.trainer.runs import TIMED
 
 KILLS = int(os.environ.get("MOE2DENSE_KILLS", "4")) // 2
 STEPS, LONG = 8, 8 + 8 * KILLS
-# Columns of metrics.jsonl that come from a clock, or from how much memory the process happened to take.
-TIMED = {"step_seconds", "data_seconds", "collective_seconds", "tokens_per_second", "flops_per_second", "mfu", "peak_memory_bytes"}
 
 pytestmark = pytest.mark.distributed
 
@@ -48,8 +47,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def command(root: Path, output: Path, processes: int, **overrides: Any) -> list[str]:
-    start = [sys.executable] if processes == 1 else torchrun(processes)
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """Ranks without the seconds of their imports; torchrun itself starts those that it has to take down."""
+    with Forks() as forks:
+        yield forks
+
+
+def command(root: Path, output: Path, **overrides: Any) -> list[str]:
     settings = {
         "student": root / "student",
         "teacher": root / "teacher",
@@ -68,22 +73,28 @@ def command(root: Path, output: Path, processes: int, **overrides: Any) -> list[
         "dtype": "float32",
         **{name.replace("__", "."): value for name, value in overrides.items()},
     }
-    return [*start, "-m", "megatron_moe2dense", "distill", *(f"{name}={value}" for name, value in settings.items())]
+    return ["distill", *(f"{name}={value}" for name, value in settings.items())]
 
 
-def finish(arguments: list[str]) -> None:
-    done = subprocess.run(arguments, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def start_until(arguments: list[str], reached: Callable[[], bool]) -> subprocess.Popen[bytes]:
-    """A job that has come to some point, and goes on."""
-    job = subprocess.Popen(arguments, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def until(reached: Callable[[], bool], ended: Callable[[], bool]) -> None:
+    """Wait while the job goes on."""
     deadline = time.monotonic() + 200
     while not reached():
-        assert job.poll() is None, "the job ended before it could be stopped"
+        assert not ended(), "the job ended before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def under_torchrun(arguments: list[str], reached: Callable[[], bool]) -> subprocess.Popen[bytes]:
+    """A job of two ranks that has come to some point, and goes on."""
+    job = subprocess.Popen(
+        [*torchrun(2), "-m", "megatron_moe2dense", *arguments],
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until(reached, lambda: job.poll() is not None)
     return job
 
 
@@ -92,13 +103,10 @@ def last_step(output: Path) -> int:
     return max((row["step"] for row in records.read(metrics)), default=0) if metrics.exists() else 0
 
 
-def kill_when(arguments: list[str], reached: Callable[[], bool]) -> None:
-    """SIGKILL every process of the job."""
-    job = start_until(arguments, reached)
-    family = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
-    for process in family:  # torchrun gives its workers sessions of their own, so there is no one group to kill
-        process.kill()
-    psutil.wait_procs(family)
+def kill_when(job: Job, reached: Callable[[], bool]) -> None:
+    """SIGKILL every rank of the job."""
+    until(reached, lambda: None not in job.codes())
+    assert set(job.end()) == {-signal.SIGKILL}
 
 
 def outcome(output: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
@@ -108,13 +116,14 @@ def outcome(output: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]
     return rows, load_file(target / "model.safetensors")
 
 
-def assert_ends_like_an_uninterrupted_run(interrupted: Path, inputs: Path, processes: int, **overrides: Any) -> None:
+def assert_ends_like_an_uninterrupted_run(interrupted: Path, forks: Forks, processes: int, **overrides: Any) -> None:
     """Finish it with the same command, and compare."""
+    inputs = interrupted.parent
     straight = inputs / f"straight {processes}{' long' * bool(overrides)}"
     if not straight.exists():
-        finish(command(inputs, straight, processes, **overrides))
+        forks.run(command(inputs, straight, **overrides), processes)
     if json.loads((interrupted / MANIFEST).read_text())["status"] != "finished":
-        finish(command(inputs, interrupted, processes, **overrides))
+        forks.run(command(inputs, interrupted, **overrides), processes)
     (rows, weights), (expected_rows, expected) = outcome(interrupted), outcome(straight)
     assert rows == expected_rows
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -122,18 +131,18 @@ def assert_ends_like_an_uninterrupted_run(interrupted: Path, inputs: Path, proce
     shutil.rmtree(straight.parent / f"{straight.name} exported")
 
 
-@pytest.mark.parametrize(("processes", "killed_at"), [(1, 1), (1, 5)])
-def test_a_killed_run_ends_like_an_uninterrupted_one(processes: int, killed_at: int, inputs: Path):
-    killed = inputs / f"killed {processes} {killed_at}"
-    kill_when(command(inputs, killed, processes), lambda: last_step(killed) >= killed_at)
-    assert_ends_like_an_uninterrupted_run(killed, inputs, processes)
+@pytest.mark.parametrize("killed_at", [1, 5])
+def test_a_killed_run_ends_like_an_uninterrupted_one(killed_at: int, inputs: Path, forks: Forks):
+    killed = inputs / f"killed {killed_at}"
+    kill_when(forks.start(command(inputs, killed)), lambda: last_step(killed) >= killed_at)
+    assert_ends_like_an_uninterrupted_run(killed, forks, 1)
 
 
-def test_a_run_killed_while_it_writes_a_checkpoint_ends_like_an_uninterrupted_one(inputs: Path):
+def test_a_run_killed_while_it_writes_a_checkpoint_ends_like_an_uninterrupted_one(inputs: Path, forks: Forks):
     killed = inputs / "killed while writing"
-    kill_when(command(inputs, killed, 2), lambda: any((killed / "checkpoints").glob("step_*.tmp")))
+    kill_when(forks.start(command(inputs, killed), 2), lambda: any((killed / "checkpoints").glob("step_*.tmp")))
     assert latest(killed / "checkpoints") is None
-    assert_ends_like_an_uninterrupted_run(killed, inputs, 2)
+    assert_ends_like_an_uninterrupted_run(killed, forks, 2)
 
 
 def kill_one_rank(job: subprocess.Popen[bytes], rank: int) -> None:
@@ -141,41 +150,42 @@ def kill_one_rank(job: subprocess.Popen[bytes], rank: int) -> None:
     psutil.Process(job.pid).children()[rank].kill()
 
 
-def test_one_rank_killed_again_and_again_changes_nothing(inputs: Path):
+def test_one_rank_killed_again_and_again_changes_nothing(inputs: Path, forks: Forks):
     """Torchrun takes the other rank down; the same command is started again."""
     killed, draw, often = inputs / "one rank killed", random.Random(KILLS), {"train__steps": LONG, "train__save_every": 2}
     for kill in range(KILLS):
         goal = last_step(killed) + draw.randint(1, 4)
-        job = start_until(command(inputs, killed, 2, **often), lambda goal=goal: last_step(killed) >= goal)
+        job = under_torchrun(command(inputs, killed, **often), lambda goal=goal: last_step(killed) >= goal)
         time.sleep(draw.uniform(0, 0.2))
         kill_one_rank(job, kill % 2)
         assert job.wait(timeout=100) != 0
     assert last_step(killed) < LONG
-    assert_ends_like_an_uninterrupted_run(killed, inputs, 2, **often)
+    assert_ends_like_an_uninterrupted_run(killed, forks, 2, **often)
 
 
-def test_sigterm_to_torchrun_saves_too(inputs: Path):
+def test_sigterm_to_torchrun_saves_too(inputs: Path, forks: Forks):
     """It reaches every process of every rank, checkpoint writers among them."""
     stopped, often = inputs / "torchrun stopped", {"train__steps": LONG, "train__save_every": 2}
-    job = start_until(command(inputs, stopped, 2, **often), lambda: last_step(stopped) >= 4)
+    job = under_torchrun(command(inputs, stopped, **often), lambda: last_step(stopped) >= 4)
     job.send_signal(signal.SIGTERM)
     job.wait(timeout=100)
     saved = latest(stopped / "checkpoints")
     assert saved is not None
     assert step_of(saved) == last_step(stopped) < LONG
-    assert_ends_like_an_uninterrupted_run(stopped, inputs, 2, **often)
+    assert_ends_like_an_uninterrupted_run(stopped, forks, 2, **often)
 
 
 @pytest.mark.parametrize("asked_by", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_run_that_is_asked_to_stop_saves_its_step_and_exits_cleanly(asked_by: signal.Signals, inputs: Path):
+def test_a_run_that_is_asked_to_stop_saves_its_step_and_exits_cleanly(asked_by: signal.Signals, inputs: Path, forks: Forks):
     stopped = inputs / f"stopped by {asked_by.name}"
-    job = start_until(command(inputs, stopped, 1), lambda: last_step(stopped) >= 4)
-    job.send_signal(asked_by)
-    assert job.wait(timeout=100) == 0
+    job = forks.start(command(inputs, stopped))
+    until(lambda: last_step(stopped) >= 4, lambda: None not in job.codes())
+    os.kill(job.ranks[0], asked_by)
+    assert job.wait() == [0]
     saved = latest(stopped / "checkpoints")
     assert saved is not None
     assert 4 <= step_of(saved) == max(row["step"] for row in records.read(stopped / "metrics.jsonl")) < STEPS
-    assert_ends_like_an_uninterrupted_run(stopped, inputs, 1)
+    assert_ends_like_an_uninterrupted_run(stopped, forks, 1)
 
 
 def test_a_half_written_checkpoint_is_never_picked(tmp_path: Path):
