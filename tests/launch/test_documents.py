@@ -17,8 +17,8 @@ from tests.launch.jobs import variables
 from tests.launch.test_scripts import finish
 
 DOCUMENTS = [ROOT / "docs/operations.md", ROOT / "docker/README.md", ROOT / "README.md"]
-# What stands for the reader's own file: that of the command, or of distill for those that read its YAML.
-YAMLS = ROOT / "yaml_configs/quickstart"
+# What stands for the reader's own file: the quickstart's of that command, or a run on GPUs for those that read a YAML of distill.
+YAMLS, GPU_RUN = ROOT / "yaml_configs/quickstart", ROOT / "yaml_configs/qwen3_30b_a3b/distill.yaml"
 
 
 def commands(document: Path) -> list[str]:
@@ -68,7 +68,7 @@ def test_commands_resolve_to_a_configuration(line: str, capsys: pytest.CaptureFi
     if name.startswith("-") or "--help" in arguments or name not in cli.COMMANDS:
         return
     named = [argument for argument in arguments if argument.endswith(".yaml") and "=" not in argument]
-    given = YAMLS / f"{name}.yaml" if (YAMLS / f"{name}.yaml").exists() else YAMLS / "distill.yaml"
+    given = YAMLS / f"{name}.yaml" if (YAMLS / f"{name}.yaml").exists() else GPU_RUN
     if named and not (ROOT / named[0]).exists() and not cli.COMMANDS[name].positional:
         arguments[arguments.index(named[0])] = os.fspath(given)
     cli.main([name, *(argument for argument in arguments if argument != "--dry-run"), "--print-config"])
