@@ -78,7 +78,7 @@ def build(config: DistillConfig, student: models.Blueprint, groups: Groups, runt
     directory = Path(config.teacher)
     blueprint = models.Blueprint.of(CheckpointIndex.open(directory).config, str(directory), student.dtype)
     require_same_vocabulary(blueprint, student)
-    overrides = {"moe_router_topk": _active(config, blueprint.dims)} if blueprint.dims.experts else {}
+    overrides = {"moe_router_topk": active_experts(config.active_experts(), blueprint.dims)} if blueprint.dims.experts else {}
     chunks = models.build(blueprint, groups, runtime, Split.of_teacher(groups.parallel, blueprint.dims.layers), **overrides)
     weights.load(chunks, blueprint, groups, directory)
     for chunk in chunks:
@@ -97,8 +97,8 @@ def require_same_vocabulary(teacher: models.Blueprint, student: models.Blueprint
         )
 
 
-def _active(config: DistillConfig, dims: Dims) -> int:
-    active = config.active_experts()
+def active_experts(active: int | None, dims: Dims) -> int:
+    """Experts a token, `active` when it is given; UserError when there are not so many, or fewer than the teacher's own number."""
     if active is None:
         return dims.active
     if not dims.active <= active <= dims.experts:

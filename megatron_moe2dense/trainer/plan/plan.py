@@ -20,6 +20,7 @@ from megatron_moe2dense.trainer.plan.config import PlanConfig
 from megatron_moe2dense.trainer.plan.hardware import Machine
 from megatron_moe2dense.trainer.plan.job import Job
 from megatron_moe2dense.trainer.plan.search import Verdict, judge, search
+from megatron_moe2dense.trainer.teacher import active_experts, require_same_vocabulary
 
 _LAYOUT = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "recompute")
 _DAY = 86_400
@@ -62,14 +63,19 @@ def decide(config: PlanConfig) -> tuple[list[Verdict], Counter[str]]:
 
 
 def job_of(config: PlanConfig) -> Job:
-    """The run, on one process per GPU."""
+    """The run, on one process per GPU; UserError when student and teacher do not go together."""
     dtype = getattr(torch, config.dtype)
     active = config.teacher_routing.active if config.teacher_routing else None
     teacher = config.teacher if config.teacher_cache is None else None
-    loss = config.resolved_loss()
+    loss, student = config.resolved_loss(), blueprint_of(config.student, dtype)
+    frozen = blueprint_of(teacher, dtype) if teacher is not None else None
+    if frozen is not None:
+        require_same_vocabulary(frozen, student)
+        if frozen.dims.experts:
+            active_experts(active, frozen.dims)
     return Job(
-        student=blueprint_of(config.student, dtype),
-        teacher=blueprint_of(teacher, dtype) if teacher is not None else None,
+        student=student,
+        teacher=frozen,
         active=active,
         parallel=config.parallel or ParallelConfig(),
         batch=config.batch or BatchConfig(),

@@ -15,6 +15,9 @@ from megatron_moe2dense import cli
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import family_of
+from megatron_moe2dense.trainer.cache import write
+from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
+from megatron_moe2dense.trainer.data.config import StreamConfig
 from megatron_moe2dense.trainer.flops import forward_flops
 from megatron_moe2dense.trainer.plan import plan, timing
 from megatron_moe2dense.trainer.plan.activations import in_flight
@@ -84,6 +87,8 @@ def test_a_machine_without_any_layout_is_refused_with_the_reasons(configs: dict[
         ({"parallel": {"expert": 8, "pipeline": 1, "context": 8}, "data": {"sequence_length": 2050}}, "data.sequence_length=2050"),
         ({"student": "teacher", "teacher": None, "parallel": {"tensor": 2, "expert": 4}}, "a MoE student with parallel.tensor 2"),
         ({"student": "gpt_oss", "teacher": None, "parallel": {"tensor": 2, "sequence": True}}, "experts that have biases"),
+        ({"student": "gpt_oss"}, "teacher vocabulary 151936, student vocabulary 201088"),
+        ({"teacher_routing": {"active": 129}}, "teacher_routing.active: 129"),
         ({"student": "gpt_oss", "teacher": None, "parallel": {"context": 16}, "hardware": {"nodes": 2}}, "8 KV heads"),
     ],
 )
@@ -124,6 +129,26 @@ def test_a_distill_yaml_is_judged_and_its_report_written(configs: dict[str, str]
     assert [layout["expert"] for layout in facts["layouts"]] == [yaml.safe_load(Path(yaml_of_run).read_text())["parallel"]["expert"]]
     assert "on paper, not measured" in shown
     assert f"{facts['best']['stages']['0']['memory']['total'] / 1e9:.2f}" in shown
+
+
+def test_a_dry_run_of_distill_tells_the_memory_that_the_plan_tells(configs: dict[str, str], capsys: pytest.CaptureFixture[str]):
+    arguments = [str(ROOT / "yaml_configs/qwen3_30b_a3b/distill.yaml"), "--dry-run"]
+    for name in ("student", "teacher"):
+        folder = Path(configs[name]).with_suffix("")
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(Path(configs[name]).read_text())
+        arguments.append(f"{name}={folder}")
+    found = {}
+    for command in ("distill", "plan"):
+        cli.main([command, *arguments])
+        found[command] = json.loads(capsys.readouterr().out)
+    assert found["distill"]["memory_per_process"]["stage 0"] == found["plan"]["best"]["stages"]["0"]["memory"]
+
+
+def test_the_flops_of_a_teacher_cache_are_those_of_its_forward_pass(configs: dict[str, str], tmp_path: Path):
+    (tmp_path / "config.json").write_text(Path(configs["teacher"]).read_text())
+    facts = write.dry_run(CacheTeacherConfig(teacher=str(tmp_path), output="-", data=StreamConfig(path="-"), samples=3))
+    assert facts["flops"] == int(forward_flops(plan.job_of(config(configs)).blueprint("teacher"), 2048) * 3 * 2048)
 
 
 def test_one_gpu_takes_the_time_of_its_floating_point_operations(configs: dict[str, str]):
