@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import threading
 
 import pytest
@@ -74,3 +75,19 @@ def test_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left"):
         records.append(tmp_path / "records.jsonl", {"a": 1})
+
+
+def test_a_row_that_only_fits_in_part_is_an_error_and_goes_with_the_next(tmp_path):
+    path = tmp_path / "records.jsonl"
+    records.append(path, {"a": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
+    try:
+        with pytest.raises(UserError, match="File too large"):
+            records.append(path, {"b": "x" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not path.read_bytes().endswith(b"\n")  # the disk took ten bytes of the row
+    assert records.read(path) == [{"a": 1}]
+    records.append(path, {"c": 3})
+    assert records.read(path) == [{"a": 1}, {"c": 3}]

@@ -153,5 +153,6 @@ def test_a_rank_that_stops_answering_is_named_by_the_others(late: int, root: Pat
         assert "store on 127.0.0.1 does not answer" in said
     assert "it continues from the last checkpoint" in said
     job.end()
-    forks.run(distill(root, run), 2)
-    assert_equal(run, straight, forks)
+    if late == 1:  # once is enough: the other end is no other
+        forks.run(distill(root, run), 2)
+        assert_equal(run, straight, forks)
