@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench format chaos parity study-smoke
+.PHONY: quickstart test lint bench format chaos parity versions study-smoke
 
 quickstart: .venv/.installed-train-plot  ## a trained MoE becomes a distilled dense model, in out/quickstart
 	launch/quickstart_cpu.sh
@@ -14,6 +14,9 @@ chaos: .venv/.installed-dev  ## every stage killed at random moments and in ever
 	MOE2DENSE_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=20 tests/surgery/test_kills.py tests/trainer/test_resume.py \
 	    tests/trainer/test_faults.py tests/trainer/test_surroundings.py tests/trainer/test_nonfinite.py tests/test_security.py \
 	    tests/launch/elastic_kills.py
+
+versions: .venv/.installed-dev  ## the trainer's parity and checkpoint tests against other versions of Megatron-Core, unpacked in out/versions
+	launch/versions.sh
 
 parity: .venv/.installed-dev  ## table: every layout of the trainer against stock transformers in one process
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.trainer.parity

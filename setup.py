@@ -12,6 +12,8 @@ VERSION = next(
 EXTRAS = {
     # transformer-engine and NVIDIA Apex are no pip requirements: see docker/README.md for GPU machines.
     "train": ["megatron-core==0.16.1", "psutil", "einops", "tensorboard"],
+    # The range that `make versions` covers, for machines that bring another one (0.17 and later ask for Python 3.12).
+    "train-unpinned": ["megatron-core>=0.16.1,<0.20", "psutil", "einops", "tensorboard"],
     "eval": ["lm-eval==0.4.13", "accelerate", "datasets==5.2.0"],
     "plot": ["matplotlib>=3.8"],
     "wandb": ["wandb==0.31.0"],
