@@ -74,7 +74,8 @@ def table(rows: Sequence[Row]) -> str:
     """A Markdown table, an arm a line, the best mean of every measure in bold."""
     means = {name: {arm: statistics.mean(_values(rows, arm, name)) for arm in ARMS} for name in MEASURES}
     best = {name: (max if MEASURES[name][2] else min)(means[name], key=means[name].__getitem__) for name in MEASURES}
-    heads = ["arm", *(title for title, _, _ in MEASURES.values()), "KL to its own teacher [nats]", "distillation, median step x steps [s]", "paper's average"]
+    heads = ["arm", *(title for title, _, _ in MEASURES.values())]
+    heads += ["KL to its own teacher [nats]", "distillation, median step x steps [s]", "paper's average"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for arm, (title, paper) in ARMS.items():
         cells = [spread(_values(rows, arm, name), digits) for name, (_, digits, _) in MEASURES.items()]
