@@ -22,10 +22,7 @@ read -ra distributed <<< "${LAUNCHER:-launch/node.sh}"
 distill_row() { # row, student, settings
     unless_trained "$OUT/$1/run" "${distributed[@]}" distill "$recipe" teacher="$teacher" student="$2" output="$OUT/$1/run" \
         data.path="$tokens" data.validation="${tokens}_validation" "${@:3}"
-    if [[ -e $OUT/$1/run/moe2dense.json ]] && ! trained "$OUT/$1/run"; then
-        echo "stopped before its end: $OUT/$1/run; the same command goes on" >&2
-        exit 0
-    fi
+    ended "$OUT/$1/run" || exit 0
     unless_there "$OUT/$1/export" moe2dense export "$configs/export.yaml" checkpoint="$OUT/$1/run" output="$OUT/$1/export"
     unless_there "$OUT/$1/records.jsonl" moe2dense eval "$configs/eval.yaml" models="{$1: $OUT/$1/export}" output="$OUT/$1/records.jsonl" \
         kl.teacher="$teacher" perplexity.data.path="${tokens}_validation"

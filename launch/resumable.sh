@@ -21,6 +21,13 @@ unless_trained() { # output of distill, command...
     fi
 }
 
+ended() { # output of distill: fails, and says so, where the run was asked to stop before its last step
+    if [[ -e $1/moe2dense.json ]] && ! trained "$1"; then
+        echo "stopped before its end: $1; the same command goes on" >&2
+        return 1
+    fi
+}
+
 await() { # process that this shell started; returns its status, whatever signals come meanwhile
     while kill -0 "$1" 2> /dev/null; do
         wait "$1" || true

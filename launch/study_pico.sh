@@ -52,6 +52,7 @@ build_dense_teacher() {
     unless_trained "$out/dense_pretrain" .venv/bin/torchrun --nproc-per-node "${PROCESSES:-2}" --master-addr 127.0.0.1 \
         --master-port "${MASTER_PORT:-29527}" -m megatron_moe2dense distill $configs/pretrain_dense.yaml \
         student="$out/dense_initial" output="$out/dense_pretrain" "${pretrain_settings[@]}"
+    ended "$out/dense_pretrain"
     $moe2dense export checkpoint="$out/dense_pretrain" output="$dense_teacher"
 }
 
@@ -68,6 +69,7 @@ prune() { # seed
 arm() { # name, seed, arguments of distill
     local dir=$out/seed_$2/$1
     unless_trained "$dir/run" $moe2dense distill $configs/distill.yaml output="$dir/run" train.seed="$2" "${@:3}" "${settings[@]}"
+    ended "$dir/run"
     unless_there "$dir/export" $moe2dense export checkpoint="$dir/run" output="$dir/export"
 }
 
