@@ -25,7 +25,6 @@ PAIRS: dict[str, tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]] 
 WHOLE_EXPERTS = {"gpt_oss"}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
-    "TP2": (2, {"tensor": 2}),
     "TP2 SP": (2, {"tensor": 2, "sequence": True}),
     "PP2": (2, {"pipeline": 2}),
     "EP2 teacher": (2, {"expert": 2}),

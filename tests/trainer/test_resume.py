@@ -31,7 +31,7 @@ from tests.helpers.forks import Forks, Job
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 from tests.trainer.runs import TIMED
 
-KILLS = int(os.environ.get("MOE2DENSE_KILLS", "4")) // 2
+KILLS = int(os.environ.get("MOE2DENSE_KILLS", "2")) // 2
 STEPS, LONG = 8, 8 + 8 * KILLS
 
 pytestmark = pytest.mark.distributed
