@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
-from megatron_moe2dense.surgery.dense_block import DenseBlock, mapped, placed
+from megatron_moe2dense.surgery.dense_block import mapped, placed
 from megatron_moe2dense.surgery.densify import merged, stacked
-from megatron_moe2dense.surgery.experts import gating
 from megatron_moe2dense.surgery.hidden import HiddenPlace
 from megatron_moe2dense.surgery.observe import Observer
 from megatron_moe2dense.surgery.packing import finite_tensors, read_ffn
@@ -77,7 +75,6 @@ class DenseStream(StreamedModel):
     def __init__(self, source: MoeSource, reader: CheckpointReader, compute: Compute):
         super().__init__(source, reader, compute)
         self._checkpoint = source
-        self._ffn_gating = gating(source, AutoConfig.from_pretrained(source.index.directory, trust_remote_code=False))
 
     def head(self) -> Head:
         """Final norm and output matrix, on the compute device."""
@@ -117,8 +114,8 @@ class DenseStream(StreamedModel):
         return [states.distinct[state] for state in states.of_plan]
 
     def _moe_layer(self, number: int, calls: dict[int, dict[str, Any]], states: _States, plans: Sequence[LayerPlan]) -> _States:
-        source, layer = self._checkpoint, self._layers[number]
-        block = DenseBlock(self._ffn_gating, source.spec.returns_scores)
+        layer = self._layers[number]
+        block = self._dense_block()
         self._assemble_with(number, block)
         after = _States([], [-1] * len(plans))
         shared = self._shared(number)

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.families import Dims
+from megatron_moe2dense.surgery.dense_block import DenseBlock
 from megatron_moe2dense.surgery.experts import MoeWeights, gating, load_moe
 from megatron_moe2dense.surgery.hidden import HiddenPlace, HiddenStates
 from megatron_moe2dense.surgery.source import MoeSource
@@ -184,6 +185,12 @@ class StreamedModel:
             assert forward is not None, "a MoE needs its forward"
             setattr(layer, self._moe.spec.module, _MoeBlock(number, weights, forward, self._moe.spec.returns_scores))
         layer.load_state_dict(state, assign=True)
+
+    def _dense_block(self) -> DenseBlock:
+        """For an FFN in the place of a MoE block."""
+        assert self._moe is not None, "only a MoE has the place"
+        assert self._gating is not None, "only a MoE has the place"
+        return DenseBlock(self._gating, self._moe.spec.returns_scores)
 
     def _assemble_with(self, number: int, block: nn.Module | None) -> None:
         """The stock layer with its weights, read now; of a MoE layer with `block` in the place of the MoE block."""

@@ -19,7 +19,7 @@ from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.progress import progress
 from megatron_moe2dense.surgery.calibrate import require_finite
 from megatron_moe2dense.surgery.config import RefitConfig
-from megatron_moe2dense.surgery.dense_block import DenseBlock, placed
+from megatron_moe2dense.surgery.dense_block import placed
 from megatron_moe2dense.surgery.experts import Gating, MoeWeights, gating
 from megatron_moe2dense.surgery.hidden import HiddenPlace, HiddenStates
 from megatron_moe2dense.surgery.layout import layer_ffn
@@ -68,7 +68,10 @@ class Refit:
         def observe(layer: int, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
             y_TD = observer.observe(x_TD, weights)
             if layer not in self.fits:
-                sums, ffn, start = at.get(layer) or (*self._begin(layer), 0)
+                if layer not in at:
+                    ffn = self._dense(layer)
+                    at[layer] = self._begin(ffn), ffn, 0
+                sums, ffn, start = at[layer]
                 shape = -1, self.windows_NS.shape[1], x_TD.shape[1]
                 sums.add(x_TD.view(shape), y_TD.view(shape), self._held_out(start))
                 at[layer] = sums, ffn, start + batch
@@ -100,19 +103,19 @@ class Refit:
             if layer not in self.source.layers:
                 student.advance(layer, None)
                 continue
+            ffn = self._dense(layer)
             if layer not in self.fits:
-                sums, ffn = self._begin(layer)
+                sums = self._begin(ffn)
                 for i, (x_BSD, residual_BSD) in enumerate(student.before_ffn(layer)):
                     target_BSD = wanted[i].to(residual_BSD.device).double() - residual_BSD.double()
                     sums.add(x_BSD, target_BSD, self._held_out(i * self.compute.batch))
                 self._finish(layer, sums, ffn)
-            student.advance(layer, self._placed(self.fits[layer].applied(self._dense(layer))))
+            student.advance(layer, self._placed(self.fits[layer].applied(ffn)))
 
-    def _begin(self, layer: int) -> tuple[LayerSums, DenseFfn]:
-        ffn = self._dense(layer)
+    def _begin(self, ffn: DenseFfn) -> LayerSums:
         routed = self.plan.groups * self.source.dims.expert_width
         fixed = len(ffn.gate_FD) - routed if self.config.shared == "fixed" else 0
-        return LayerSums(self._gating, self._placed(ffn), fixed), ffn
+        return LayerSums(self._gating, self._placed(ffn), fixed)
 
     def _finish(self, layer: int, sums: LayerSums, ffn: DenseFfn) -> None:
         fit: LayerFit = sums.fit(layer, None if self.config.ridge == "auto" else self.config.ridge, ffn.gate_FD.dtype)
@@ -160,7 +163,6 @@ class _Student(StreamedModel):
     def __init__(self, source: MoeSource, reader: CheckpointReader, compute: Compute):
         super().__init__(source, reader, compute)
         self._spec = source.spec
-        self._ffn_gating = gating(source, AutoConfig.from_pretrained(source.index.directory, trust_remote_code=False))
 
     def begin(self, windows_NS: np.ndarray, place: HiddenPlace) -> None:
         """The states before layer 0."""
@@ -180,7 +182,7 @@ class _Student(StreamedModel):
         """The states after the layer; ffn: None for a layer without experts."""
         block = None
         if ffn is not None:
-            block = DenseBlock(self._ffn_gating, self._spec.returns_scores)
+            block = self._dense_block()
             block.ffn = ffn
         self._assemble_with(layer, block)
         for i, x_BSD in enumerate(self._hidden):
