@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from megatron_moe2dense.common import records
 from tests.helpers.forks import Forks
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
+from tests.trainer import runs
 from tests.trainer.faults import PHASES
 from tests.trainer.runs import TIMED
 
@@ -47,26 +48,8 @@ def forks() -> Iterator[Forks]:
 
 
 def distill(root: Path, output: Path, **overrides: Any) -> list[str]:
-    settings = {
-        "student": root / "student",
-        "teacher": root / "teacher",
-        "output": output,
-        "data.path": root / "tokens",
-        "data.validation": root / "held-out",
-        "data.validation_sequences": 4,
-        "data.sequence_length": LENGTH,
-        "batch.micro": 2,
-        "batch.global": 4,
-        "optim.lr": 1e-3,
-        "train.steps": STEPS,
-        "train.save_every": 2,
-        "train.eval_every": 6,
-        "teacher_check.loss_bound": "null",
-        "teacher_check.stock_forward": "never",
-        "dtype": "float32",
-        **{name.replace("__", "."): value for name, value in overrides.items()},
-    }
-    return ["distill", *(f"{name}={value}" for name, value in settings.items())]
+    often = {"train.steps": STEPS, "train.save_every": 2, "train.eval_every": 6, "teacher_check.stock_forward": "never"}
+    return runs.command(root, output, LENGTH, often, overrides)
 
 
 def exported(run: Path, forks: Forks) -> dict[str, torch.Tensor]:

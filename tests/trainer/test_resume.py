@@ -29,6 +29,7 @@ from megatron_moe2dense.trainer.config import ExportConfig
 from tests.helpers.distributed import ROOT, environment, torchrun
 from tests.helpers.forks import Forks, Job
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
+from tests.trainer import runs
 from tests.trainer.runs import TIMED
 
 KILLS = int(os.environ.get("MOE2DENSE_KILLS", "2")) // 2
@@ -55,25 +56,7 @@ def forks() -> Iterator[Forks]:
 
 
 def command(root: Path, output: Path, **overrides: Any) -> list[str]:
-    settings = {
-        "student": root / "student",
-        "teacher": root / "teacher",
-        "output": output,
-        "data.path": root / "tokens",
-        "data.validation": root / "held-out",
-        "data.validation_sequences": 4,
-        "data.sequence_length": 32,
-        "batch.micro": 2,
-        "batch.global": 4,
-        "optim.lr": 1e-3,
-        "train.steps": STEPS,
-        "train.save_every": 3,
-        "train.eval_every": 2,
-        "teacher_check.loss_bound": "null",
-        "dtype": "float32",
-        **{name.replace("__", "."): value for name, value in overrides.items()},
-    }
-    return ["distill", *(f"{name}={value}" for name, value in settings.items())]
+    return runs.command(root, output, 32, {"train.steps": STEPS, "train.save_every": 3, "train.eval_every": 2}, overrides)
 
 
 def until(reached: Callable[[], bool], ended: Callable[[], bool]) -> None:
