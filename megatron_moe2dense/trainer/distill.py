@@ -61,12 +61,12 @@ def run(config: DistillConfig) -> None:
         dist.barrier()
 
 
-def dry_run(config: DistillConfig) -> dict[str, Any]:
+def dry_run(config: DistillConfig, processes: int | None = None) -> dict[str, Any]:
     """Steps, tokens, parameters, model FLOPs (see `flops`) and bytes.
 
     memory_bytes: of all processes together, without activations and padding: weights, float32 gradients, Adam's moments and, in bfloat16,
-    master weights of the student; weights of the teacher. memory_per_process: by pipeline stage and part (`plan.memory`), on as many
-    processes as this runs on, or the fewest that the layout needs.
+    master weights of the student; weights of the teacher. memory_per_process: by pipeline stage and part (`plan.memory`), on this many
+    processes, by default those that this runs on, or the fewest that the layout needs.
     """
     half = config.dtype == "bfloat16"
     tokens = config.steps() * config.batch.global_ * config.data.sequence_length
@@ -84,24 +84,25 @@ def dry_run(config: DistillConfig) -> dict[str, Any]:
         experts = config.active_experts() if name == "teacher" else None
         facts["flops"] += int(passes * forward_flops(blueprint, config.data.sequence_length, experts) * tokens)
         facts["memory_bytes"][name] = nbytes * total
-    facts["memory_per_process"] = _memory_per_process(config, blueprints["student"], blueprints.get("teacher"))
+    facts["memory_per_process"] = _memory_per_process(config, blueprints, processes)
     files = [source.path for source in config.data.sources()]
     facts["reads"] = [path for path in (*files, config.data.validation, config.student, config.teacher, config.teacher_cache) if path]
     facts["writes"] = [f"{config.output}/checkpoints", f"{config.output}/metrics.jsonl"]
     return facts
 
 
-def _memory_per_process(config: DistillConfig, student: models.Blueprint, teacher: models.Blueprint | None) -> dict[str, dict[str, int]]:
+def _memory_per_process(config: DistillConfig, blueprints: dict[str, models.Blueprint], processes: int | None) -> dict[str, dict[str, int]]:
     job = Job(
-        student=student,
-        teacher=teacher,
+        student=blueprints["student"],
+        teacher=blueprints.get("teacher"),
         active=config.active_experts(),
         parallel=config.parallel,
         batch=config.batch,
         length=config.data.sequence_length,
-        world=int(os.environ.get("WORLD_SIZE", fewest_processes(config.parallel))),
+        world=processes or int(os.environ.get("WORLD_SIZE", fewest_processes(config.parallel))),
         loss=config.resolved_loss(),
         kernels=config.device != "cpu",
+        fp8=config.fp8 is not None,
     )
     return {f"stage {stage}": memory.of_stage(job, stage).parts() for stage in job.stages()}
 

@@ -208,23 +208,24 @@ def test_a_checkpoint_of_another_model_is_refused(stopped: dict[str, Any], root:
     assert latest(Path(stopped["output"]) / "checkpoints") is not None
 
 
-def full_disk(after: int) -> Callable[[int], None]:
-    """An fsync that finds no room for checkpoint data, from the given call in a process on."""
-    real, calls = os.fsync, iter(range(10**6))
+def full_disk(name: str) -> Callable[[int], None]:
+    """An fsync that finds no room for one of a checkpoint's files."""
+    real = os.fsync
 
     def fsync(descriptor: int) -> None:
-        if Path(f"/proc/self/fd/{descriptor}").readlink().suffix == ".distcp" and next(calls) >= after:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
     return fsync
 
 
-@pytest.mark.parametrize("behind", [True, False])
-def test_a_full_disk_ends_the_run_and_leaves_the_checkpoints_before(behind: bool, stopped: dict[str, Any], straight: Path):
+@pytest.mark.parametrize(("behind", "writer"), [(True, 0), (False, -1)])
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoints_before(behind: bool, writer: int, stopped: dict[str, Any], straight: Path):
     settings = {**stopped, "train": {**stopped["train"], "async_save": behind}}
+    file = sorted(path.name for path in (Path(settings["output"]) / "checkpoints" / "step_00000002").glob("*.distcp"))[writer]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", full_disk(after=0))
+        patch.setattr(os, "fsync", full_disk(file))
         with pytest.raises(UserError, match=r"step_00000006 could not be written: .*No space left on device"):
             run(settings)
     checkpoints = Path(settings["output"]) / "checkpoints"

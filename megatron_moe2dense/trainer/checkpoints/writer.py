@@ -142,7 +142,7 @@ def _sealed(request: AsyncRequest, partial: Path, publish: Callable[[], None]) -
 
 def _write_and_digest(write: Callable[..., None], partial: Path, rank: int, buckets: list[Any], results: Any) -> None:
     """In the forked writer: write, then read the files back while they are in the page cache."""
-    write(rank, buckets, results)
+    upstream.write_and_tell(write, rank, buckets, results)
     with contextlib.suppress(OSError):  # a failed write is reported through `results`
         digests = {Path(path).name: seal.digest(Path(path)) for path, _, _ in buckets}
         (partial / _DIGESTS.format(rank=rank)).write_text(json.dumps(digests))

@@ -18,6 +18,7 @@ from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.doctor.machine import Gpu, free_disk, free_memory
 from megatron_moe2dense.trainer.doctor.packages import Finding, version
 from megatron_moe2dense.trainer.model import Blueprint
+from megatron_moe2dense.trainer.plan.job import fewest_processes
 from megatron_moe2dense.trainer.runtime import fp8
 
 
@@ -55,12 +56,8 @@ def _checked(name: str, check: Callable[[], str]) -> Finding:
 
 
 def _world(config: DistillConfig, place: Place) -> int:
-    parallel = config.parallel
-    smallest = parallel.tensor * parallel.pipeline * parallel.context
-    while (smallest // parallel.pipeline) % parallel.expert:
-        smallest += parallel.tensor * parallel.pipeline * parallel.context
     torchrun = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
-    return place.processes or torchrun or len(place.gpus) or smallest
+    return place.processes or torchrun or len(place.gpus) or fewest_processes(config.parallel)
 
 
 def _layout(config: DistillConfig, world: int, place: Place) -> str:
@@ -141,18 +138,18 @@ def _metrics(config: DistillConfig) -> str:
 
 
 def _room(config: DistillConfig, world: int, place: Place) -> Iterator[Finding]:
-    """Model state, without activations, against memory; the checkpoints that are kept against the disk."""
-    facts: dict[str, Any] = distill.dry_run(config)
-    each = sum(facts["memory_bytes"].values()) / world
+    """What `plan` says that the fullest process takes, against memory; the checkpoints that are kept against the disk."""
+    facts: dict[str, Any] = distill.dry_run(config, world)
+    stage, parts = max(facts["memory_per_process"].items(), key=lambda item: item[1]["total"])
     if place.gpus:
         have, what = min(gpu.free for gpu in place.gpus), "free on the fullest GPU"
-        need = each
+        need, of = parts["total"], f"on a GPU of {stage}"
     else:
         have, what = free_memory(), "of host memory"
-        need = each * world
-    text = f"{need / 1e9:.2f} GB of model state, without activations"
+        need, of = parts["total"] * world, f"in {world} processes"
+    text = f"{need / 1e9:.2f} GB {of}, {parts['activations'] / parts['total']:.0%} of it activations"
     if have is not None and need > have:
-        do = "more processes, a larger parallel.tensor or parallel.pipeline, or dtype: bfloat16"
+        do = "see moe2dense plan; more processes, a larger parallel.tensor or parallel.pipeline, recompute, or dtype: bfloat16"
         yield Finding("memory", f"{text}; {have / 1e9:.2f} GB {what}", "error", do)
     else:
         yield Finding("memory", f"{text}; {'unknown' if have is None else f'{have / 1e9:.2f} GB'} {what}")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import model_validator
 
 from megatron_moe2dense.common.config import Config, key
-from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, ParallelConfig, RoutingConfig
+from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, Fp8Config, ParallelConfig, RoutingConfig
 from megatron_moe2dense.trainer.data.config import TrainDataConfig
 from megatron_moe2dense.trainer.losses import Loss, losses
 
@@ -45,6 +45,7 @@ class PlanConfig(Config):
     teacher_cache: str | None = key(None, "given: the teacher's knowledge is read from disk, it takes no memory and no time")
     teacher_routing: RoutingConfig | None = key(None, "teacher routing")
     dtype: Literal["float32", "bfloat16"] = key("bfloat16", "compute type; bfloat16 keeps float32 master weights")
+    fp8: Fp8Config | None = key(None, "matrix products of the student in FP8, at twice the rate of bfloat16; null: none")
     suggestions: int = key(8, "layouts in the table", "layouts", gt=0)
     report: str | None = key(None, "JSON file to write beside the tables; null: none")
 
@@ -65,6 +66,8 @@ class PlanConfig(Config):
             raise ValueError(f"loss {self.loss.method_name()} needs a teacher")
         if self.dtype == "float32":
             raise ValueError("dtype float32: the hardware table has bfloat16 rates alone")
+        if self.fp8 is not None and (self.hardware.gpu == "A100" or (self.fp8.recipe == "mxfp8" and self.hardware.gpu != "B200")):
+            raise ValueError(f"fp8: {self.fp8.recipe}: {self.hardware.gpu} has no tensor cores for it")
         if self.teacher is None and self.teacher_routing is not None:
             raise ValueError("teacher_routing has no effect without a teacher")
         return self

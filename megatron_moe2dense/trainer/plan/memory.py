@@ -61,8 +61,11 @@ def of_stage(job: Job, stage: int, shard: int = 0) -> Memory:
 
 
 def parameter_bytes(job: Job, stage: int) -> int:
-    """The student's weights in the compute type, with the padding of their buffers (`parameters.buffer_of`)."""
-    return job.element * sum(buffer.elements for buffer, _ in buffers(job, stage))
+    """The student's weights in the compute type, with the padding of their buffers (`parameters.buffer_of`).
+
+    In FP8 Transformer Engine keeps a copy of each weight and its transpose besides, one byte a value each: counted for all of them.
+    """
+    return (job.element + (2 if job.fp8 else 0)) * sum(buffer.elements for buffer, _ in buffers(job, stage))
 
 
 def gradient_bytes(job: Job, stage: int) -> int:

@@ -85,6 +85,7 @@ def job_of(config: PlanConfig) -> Job:
         overlap=loss.trains_head()
         if config.parallel is None or config.parallel.overlap_gradients is None
         else config.parallel.overlap_gradients,
+        fp8=config.fp8 is not None,
     )
 
 

@@ -10,7 +10,7 @@ import inspect
 import pickle
 import queue
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -84,6 +84,47 @@ def use_experts(mlp: Any, experts: type) -> Any:
     else:
         mlp.submodules.experts.module = experts
     return mlp
+
+
+def write_and_tell(write: Callable[..., None], rank: int, buckets: list[Any], results: Any) -> None:
+    """In a forked writer: `write`, whose failure reports its reason. 0.17 and later leave only the class of the error, or nothing."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync as Writers
+
+    if not hasattr(Writers, "write_preloaded_data_multithread"):  # 0.16
+        write(rank, buckets, results)
+        return
+    single, failures = Writers.write_preloaded_data, _Failures()
+
+    @functools.wraps(single)
+    def write_bucket(*arguments: Any, **options: Any) -> Any:
+        if options["results_queue"] is not None:  # in a thread
+            options["results_queue"] = failures.on_the_way_to(options["results_queue"])
+        output = single(*arguments, **options)
+        if options["results_queue"] is None and isinstance(output[1], Exception):
+            raise output[1]
+        return output
+
+    Writers.write_preloaded_data = staticmethod(write_bucket)
+    try:
+        write(rank, buckets, results)
+    except AssertionError as error:
+        results.put(RuntimeError(str(failures.first or error)))
+
+
+class _Failures:
+    """The part of `queue.Queue` that a writing thread uses, which keeps the first error that passes."""
+
+    def __init__(self) -> None:
+        self.first: Exception | None = None
+
+    def on_the_way_to(self, results: Any) -> Any:
+        self._results = results
+        return self
+
+    def put(self, output: tuple[int, Any]) -> None:
+        if self.first is None and isinstance(output[1], Exception):
+            self.first = output[1]
+        self._results.put(output)
 
 
 class _ResultsFile:

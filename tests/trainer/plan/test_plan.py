@@ -19,7 +19,7 @@ from megatron_moe2dense.trainer.cache import write
 from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
 from megatron_moe2dense.trainer.data.config import StreamConfig
 from megatron_moe2dense.trainer.flops import forward_flops
-from megatron_moe2dense.trainer.plan import plan, timing
+from megatron_moe2dense.trainer.plan import memory, plan, timing
 from megatron_moe2dense.trainer.plan.activations import in_flight
 from megatron_moe2dense.trainer.plan.communication import Traffic
 from megatron_moe2dense.trainer.plan.config import PlanConfig
@@ -105,6 +105,8 @@ def test_what_the_trainer_refuses_the_plan_refuses(configs: dict[str, str], chan
         ({"teacher": None, "loss": {"method": "forward_kl"}}, "loss forward_kl needs a teacher"),
         ({"teacher": None, "teacher_routing": {"active": 9}}, "teacher_routing has no effect without a teacher"),
         ({"dtype": "float32"}, "bfloat16 rates alone"),
+        ({"fp8": {}, "hardware": {"gpu": "A100"}}, "A100 has no tensor cores for it"),
+        ({"fp8": {"recipe": "mxfp8"}}, "mxfp8: H100 has no tensor cores for it"),
         ({"optimizer": {}}, "optimizer: unknown key"),
         ({"data": {"sequence_len": 4}}, "data.sequence_len: unknown key"),
         ({"hardware": {"gpu": "H1000"}}, "hardware.gpu"),
@@ -158,6 +160,17 @@ def test_one_gpu_takes_the_time_of_its_floating_point_operations(configs: dict[s
     found = timing.step(job, machine)
     assert found.seconds == found.student == pytest.approx(expected)
     assert timing.mfu(job, machine, found.seconds) == pytest.approx(0.33)
+
+
+def test_fp8_halves_the_time_of_the_students_layers_and_keeps_copies_of_their_weights(configs: dict[str, str]):
+    settings: dict[str, Any] = {"teacher": None, "hardware": {"gpus": 1}, "batch": {"global": 4}}
+    machine = Machine(config(configs).hardware)
+    plain, fast = (plan.job_of(config(configs, **settings, fp8=fp8)) for fp8 in (None, {"recipe": "delayed"}))
+    dims = plain.student.dims
+    rest = 2 * dims.vocab_size * dims.hidden_size + dims.layers * 2 * dims.heads * dims.head_dim * 2049  # the head, attention's scores
+    expected = 3 * (forward_flops(plain.student, 2048) + rest) / 2 * 4 * 2048 / (0.33 * 989e12)
+    assert timing.step(fast, machine).seconds == pytest.approx(expected)
+    assert memory.parameter_bytes(fast, 0) == 2 * memory.parameter_bytes(plain, 0)
 
 
 def test_stages_wait_for_each_other_as_the_schedule_says(configs: dict[str, str]):
