@@ -49,6 +49,7 @@ COMMANDS = {
     "data": _command("tokens.prepare", "DataConfig", "text files to Megatron .bin/.idx token files"),
     "calibrate": _command("surgery.calibrate", "CalibrateConfig", "expert statistics of a MoE on calibration text"),
     "score": _command("surgery.score", "ScoreConfig", "rank experts from statistics"),
+    "select": _command("surgery.select", "SelectConfig", "a dense FFN's neurons out of all experts of a layer, for convert"),
     "convert": _command("surgery.convert", "ConvertConfig", "MoE checkpoint and statistics to a dense checkpoint"),
     "prune-dense": _command("surgery.prune_dense.prune", "PruneDenseConfig", "a dense model to a smaller one, by importance"),
     "sweep": _command("sweep.run", "SweepConfig", "every combination of scoring, grouping, scaling and K, evaluated in memory"),

@@ -49,6 +49,16 @@ class PassConfig(Protocol):
 
 
 @dataclass(frozen=True)
+class TextPass:
+    """A PassConfig of its own, for commands that read text only in some cases."""
+
+    data: TokensConfig
+    batch_tokens: int
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Job:
     """The processes that share a calibration, and what of it is on disk."""
 
@@ -163,7 +173,7 @@ def dry_run(config: CalibrateConfig) -> dict[str, Any]:
     element = compute.dtype.itemsize
     per_expert_token = (2 * dims.expert_width + dims.hidden_size) * element
     rows = [*(STATISTICS[name] for name in names), *_of_shared_gate(source).values()]
-    sums = sum(int(np.prod(row.shape(dims.experts, dims.hidden_size))) for row in rows) * 8
+    sums = sum(int(np.prod(row.shape(dims.experts, dims.hidden_size, dims.expert_width))) for row in rows) * 8
     hidden = ranks.share(windows_BS, compute.batch).size * dims.hidden_size * element
     widest = max(2 * dims.expert_width, dims.hidden_size)
     return {

@@ -10,6 +10,7 @@ from pydantic import field_validator, model_validator
 from megatron_moe2dense.common.config import Config, key
 from megatron_moe2dense.common.sizes import Bytes
 from megatron_moe2dense.surgery.grouping import groupers
+from megatron_moe2dense.surgery.neurons import NeuronSelector, selectors
 from megatron_moe2dense.surgery.scaling import scalers
 from megatron_moe2dense.surgery.scoring import scorers
 from megatron_moe2dense.surgery.stats import chosen_statistics
@@ -66,6 +67,32 @@ class ScoreConfig(Config):
         for name in value if isinstance(value, list) else ():
             scorers[name]  # ValueError with a suggestion
         return value
+
+
+class SelectConfig(Config):
+    """`moe2dense select`: neurons out of all experts of a layer (ours)."""
+
+    source: str = key(..., "Hugging Face checkpoint directory of the MoE")
+    statistics: str = key(..., "output directory of `moe2dense calibrate`")
+    output: str = key(..., "directory to write plan.json to, for `convert plan=`")
+    groups: int | None = key(None, "width of the dense FFN, in experts; null: the router's top-k", "experts", gt=0)
+    select: Annotated[NeuronSelector, *selectors.field] = key({"method": "ols"}, "how neurons are chosen")
+    data: TokensConfig | None = key(None, "calibration text; required by methods that look at activations, and only by them")
+    batch_tokens: int = key(8192, "tokens of one forward pass, rounded down to whole windows, at least one", "tokens", gt=0)
+    device: str = key("auto", "torch device; auto: cuda where there is one, else cpu")
+    dtype: Literal["auto", "float32", "float64", "bfloat16"] = key("auto", "compute type; auto: float32 on cpu, bfloat16 on cuda")
+    memory_budget: Bytes = key("8GiB", "hidden states of a process beyond this live in a file beside the output", "bytes", gt=0)
+    overwrite: bool = key(False, "replace an existing output")
+
+    @model_validator(mode="after")
+    def _text_where_it_is_read(self) -> SelectConfig:
+        reads = self.select.candidates(1000) > 1000
+        name = self.select.method_name()
+        if reads and self.data is None:
+            raise ValueError(f"select.method={name} needs text: give data.path")
+        if not reads and self.data is not None:
+            raise ValueError(f"data has no effect with select.method={name}, which reads statistics alone; remove it")
+        return self
 
 
 class RefitConfig(Config):

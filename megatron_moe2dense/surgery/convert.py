@@ -21,7 +21,7 @@ from megatron_moe2dense.surgery.refit.planned import Place, cost, fit_planned, w
 from megatron_moe2dense.surgery.rewrite import DenseOutput, write_dense
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import CalibratedStats
-from megatron_moe2dense.surgery.types import FlatWeights
+from megatron_moe2dense.surgery.types import FlatWeights, NeuronPlan
 
 
 def run(config: ConvertConfig) -> None:
@@ -90,11 +90,15 @@ def _require_fit(config: ConvertConfig, plan: ConversionPlan, source: MoeSource)
     for name, wanted, planned in (("keep", config.keep, plan.keep), ("groups", config.groups, plan.groups)):
         if wanted is not None and wanted != planned:
             raise UserError(f"{name}={wanted}", f"{name}={planned}, as {config.plan} says", f"drop {name}: the plan decides it")
+    dims = source.dims
     experts = [expert for layer in plan.layers for expert in layer.experts]
-    if [layer.layer for layer in plan.layers] != list(source.layers) or not all(0 <= e < source.dims.experts for e in experts):
+    chosen = [layer.neurons for layer in plan.layers if isinstance(layer, NeuronPlan)]
+    fits = [layer.layer for layer in plan.layers] == list(source.layers) and all(0 <= e < dims.experts for e in experts)
+    fits &= all(0 <= neuron < dims.expert_width for neurons in chosen for neuron in neurons)
+    if not fits or any(len(neurons) != plan.groups * dims.expert_width for neurons in chosen):
         raise UserError(
-            f"{config.plan}: layers or experts the source does not have",
-            f"a plan for the layers {list(source.layers)} of {source.dims.experts} experts",
+            f"{config.plan}: layers, experts or neurons the source does not have",
+            f"a plan for the layers {list(source.layers)} of {dims.experts} experts of {dims.expert_width} neurons",
             "use the plan that was made for this source",
         )
 

@@ -19,7 +19,7 @@ from megatron_moe2dense.surgery.observe import Observer
 from megatron_moe2dense.surgery.packing import finite_tensors, read_ffn
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
-from megatron_moe2dense.surgery.types import DenseFfn, LayerPlan
+from megatron_moe2dense.surgery.types import DenseFfn, LayerPlan, NeuronPlan
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class _States:
     of_plan: list[int]
     pending: list[int] = field(default_factory=list)
 
-    def branch(self, layer_plans: Sequence[LayerPlan]) -> dict[LayerPlan, dict[int, list[int]]]:
+    def branch(self, layer_plans: Sequence[LayerPlan | NeuronPlan]) -> dict[LayerPlan | NeuronPlan, dict[int, list[int]]]:
         """Layer plan to state to the plans that are there: what has to run. Plans that differ in their scales only stand together."""
-        order = sorted(range(len(layer_plans)), key=lambda i: _merge_key(layer_plans[i]))
-        found: dict[LayerPlan, dict[int, list[int]]] = {}
+        order = sorted(range(len(layer_plans)), key=lambda i: layer_plans[i].unscaled)
+        found: dict[LayerPlan | NeuronPlan, dict[int, list[int]]] = {}
         for plan in order:
             found.setdefault(layer_plans[plan], {}).setdefault(self.of_plan[plan], []).append(plan)
         self.pending = [0] * len(self.distinct)
@@ -63,10 +63,6 @@ class _States:
         """Memory for what comes after the state: its own when nothing else starts from it."""
         self.pending[state] -= 1
         return self.distinct[state] if self.pending[state] == 0 else torch.empty_like(self.distinct[state])
-
-
-def _merge_key(plan: LayerPlan) -> tuple[Any, ...]:
-    return plan.experts, plan.group_of, plan.merge_weights, plan.align
 
 
 class DenseStream(StreamedModel):
@@ -92,7 +88,7 @@ class DenseStream(StreamedModel):
         return torch.cat(list(last))
 
     @torch.no_grad()
-    def dense_states(self, windows_NS: np.ndarray, plans: Sequence[Sequence[LayerPlan]]) -> list[torch.Tensor]:
+    def dense_states(self, windows_NS: np.ndarray, plans: Sequence[Sequence[LayerPlan | NeuronPlan]]) -> list[torch.Tensor]:
         """The dense models' hidden states after the last layer, [N, S, D] each, on the CPU; equal plans have the same tensor.
 
         Args:
@@ -113,18 +109,20 @@ class DenseStream(StreamedModel):
             self._release(number, layer)
         return [states.distinct[state] for state in states.of_plan]
 
-    def _moe_layer(self, number: int, calls: dict[int, dict[str, Any]], states: _States, plans: Sequence[LayerPlan]) -> _States:
+    def _moe_layer(
+        self, number: int, calls: dict[int, dict[str, Any]], states: _States, plans: Sequence[LayerPlan | NeuronPlan]
+    ) -> _States:
         layer = self._layers[number]
         block = self._dense_block()
         self._assemble_with(number, block)
         after = _States([], [-1] * len(plans))
         shared = self._shared(number)
         experts: dict[int, DenseFfn] = {}
-        key, means = None, []
+        key, slices = None, []
         for plan, starts in states.branch(plans).items():
-            if _merge_key(plan) != key:
-                key, means = _merge_key(plan), list(merged(plan, lambda expert: self._expert(number, expert, experts)))
-            block.ffn = placed(stacked(plan, means, shared), self._like)
+            if plan.unscaled != key:
+                key, slices = plan.unscaled, list(merged(plan, lambda expert: self._expert(number, expert, experts)))
+            block.ffn = placed(stacked(plan, slices, shared), self._like)
             for state, members in starts.items():
                 x_NSD, y_NSD = states.distinct[state], states.target(state)
                 self._advance(layer, calls, x_NSD, y_NSD)

@@ -11,25 +11,28 @@ import torch
 
 from megatron_moe2dense.surgery.align import aligned
 from megatron_moe2dense.surgery.merge import weighted_mean
-from megatron_moe2dense.surgery.types import DenseFfn, LayerPlan
+from megatron_moe2dense.surgery.types import DenseFfn, LayerPlan, NeuronPlan
 
 # expert number -> its weights, in the dtype of the source
 ReadExpert = Callable[[int], DenseFfn]
 
 
-def densify(plan: LayerPlan, read: ReadExpert, shared: DenseFfn | None = None) -> DenseFfn:
+def densify(plan: LayerPlan | NeuronPlan, read: ReadExpert, shared: DenseFfn | None = None) -> DenseFfn:
     """The dense FFN of one layer, F = G * I and the neurons of the shared experts. Merging and scaling compute in float64 and round
     once to the source's dtype; the down bias is sum_g alpha_g bias_g."""
     return stacked(plan, merged(plan, read), shared)
 
 
-def merged(plan: LayerPlan, read: ReadExpert) -> Iterator[DenseFfn]:
-    """The mean expert of each group, one after the other, not scaled yet: the same for plans that differ in their scales only."""
+def merged(plan: LayerPlan | NeuronPlan, read: ReadExpert) -> Iterator[DenseFfn]:
+    """The mean expert of each group, or the chosen neurons of each expert, one after the other, not scaled yet: the same for plans that
+    differ in their scales only."""
+    if isinstance(plan, NeuronPlan):
+        return _picked(plan, read)
     return (_merge(plan, group, read) for group in range(len(plan.scales)))
 
 
-def stacked(plan: LayerPlan, experts: Iterable[DenseFfn], shared: DenseFfn | None = None) -> DenseFfn:
-    """The dense FFN from the mean experts of `merged` and the plan's scales."""
+def stacked(plan: LayerPlan | NeuronPlan, experts: Iterable[DenseFfn], shared: DenseFfn | None = None) -> DenseFfn:
+    """The dense FFN from the slices of `merged` and the plan's scales."""
     slices = [_scaled(expert, scale) for expert, scale in zip(experts, plan.scales, strict=True)]
     if shared is not None:
         slices.append(_scaled(shared, plan.shared_scale))
@@ -42,6 +45,21 @@ def stacked(plan: LayerPlan, experts: Iterable[DenseFfn], shared: DenseFfn | Non
         up_bias_F=_joined([ffn.up_bias_F for ffn in slices]),
         down_bias_D=torch.stack(biases).sum(0).to(slices[0].gate_FD.dtype) if biases else None,
     )
+
+
+def _picked(plan: NeuronPlan, read: ReadExpert) -> Iterator[DenseFfn]:
+    """The chosen neurons expert by expert, in the order of each expert's best; of its down bias the share of them that was chosen."""
+    for expert in dict.fromkeys(plan.experts):
+        ffn, chosen = read(expert), [neuron for of, neuron in zip(plan.experts, plan.neurons, strict=True) if of == expert]
+        yield replace(
+            ffn,
+            gate_FD=ffn.gate_FD[chosen],
+            up_FD=ffn.up_FD[chosen],
+            down_DF=ffn.down_DF[:, chosen],
+            gate_bias_F=None if ffn.gate_bias_F is None else ffn.gate_bias_F[chosen],
+            up_bias_F=None if ffn.up_bias_F is None else ffn.up_bias_F[chosen],
+            down_bias_D=None if ffn.down_bias_D is None else ffn.down_bias_D.double() * (len(chosen) / len(ffn.gate_FD)),
+        )
 
 
 def _scaled(ffn: DenseFfn, scale: float) -> DenseFfn:

@@ -69,12 +69,33 @@ class Experts:
         f_TAD = x_TD.new_empty(*routing.experts_TA.shape, x_TD.shape[1])
         for expert in routing.experts_TA.unique().tolist():
             token, place = torch.where(routing.experts_TA == expert)
-            projected = x_TD[token] @ self.gate_up_EWD[expert].T
-            if self.gate_up_bias_EW is not None:
-                projected += self.gate_up_bias_EW[expert]
-            output = self.gating(*projected.chunk(2, dim=-1)) @ self.down_EDI[expert].T
+            output = self._activations(expert, x_TD[token]) @ self.down_EDI[expert].T
             f_TAD[token, place] = output if self.down_bias_ED is None else output + self.down_bias_ED[expert]
         return f_TAD
+
+    def gated_energies(self, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Of every neuron the sum over the tokens that selected its expert of (gate times activation)^2, [E, I], float64."""
+        energy_EI = self.down_EDI.new_zeros(self.down_EDI.shape[0], self.down_EDI.shape[2], dtype=torch.float64)
+        for expert in routing.experts_TA.unique().tolist():
+            token, place = torch.where(routing.experts_TA == expert)
+            h_TI = self._activations(expert, x_TD[token]).double()
+            energy_EI[expert] = (routing.gates_TA[token, place, None].double() * h_TI).square_().sum(0)
+        return energy_EI
+
+    def activations(self, x_TD: torch.Tensor, expert_C: torch.Tensor, neuron_C: torch.Tensor) -> torch.Tensor:
+        """h_TC: chosen neurons of chosen experts on every token, gates not applied."""
+        parts = []
+        for offset in (0, self.down_EDI.shape[2]):
+            projected_TC = x_TD @ self.gate_up_EWD[expert_C, neuron_C + offset].T
+            parts.append(projected_TC if self.gate_up_bias_EW is None else projected_TC + self.gate_up_bias_EW[expert_C, neuron_C + offset])
+        return self.gating(*parts)
+
+    def _activations(self, expert: int, x_TD: torch.Tensor) -> torch.Tensor:
+        """h_TI: all neurons of one expert."""
+        projected_TW = x_TD @ self.gate_up_EWD[expert].T
+        if self.gate_up_bias_EW is not None:
+            projected_TW += self.gate_up_bias_EW[expert]
+        return self.gating(*projected_TW.chunk(2, dim=-1))
 
 
 @dataclass(frozen=True)

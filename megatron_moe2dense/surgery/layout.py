@@ -13,7 +13,7 @@ from megatron_moe2dense.surgery.densify import densify, pad_width
 from megatron_moe2dense.surgery.packing import ReadTensor, read_ffn, write_ffn
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.source import MoeSource
-from megatron_moe2dense.surgery.types import DenseFfn, LayerPlan
+from megatron_moe2dense.surgery.types import DenseFfn, LayerPlan, NeuronPlan
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def replaced(source: MoeSource, layer: int) -> list[str]:
     return source.block_names(layer) if layer in source.layers else source.spec.ffn.names(layer)
 
 
-def layer_ffn(source: MoeSource, read: ReadTensor, layer: int, plan: LayerPlan | None) -> DenseFfn:
+def layer_ffn(source: MoeSource, read: ReadTensor, layer: int, plan: LayerPlan | NeuronPlan | None) -> DenseFfn:
     """The dense FFN of a layer. plan: None for a layer without experts."""
     tensors = source.tensors
     if plan is None:
@@ -113,5 +113,6 @@ def making_bytes(source: MoeSource, plan: ConversionPlan) -> int:
     made = max(dense_steps(source, plan.groups), key=lambda step: step.made_bytes)
     parameters = sum(spec.parameters for spec in made.made)
     values = 3 * source.dims.hidden_size * source.dims.expert_width
-    members = max((layer.group_of.count(group) for layer in plan.layers for group in range(plan.groups)), default=0)
+    grouped = [layer.group_of for layer in plan.layers if isinstance(layer, LayerPlan)]
+    members = max((group_of.count(group) for group_of in grouped for group in range(plan.groups)), default=1)
     return 3 * made.made_bytes + members * values * made.made_bytes // max(1, parameters) + 3 * 8 * values

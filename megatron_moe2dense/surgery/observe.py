@@ -38,6 +38,7 @@ class Observation:
     ):
         self._names = tuple(names)
         experts = weights.experts
+        self._x_TD, self._experts = x_TD, experts
         self._s_TD, self._shared_gate_T1 = (None, None) if weights.shared is None else weights.shared.outputs(x_TD)
         self._routing = routing
         self._selected_TE = torch.zeros_like(routing.probs_TE, dtype=torch.float64).scatter_(1, routing.experts_TA, 1.0)
@@ -115,6 +116,10 @@ class Observation:
     def prob_gram(self) -> torch.Tensor:
         """p_i(t) p_j(t)."""
         return self._probs_TE.T @ self._probs_TE
+
+    def neuron_energy(self) -> torch.Tensor:
+        """g_e(t)^2 h_ei(t)^2, h what goes into the down projection."""
+        return self._experts.gated_energies(self._x_TD, self._routing)
 
     def shared_square_sum(self) -> torch.Tensor:
         """||s(t)||_2^2."""

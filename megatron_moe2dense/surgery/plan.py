@@ -18,7 +18,7 @@ from megatron_moe2dense.surgery.grouping import groupers
 from megatron_moe2dense.surgery.scaling import scalers
 from megatron_moe2dense.surgery.scoring import scorers
 from megatron_moe2dense.surgery.stats import CalibratedStats, LayerStats
-from megatron_moe2dense.surgery.types import Align, FlatWeights, Grouper, Grouping, LayerPlan, Scaler, Scorer, Selection
+from megatron_moe2dense.surgery.types import Align, FlatWeights, Grouper, Grouping, LayerPlan, NeuronPlan, Scaler, Scorer, Selection
 
 FORMAT = 1
 
@@ -55,17 +55,18 @@ class Methods:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What a whole model becomes; plan.json. source: path and fingerprint of the MoE. score, group, scale: the method blocks; refit: see
-    `refit.planned`."""
+    """What a whole model becomes; plan.json. source: path and fingerprint of the MoE. score, group, scale: the method blocks, or in their
+    place select, where neurons are chosen (keep is groups then); refit: see `refit.planned`."""
 
     source: dict[str, Any]
     family: str
     keep: int
     groups: int
-    score: dict[str, Any]
+    score: dict[str, Any] | None
     group: dict[str, Any] | None
-    scale: dict[str, Any]
-    layers: tuple[LayerPlan, ...]
+    scale: dict[str, Any] | None
+    layers: tuple[LayerPlan | NeuronPlan, ...]
+    select: dict[str, Any] | None = None
     refit: dict[str, Any] | None = None
 
     def hash(self) -> str:
@@ -78,14 +79,13 @@ class ConversionPlan:
     def write(self, path: Path) -> None:
         """Write plan.json."""
         content = dataclasses.asdict(self)
-        if self.refit is None:
-            del content["refit"]
-        write_json(path, {"format": FORMAT, **content})
+        unused = [name for name in ("select", "refit") if content[name] is None]
+        write_json(path, {"format": FORMAT, **{name: value for name, value in content.items() if name not in unused}})
 
     @classmethod
     def read(cls, path: Path) -> ConversionPlan:
         """Read a plan.json; UserError when it is none, or its layers do not hold together."""
-        expected = "a plan.json that `moe2dense convert` wrote"
+        expected = "a plan.json that `moe2dense convert` or `select` wrote"
         data = read_json(path, expected)
         try:
             assert data.pop("format") == FORMAT
@@ -93,17 +93,22 @@ class ConversionPlan:
             plan = cls(**data, layers=layers)
             for layer in layers:
                 _check_layer(layer, plan.keep, plan.groups)
-        except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
             raise UserError(f"{path}: {type(error).__name__} {error}".rstrip(), expected, "make the plan again") from None
         return plan
 
 
-def _read_layer(row: dict[str, Any]) -> LayerPlan:
+def _read_layer(row: dict[str, Any]) -> LayerPlan | NeuronPlan:
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
-    return LayerPlan(**fields)
+    return NeuronPlan(**fields) if "neurons" in fields else LayerPlan(**fields)
 
 
-def _check_layer(layer: LayerPlan, keep: int, groups: int) -> None:
+def _check_layer(layer: LayerPlan | NeuronPlan, keep: int, groups: int) -> None:
+    if isinstance(layer, NeuronPlan):
+        chosen = set(zip(layer.experts, layer.neurons, strict=True))
+        assert len(chosen) == len(layer.neurons), f"layer {layer.layer} has a neuron twice"
+        assert len(chosen) % groups == 0, f"layer {layer.layer}: {len(chosen)} neurons are no {groups} experts' worth"
+        return
     assert len(set(layer.experts)) == keep, f"layer {layer.layer} does not keep {keep} distinct experts"
     assert len(layer.group_of) == len(layer.merge_weights) == keep, f"layer {layer.layer}: group_of and merge_weights need {keep} entries"
     assert set(layer.group_of) == set(range(groups)), f"layer {layer.layer}: groups are not 0..{groups - 1}"

@@ -27,9 +27,9 @@ class Statistic:
     summand: str
     every_expert: bool = False
 
-    def shape(self, experts: int, hidden: int) -> tuple[int, ...]:
-        """The shape for a layer of `experts` routed experts and hidden size `hidden`; () is stored as (1,)."""
-        sizes = {"E": experts, "D": hidden}
+    def shape(self, experts: int, hidden: int, width: int) -> tuple[int, ...]:
+        """The shape for a layer of `experts` routed experts of `width` neurons and hidden size `hidden`; () is stored as (1,)."""
+        sizes = {"E": experts, "D": hidden, "I": width}
         return tuple(sizes[letter] for letter in self.letters) or (1,)
 
 
@@ -46,6 +46,7 @@ STATISTICS: dict[str, Statistic] = {
         Statistic("gram", "EE", "<f_i(t), f_j(t)>", every_expert=True),
         Statistic("output_sum", "ED", "f_e(t)", every_expert=True),
         Statistic("prob_gram", "EE", "p_i(t) p_j(t)"),
+        Statistic("neuron_energy", "EI", "g_e(t)^2 h_ei(t)^2"),
     )
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -51,6 +51,33 @@ class LayerPlan:
     scales: tuple[float, ...]
     shared_scale: float = 1.0
     align: Align = "none"
+
+    @property
+    def unscaled(self) -> tuple[Any, ...]:
+        """What its slices depend on before they are scaled."""
+        return self.experts, self.group_of, self.merge_weights, self.align
+
+
+@dataclass(frozen=True)
+class NeuronPlan:
+    """What one MoE layer becomes when its neurons are chosen one by one (ours): the chosen ones best first, by their expert [F] and
+    their place in it [F]; the factors of their down columns and of the shared experts' down projection."""
+
+    layer: int
+    experts: tuple[int, ...]
+    neurons: tuple[int, ...]
+    scale: float
+    shared_scale: float = 1.0
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The factor of each slice: one for each expert that neurons come from."""
+        return (self.scale,) * len(set(self.experts))
+
+    @property
+    def unscaled(self) -> tuple[Any, ...]:
+        """What its slices depend on before they are scaled."""
+        return self.experts, self.neurons
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.surgery.resume import Resume
 
 PRUNED = "target={hidden_size: 48, num_hidden_layers: 3, num_attention_heads: 2, intermediate_size: 96}"
+SELECTED = "select={method: ols, prefilter: 2}"
 
 
 class InterruptedRunError(Exception):
@@ -19,7 +20,7 @@ class InterruptedRunError(Exception):
 
 
 def calibrate_on_two_ranks(arguments: list[str], folder: str) -> list[str]:
-    """Calibrate straight, spilling, and interrupted and resumed; more ranks than batches; prune. Returns the refusals of all ranks."""
+    """Calibrate straight, spilling, interrupted and resumed; more ranks than batches; select; prune. The refusals of all ranks."""
     main(["calibrate", *arguments, f"output={folder}/straight"])
     main(["calibrate", *arguments, f"output={folder}/spilled", "memory_budget=1"])
     with pytest.MonkeyPatch.context() as patch:
@@ -35,6 +36,7 @@ def calibrate_on_two_ranks(arguments: list[str], folder: str) -> list[str]:
             main(["calibrate", *arguments, f"output={folder}/resumed"])
     assert not Path(folder, "resumed").exists()
     main(["calibrate", *arguments, f"output={folder}/resumed"])
+    main(["select", *arguments, f"statistics={folder}/one", f"output={folder}/selected", SELECTED])
     main(["prune-dense", *arguments, f"source={folder}/dense", f"output={folder}/pruned", PRUNED])
     messages = [refusal([*arguments, f"output={folder}/straight"]), refusal([*arguments, f"output={folder}/x", "batch_tokens=100000"])]
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]

@@ -44,10 +44,12 @@ def reference(path: Path, windows_BS: np.ndarray) -> list[dict[str, np.ndarray]]
         gate = p * selected
         if renormalise:
             gate = gate / gate.sum(1, keepdim=True)
-        outputs = []
+        outputs, energies = [], []
         for e in range(p.shape[1]):
             w_gate, w_up, w_down = (weights[f"{block}experts.{e}.{kind}_proj.weight"] for kind in ("gate", "up", "down"))
-            outputs.append((torch.nn.functional.silu(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T)
+            h = torch.nn.functional.silu(x @ w_gate.T) * (x @ w_up.T)
+            outputs.append(h @ w_down.T)
+            energies.append((gate[:, e, None] * h).square().sum(0))
         f = torch.stack(outputs)
         norms = f.norm(dim=-1).T
         sums = {
@@ -61,6 +63,7 @@ def reference(path: Path, windows_BS: np.ndarray) -> list[dict[str, np.ndarray]]
             "gram": torch.einsum("itd,jtd->ij", f, f),
             "output_sum": f.sum(1),
             "prob_gram": p.T @ p,
+            "neuron_energy": torch.stack(energies),
         }
         result.append({name: value.numpy() for name, value in sums.items()})
     return result
@@ -78,7 +81,7 @@ def test_statistics_equal_an_independent_float64_computation(dtype: str, rtol: f
         assert set(stats.sums) == set(STATISTICS)
         for name, row in STATISTICS.items():
             assert stats[name].dtype == np.float64
-            assert stats[name].shape == row.shape(8, 64) == sums[name].shape
+            assert stats[name].shape == row.shape(8, 64, 32) == sums[name].shape
             np.testing.assert_allclose(stats[name], sums[name], rtol=rtol, atol=rtol * np.abs(sums[name]).max(), err_msg=name)
 
 
@@ -122,7 +125,7 @@ def test_dry_run_writes_nothing_and_names_the_output(moe: Path, tokens: str, tmp
     main(["calibrate", *calibration(moe, tokens, tmp_path / "stats"), "--dry-run"])
     facts = json.loads(capsys.readouterr().out)
     assert not (tmp_path / "stats").exists()
-    assert facts["writes"] == {str(tmp_path / "stats"): 4 * 8 * (1 + 6 * 8 + 2 * 64 + 8 * 64)}
+    assert facts["writes"] == {str(tmp_path / "stats"): 4 * 8 * (1 + 6 * 8 + 2 * 64 + 8 * 64 + 8 * 32)}
     assert facts["flops"] > 0
 
 

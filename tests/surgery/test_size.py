@@ -21,7 +21,7 @@ from megatron_moe2dense.surgery.resume import Resume
 from megatron_moe2dense.surgery.stats import STATISTICS, CalibratedStats
 from tests.helpers.distributed import launch
 from tests.helpers.tiny_models import tiny_qwen3
-from tests.surgery.cases import PRUNED
+from tests.surgery.cases import PRUNED, SELECTED
 from tests.surgery.conftest import SEQUENCE, calibration
 
 BATCHES = f"batch_tokens={3 * SEQUENCE}"  # 20 windows in batches of 3: the last one has 2
@@ -65,6 +65,7 @@ def test_two_ranks_with_half_the_data_each_give_the_statistics_and_the_pruned_mo
     arguments = [item for item in calibration(moe, tokens, tmp_path / "two") if not item.startswith("output")]
     pruning = [*calibration(tiny_qwen3(tmp_path / "dense"), tokens, tmp_path / "pruned_by_one"), BATCHES, PRUNED]
     main(["prune-dense", *pruning])
+    main(["select", *arguments, BATCHES, f"statistics={tmp_path / 'one'}", f"output={tmp_path / 'selected_by_one'}", SELECTED])
     refused = launch(2, "tests.surgery.cases:calibrate_on_two_ranks", [*arguments, BATCHES], str(tmp_path))
     one, two = CalibratedStats.open(tmp_path / "one"), CalibratedStats.open(tmp_path / "straight")
     for layer, stats in one.layers.items():
@@ -72,6 +73,7 @@ def test_two_ranks_with_half_the_data_each_give_the_statistics_and_the_pruned_mo
             tolerance = 1e-12 if name in ("tokens", "selected_count") else 1e-6
             np.testing.assert_allclose(two.layers[layer][name], stats[name], rtol=tolerance, err_msg=name)
     assert stats_bytes(tmp_path / "spilled") == stats_bytes(tmp_path / "resumed") == stats_bytes(tmp_path / "straight")
+    assert (tmp_path / "selected/plan.json").read_bytes() == (tmp_path / "selected_by_one/plan.json").read_bytes()
     for name in ("model.safetensors", "kept.json", "config.json"):
         assert (tmp_path / "pruned" / name).read_bytes() == (tmp_path / "pruned_by_one" / name).read_bytes()
     assert len(refused) == 4

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import megatron_moe2dense.trainer  # noqa: F401 - before tests import Megatron-Core by themselves: 0.18 and later need its stand-in for triton
+
 # Process groups of one run have some fifty threads.
 _MANY_THREADS = 64
 

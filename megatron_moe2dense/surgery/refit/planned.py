@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.surgery.calibrate import chosen_compute, compute_facts
+from megatron_moe2dense.surgery.calibrate import TextPass, chosen_compute, compute_facts
 from megatron_moe2dense.surgery.config import ConvertConfig, RefitConfig
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.ranks import Ranks
@@ -30,16 +30,6 @@ class Place:
 
     directory: Path
     memory_budget: int
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """What `calibrate.chosen_compute` reads."""
-
-    data: TokensConfig
-    batch_tokens: int
-    device: str
-    dtype: str
 
 
 def with_refit(config: ConvertConfig, plan: ConversionPlan, source: MoeSource) -> ConversionPlan:
@@ -121,7 +111,7 @@ def _block(settings: RefitConfig, data: TokensConfig, windows_NS: np.ndarray) ->
 
 
 def _compute(settings: RefitConfig, data: TokensConfig) -> Compute:
-    return chosen_compute(_Pass(data, settings.batch_tokens, settings.device, settings.dtype), Ranks())
+    return chosen_compute(TextPass(data, settings.batch_tokens, settings.device, settings.dtype), Ranks())
 
 
 def _text(data: TokensConfig, source: MoeSource, settings: RefitConfig) -> np.ndarray:

@@ -99,7 +99,7 @@ def write_and_tell(write: Callable[..., None], rank: int, buckets: list[Any], re
     def write_bucket(*arguments: Any, **options: Any) -> Any:
         if options["results_queue"] is not None:  # in a thread
             options["results_queue"] = failures.on_the_way_to(options["results_queue"])
-        output = single(*arguments, **options)
+        output: Any = single(*arguments, **options)
         if options["results_queue"] is None and isinstance(output[1], Exception):
             raise output[1]
         return output
