@@ -1,15 +1,19 @@
-"""Starts moe2dense commands as processes that were forked from one which has imported everything: real ranks that die real deaths,
-without the ten seconds that the imports of each would cost.
+"""Starts processes that were forked from one which has imported everything: real ranks that die real deaths, without the ten seconds
+that the imports of each would cost.
 
-`with Forks() as forks: job = forks.start(arguments, processes=2, fault=...)`. A fault, `(function of tests.trainer.faults, arguments)`,
-is called in every rank before the command.
+- `launch(2, "tests.trainer.cases:distill_all", arguments)` calls a function on every rank of a gloo group; rank 0's result.
+- `with Forks() as forks: job = forks.start(arguments, processes=2, fault=...)` runs a moe2dense command. A fault, `(function of
+  tests.trainer.faults, arguments)`, is called in every rank before it.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -92,9 +96,20 @@ class Forks:
 
     def start(self, arguments: list[str], processes: int = 1, fault: tuple[str, list[Any]] | None = None) -> Job:
         """`moe2dense ARGUMENTS` as so many ranks (1: without a process group of its own)."""
+        return self._start({"arguments": arguments, "fault": fault, "processes": processes, "group": processes > 1})
+
+    def call(self, target: str, arguments: tuple[Any, ...], processes: int) -> Any:
+        """`module:function` on every rank of a gloo group; rank 0's result."""
+        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
+        (folder / "call").write_bytes(pickle.dumps((target, arguments)))
+        job = self._start({"call": str(folder), "fault": None, "processes": processes, "group": True})
+        codes = job.wait(timeout=600)
+        assert not any(codes), job.said()[-6000:]
+        return pickle.loads((folder / "result").read_bytes())
+
+    def _start(self, what: dict[str, Any]) -> Job:
         output = Path(tempfile.mkdtemp(dir=self._folder.name))
-        place = {"processes": processes, "port": free_port(), "output": str(output)}
-        job = Job(self, self.ask({"arguments": arguments, "fault": fault, **place}), output)
+        job = Job(self, self.ask({**what, "port": free_port(), "output": str(output)}), output)
         self._jobs.append(job)
         return job
 
@@ -105,22 +120,51 @@ class Forks:
         assert not any(codes), job.said()[-6000:]
 
 
+@functools.cache
+def _shared_forks() -> Forks:
+    """Of this process, to its end."""
+    forks = Forks().__enter__()
+    atexit.register(forks.__exit__, None, None, None)
+    return forks
+
+
+def launch(processes: int, target: str, *arguments: Any) -> Any:
+    """Call `module:function` with picklable arguments on every rank; a failing rank fails the test with its output."""
+    return _shared_forks().call(target, arguments, processes)
+
+
 def _rank(job: dict[str, Any], rank: int) -> None:
     """The life of a forked rank."""
     os.setsid()
     output = os.open(Path(job["output"]) / str(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)
-    if job["processes"] > 1:
+    if job["group"]:
         size, address = str(job["processes"]), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
         os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, **address})
     if job["fault"] is not None:
         name, arguments = job["fault"]
         getattr(importlib.import_module("tests.trainer.faults"), name)(rank, *arguments)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    if "call" in job:
+        _call(Path(job["call"]))
+        return
     from megatron_moe2dense.cli import main
 
     main(job["arguments"])
+
+
+def _call(folder: Path) -> None:
+    import torch.distributed as dist
+
+    target, arguments = pickle.loads((folder / "call").read_bytes())
+    module, _, name = target.partition(":")
+    dist.init_process_group("gloo")
+    value = getattr(importlib.import_module(module), name)(*arguments)
+    if dist.get_rank() == 0:
+        (folder / "result").write_bytes(pickle.dumps(value))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def _fork(job: dict[str, Any], rank: int) -> int:

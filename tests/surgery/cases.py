@@ -1,4 +1,4 @@
-"""What the tests run in several processes at once (tests/helpers/distributed.py: launch)."""
+"""What the tests run in several processes at once (tests/helpers/forks.py: launch)."""
 
 from __future__ import annotations
 

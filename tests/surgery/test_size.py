@@ -19,7 +19,7 @@ from megatron_moe2dense.cli import main
 from megatron_moe2dense.surgery.hidden import HiddenPlace, HiddenStates
 from megatron_moe2dense.surgery.resume import Resume
 from megatron_moe2dense.surgery.stats import STATISTICS, CalibratedStats
-from tests.helpers.distributed import launch
+from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny_qwen3
 from tests.surgery.cases import PRUNED, SELECTED
 from tests.surgery.conftest import SEQUENCE, calibration

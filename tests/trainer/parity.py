@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_moe2dense.common import table
-from tests.helpers.distributed import launch
+from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 from tests.trainer.parity_worker import samples
 from tests.trainer.stock import StockRun, train

@@ -23,7 +23,8 @@ from megatron_moe2dense.trainer.cache.files import CacheReader
 from megatron_moe2dense.trainer.config import DistillConfig, ParallelConfig
 from megatron_moe2dense.trainer.groups import require_sequence
 from megatron_moe2dense.trainer.losses.targets import TopKTarget
-from tests.helpers.distributed import ROOT, environment, launch
+from tests.helpers.distributed import ROOT, environment
+from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 from tests.trainer.cache_cases import write_all
 

@@ -20,7 +20,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer import distill, export, loop
 from megatron_moe2dense.trainer.checkpoints.writer import complete, latest
 from megatron_moe2dense.trainer.config import DistillConfig, ExportConfig
-from tests.helpers.distributed import launch
+from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 
 STEPS, SAVED, LENGTH = 6, 3, 16

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed import all_reduce  # bound before anything is timed, as in Megatron
 
 from megatron_moe2dense.trainer.runtime import collectives
-from tests.helpers.distributed import launch
+from tests.helpers.forks import launch
 
 LATE = 0.5  # seconds
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.distributed import launch
+from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny, without_routing, write_tokens
 from tests.trainer.reference import LENGTH, SAMPLES, Reference, assert_same, one_step, step_config
 

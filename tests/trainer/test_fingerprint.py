@@ -19,7 +19,7 @@ from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.proof import fingerprint
 from megatron_moe2dense.trainer.proof.fingerprint import Fingerprint, bit_sum
 from megatron_moe2dense.trainer.runtime import Runtime
-from tests.helpers.distributed import launch
+from tests.helpers.forks import launch
 from tests.helpers.tiny_models import as_mxfp4, tiny, tiny_qwen3, tiny_qwen3_moe
 from tests.trainer.cases import loaded
 

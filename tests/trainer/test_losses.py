@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer.losses import LogitLoss, chunked, losses, measures
 from megatron_moe2dense.trainer.losses.shards import VocabShard
-from tests.helpers.distributed import launch
+from tests.helpers.forks import launch
 from tests.trainer.cases import loss_and_gradients
 
 TOKENS, HIDDEN = 7, 12

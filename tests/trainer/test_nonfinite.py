@@ -15,7 +15,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer import distill, loop
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.step import StepLoss
-from tests.helpers.distributed import launch
+from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny_qwen3, write_tokens
 from tests.trainer.run_cases import POISONS
 

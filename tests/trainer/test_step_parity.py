@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_moe2dense.common import records
-from tests.helpers.distributed import launch
+from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 from tests.trainer.reference import LENGTH, SAMPLES, Reference, assert_measures, assert_same, one_step, step_config
 

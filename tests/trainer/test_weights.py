@@ -20,7 +20,8 @@ from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.runtime import Runtime
-from tests.helpers.distributed import ROOT, launch
+from tests.helpers.distributed import ROOT
+from tests.helpers.forks import launch
 from tests.helpers.tiny_models import as_mxfp4, tiny, tiny_qwen3, tiny_qwen3_moe, without_routing
 
 PICO = ROOT / "examples/pico_moe/model"

@@ -22,7 +22,7 @@ from megatron_moe2dense.trainer.model import Blueprint
 from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.plan import communication, memory, parameters
 from megatron_moe2dense.trainer.plan.job import Job, require_layout
-from tests.helpers.distributed import launch
+from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny, write_tokens
 from tests.trainer.plan.measured import step_of
 
