@@ -12,11 +12,12 @@ import torch
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.common.outputs import MANIFEST, config_hash, output_directory, read_manifest
+from megatron_moe2dense.common.outputs import MANIFEST, config_hash, read_manifest
 from megatron_moe2dense.surgery.config import ConvertConfig
 from megatron_moe2dense.surgery.layout import dense_size, dense_width, making_bytes
 from megatron_moe2dense.surgery.packing import finite_tensors, read_ffn
 from megatron_moe2dense.surgery.plan import ConversionPlan, Methods, make_plan
+from megatron_moe2dense.surgery.ranks import Ranks, joined
 from megatron_moe2dense.surgery.refit.planned import Place, cost, fit_planned, with_refit
 from megatron_moe2dense.surgery.rewrite import DenseOutput, write_dense
 from megatron_moe2dense.surgery.source import MoeSource
@@ -25,24 +26,29 @@ from megatron_moe2dense.surgery.types import FlatWeights, NeuronPlan
 
 
 def run(config: ConvertConfig) -> None:
-    """Write the dense checkpoint and plan.json, or several of them in one pass over the source.
+    """Write the dense checkpoint and plan.json, or several of them in one pass over the source. Under torchrun every process takes a share
+    of a refit's text; the first one writes.
 
     Raises:
         UserError: source, statistics, plan and methods do not fit each other; a NaN expert; an output exists.
     """
     source = MoeSource.open(config.source)
-    with CheckpointReader(source.index) as reader:
-        jobs = [(job, resolve_plan(job, source, reader)) for job in config.jobs()]
+    with joined() as ranks, CheckpointReader(source.index) as reader:
+        jobs = [(job, resolve_plan(job, source, reader, ranks)) for job in config.jobs()]
         pending = [(job, plan) for job, plan in jobs if not _is_done(job, source, plan)]
         with ExitStack() as stack:
             outputs = []
             for job, plan in pending if len(jobs) > 1 and pending else jobs:
                 facts = {"source": source.facts(), "plan_hash": plan.hash()}
-                directory = stack.enter_context(output_directory(Path(str(job.output)), "convert", job.model_dump(mode="json"), **facts))
-                fits = fit_planned(source, reader, plan, Place(directory, job.memory_budget)) if plan.refit is not None else None
+                directory = stack.enter_context(
+                    ranks.output_directory(Path(str(job.output)), "convert", job.model_dump(mode="json"), **facts)
+                )
+                place = Place(directory, job.memory_budget, ranks)
+                fits = fit_planned(source, reader, plan, place) if plan.refit is not None else None
                 outputs.append(DenseOutput(plan, directory, job.shard_size, fits))
-            write_dense(source, reader, outputs, config.memory_budget)
-    for job, plan in jobs:
+            if ranks.rank == 0:
+                write_dense(source, reader, outputs, config.memory_budget)
+    for job, plan in jobs if ranks.rank == 0 else []:
         parameters, nbytes = dense_size(source, plan.groups)
         print(f"{job.output}: {parameters:,} parameters, {nbytes / 1e6:,.1f} MB, plan {plan.hash()}")
 
@@ -57,8 +63,8 @@ def _is_done(job: ConvertConfig, source: MoeSource, plan: ConversionPlan) -> boo
     return (found["config_hash"], found.get("source"), found.get("plan_hash")) == wanted
 
 
-def resolve_plan(config: ConvertConfig, source: MoeSource, reader: CheckpointReader) -> ConversionPlan:
-    """The plan to carry out: read from `config.plan`, or made from statistics and methods. Its source is `source`."""
+def resolve_plan(config: ConvertConfig, source: MoeSource, reader: CheckpointReader, ranks: Ranks) -> ConversionPlan:
+    """The plan to carry out: read from `config.plan`, or made from statistics and methods. Its source is `source`. ranks: of its refit."""
     statistics = None if config.statistics is None else CalibratedStats.open(config.statistics)
     if statistics is not None:
         require_same_source(f"{config.statistics}: statistics", statistics.source, source)
@@ -66,14 +72,14 @@ def resolve_plan(config: ConvertConfig, source: MoeSource, reader: CheckpointRea
         plan = ConversionPlan.read(Path(config.plan))
         require_same_source(f"{config.plan}: plan", plan.source, source)
         _require_fit(config, plan, source)
-        return with_refit(config, plan, source)
+        return with_refit(config, plan, source, ranks)
     assert statistics is not None, "ConvertConfig requires statistics without a plan"
     assert config.score is not None, "ConvertConfig fills score without a plan"
     assert config.scale is not None, "ConvertConfig fills scale without a plan"
     groups = config.groups or source.dims.active
     methods = Methods(config.keep or groups, groups, config.score, config.group, config.scale)
     plan = make_plan(statistics, methods, lambda layer: flat_weights(source, reader, layer))
-    return with_refit(config, plan, source)
+    return with_refit(config, plan, source, ranks)
 
 
 def require_same_source(what: str, found: dict[str, Any], source: MoeSource) -> None:
@@ -117,7 +123,7 @@ def dry_run(config: ConvertConfig) -> dict[str, Any]:
     """The plans in short, what would be read and written (bytes), and the memory (bytes). The plans are really made."""
     source = MoeSource.open(config.source)
     with CheckpointReader(source.index) as reader:
-        plans = {str(job.output): resolve_plan(job, source, reader) for job in config.jobs()}
+        plans = {str(job.output): resolve_plan(job, source, reader, Ranks()) for job in config.jobs()}
     facts = {output: _plan_facts(source, plan) for output, plan in plans.items()}
     dims = source.dims
     single = facts[config.output] if config.output is not None else {"outputs": facts}

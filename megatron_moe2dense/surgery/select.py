@@ -134,7 +134,7 @@ class _Pass:
                 continue
             stats = None
             if done in at:
-                sums = _over_ranks(at.pop(done), job.ranks)
+                sums = at.pop(done).over(job.ranks)
                 places_F = self.selector.choose(sums, self.width, self._free).cpu().numpy()
                 found[done] = self.candidates[done][places_F]
                 stats = LayerStats({"tokens": np.array([float(sums.tokens)]), "neurons": found[done].astype(float)})
@@ -157,15 +157,6 @@ class _Pass:
             s_TD, gate_T1 = weights.shared.outputs(x_TD)
             y_TD = y_TD - (s_TD if gate_T1 is None else gate_T1 * s_TD)
         return h_TC, y_TD
-
-
-def _over_ranks(sums: Sums, ranks: Ranks) -> Sums:
-    if ranks.world == 1:
-        return sums
-    own = {"tokens": np.array([float(sums.tokens)]), "square": sums.square.cpu().numpy()[None]}
-    whole = ranks.sum(LayerStats({**own, "gram": sums.gram_FF.cpu().numpy(), "cross": sums.cross_FD.cpu().numpy()})).sums
-    gram_FF, cross_FD = (torch.from_numpy(whole[name]).to(sums.gram_FF.device) for name in ("gram", "cross"))
-    return Sums(gram_FF, cross_FD, gram_FF.new_tensor(float(whole["square"][0])), int(whole["tokens"][0]))
 
 
 def _plan(config: SelectConfig, source: MoeSource, chosen: dict[int, tuple[LayerStats, np.ndarray]], groups: int) -> ConversionPlan:

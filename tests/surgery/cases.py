@@ -44,6 +44,12 @@ def calibrate_on_two_ranks(arguments: list[str], folder: str) -> list[str]:
     return [message for messages in everyone for message in messages]
 
 
+def convert_on_two_ranks(arguments: list[str], folder: str) -> None:
+    """Refit in both modes."""
+    for mode in ("parallel", "sequential"):
+        main(["convert", *arguments, f"refit.mode={mode}", f"output={folder}/{mode} by two"])
+
+
 def refusal(arguments: list[str]) -> str:
     """The message of the UserError that a calibration must end in."""
     from megatron_moe2dense.common.config import load

@@ -17,6 +17,7 @@ from megatron_moe2dense.cli import main
 from megatron_moe2dense.surgery.refit.layer import LayerFit, LayerSums
 from megatron_moe2dense.surgery.refit.normal import Sums, best_ridge, solve
 from megatron_moe2dense.tokens.indexed import TokenFile
+from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny, write_tokens
 from tests.surgery.conftest import SEQUENCE, calibration
 
@@ -161,6 +162,22 @@ def test_batches_do_not_matter_and_a_plan_gives_the_same_bytes(mode: str, small:
     assert (tmp_path / "once/plan.json").read_text() != (tmp_path / "often/plan.json").read_text()
     main(["convert", f"source={small[0]}", f"plan={tmp_path / 'once/plan.json'}", f"output={tmp_path / 'again'}"])
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "once/model.safetensors").read_bytes()
+
+
+@pytest.mark.distributed
+def test_two_ranks_with_half_the_text_each_give_the_solution_of_one(text: str, tmp_path: Path):
+    moe = tiny("gpt_oss", tmp_path / "moe")
+    main(["calibrate", *calibration(moe, text, tmp_path / "stats")])
+    given = [f"source={moe}", f"statistics={tmp_path / 'stats'}", "refit.method=ridge", f"refit.batch_tokens={SEQUENCE * 2}"]
+    given += [f"data.path={text}", f"data.sequence_length={SEQUENCE}", "refit.dtype=float64"]
+    launch(2, "tests.surgery.cases:convert_on_two_ranks", given, str(tmp_path))
+    for mode in ("parallel", "sequential"):
+        main(["convert", *given, f"refit.mode={mode}", f"output={tmp_path / mode}"])
+        one, two = (load_file(tmp_path / name / "model.safetensors") for name in (mode, f"{mode} by two"))
+        for name, tensor in one.items():
+            assert_close(two[name], tensor.double())
+        reports = [json.loads((tmp_path / name / "refit.json").read_text())["layers"] for name in (mode, f"{mode} by two")]
+        assert [row["held_out"] for row in reports[0]] == pytest.approx([row["held_out"] for row in reports[1]], rel=1e-9)
 
 
 def test_a_refit_on_its_own_text_brings_the_logits_nearer_to_the_teachers(family: tuple[Path, Path, Path], text: str, tmp_path: Path):

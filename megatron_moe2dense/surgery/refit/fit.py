@@ -26,6 +26,7 @@ from megatron_moe2dense.surgery.layout import layer_ffn
 from megatron_moe2dense.surgery.observe import Observer
 from megatron_moe2dense.surgery.packing import finite_tensors
 from megatron_moe2dense.surgery.plan import ConversionPlan
+from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.layer import LayerFit, LayerSums
 from megatron_moe2dense.surgery.refit.store import FittedLayers
 from megatron_moe2dense.surgery.source import MoeSource
@@ -46,8 +47,8 @@ class Refit:
     """A refit to do.
 
     Attributes:
-        plan: of the whole model. windows_NS: calibration text. fits: where layers go. memory_budget: bytes of hidden states in memory,
-            beyond which they live in files.
+        plan: of the whole model. windows_NS: calibration text of all ranks. fits: where layers go, rank 0 puts them there.
+        memory_budget: bytes of hidden states of a rank in memory, beyond which they live in files.
     """
 
     source: MoeSource
@@ -58,6 +59,7 @@ class Refit:
     config: RefitConfig
     fits: FittedLayers
     memory_budget: int
+    ranks: Ranks
 
     @torch.no_grad()
     def parallel(self) -> None:
@@ -77,9 +79,7 @@ class Refit:
                 at[layer] = sums, ffn, start + batch
             return y_TD
 
-        for hidden in self._bar(
-            StreamedModel(self.source, self.reader, self.compute).run(self.windows_NS, observe, self._place("teacher"))
-        ):
+        for hidden in self._bar(StreamedModel(self.source, self.reader, self.compute).run(self._share[0], observe, self._place("teacher"))):
             require_finite(hidden, self.source)
             hidden.forget_others()
             done = at.pop(hidden.layer - 1, None)
@@ -91,10 +91,10 @@ class Refit:
         """Layer after layer, each from what the student's layers before it really give."""
         observer = Observer(self.source, ())
         teacher = StreamedModel(self.source, self.reader, self.compute).run(
-            self.windows_NS, lambda _layer, x_TD, weights: observer.observe(x_TD, weights), self._place("teacher")
+            self._share[0], lambda _layer, x_TD, weights: observer.observe(x_TD, weights), self._place("teacher")
         )
         student = _Student(self.source, self.reader, self.compute)
-        student.begin(self.windows_NS, self._place("student"))
+        student.begin(self._share[0], self._place("student"))
         next(teacher)
         for wanted in self._bar(teacher):
             require_finite(wanted, self.source)
@@ -118,9 +118,12 @@ class Refit:
         return LayerSums(self._gating, self._placed(ffn), fixed)
 
     def _finish(self, layer: int, sums: LayerSums, ffn: DenseFfn) -> None:
-        fit: LayerFit = sums.fit(layer, None if self.config.ridge == "auto" else self.config.ridge, ffn.gate_FD.dtype)
-        fit.report.log()
-        self.fits.put(fit)
+        sums = sums.over(self.ranks)
+        if self.ranks.rank == 0:
+            fit: LayerFit = sums.fit(layer, None if self.config.ridge == "auto" else self.config.ridge, ffn.gate_FD.dtype)
+            fit.report.log()
+            self.fits.put(fit)
+        self.ranks.wait()
 
     def _dense(self, layer: int) -> DenseFfn:
         plan = next(plan for plan in self.plan.layers if plan.layer == layer)
@@ -133,11 +136,18 @@ class Refit:
     def _gating(self) -> Gating:
         return gating(self.source, AutoConfig.from_pretrained(self.source.index.directory, trust_remote_code=False))
 
+    @cached_property
+    def _share(self) -> tuple[np.ndarray, torch.Tensor]:
+        """This rank's windows, and which of them are held out."""
+        own_N = self.ranks.share(np.arange(len(self.windows_NS)), self.compute.batch)
+        return self.windows_NS[own_N], held_out(len(self.windows_NS))[torch.from_numpy(own_N)]
+
     def _held_out(self, start: int) -> torch.Tensor:
-        return held_out(len(self.windows_NS))[start : start + self.compute.batch].to(self.compute.device)
+        return self._share[1][start : start + self.compute.batch].to(self.compute.device)
 
     def _place(self, name: str) -> HiddenPlace:
-        nbytes = self.windows_NS.size * self.source.dims.hidden_size * self.compute.dtype.itemsize
+        name = f"{name}-{self.ranks.rank:04d}"
+        nbytes = self._share[0].size * self.source.dims.hidden_size * self.compute.dtype.itemsize
         return HiddenPlace(self.fits.folder, self.memory_budget, name) if nbytes > self.memory_budget else HiddenPlace()
 
     def _bar(self, states: Iterator[HiddenStates]) -> Iterator[HiddenStates]:

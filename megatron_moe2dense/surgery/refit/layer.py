@@ -10,6 +10,7 @@ import torch
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.surgery.dense_block import neurons
 from megatron_moe2dense.surgery.experts import Gating
+from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.normal import Sums, best_ridge, solve
 from megatron_moe2dense.surgery.types import DenseFfn
 
@@ -90,6 +91,11 @@ class LayerSums:
         for sums, chosen_B in ((self.train, ~held_out_B), (self.held_out, held_out_B)):
             if chosen_B.any():
                 sums.add(h_BSF[chosen_B].flatten(0, 1), target_BSD[chosen_B].flatten(0, 1))
+
+    def over(self, ranks: Ranks) -> LayerSums:
+        """With the sums over the tokens of all ranks."""
+        self.train, self.held_out = self.train.over(ranks), self.held_out.over(ranks)
+        return self
 
     def fit(self, layer: int, ridge: float | None, dtype: torch.dtype) -> LayerFit:
         """Solve on all text; errors come from a solution without the held-out tenth.

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from megatron_moe2dense.surgery.ranks import Ranks
+from megatron_moe2dense.surgery.stats import LayerStats
 
 _LARGEST_CONDITION = 1e13  # of the regularised matrix, estimated; float64 then keeps three digits of the solution
 
@@ -35,6 +39,15 @@ class Sums:
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.gram_FF + other.gram_FF, self.cross_FD + other.cross_FD, self.square + other.square, self.tokens + other.tokens)
+
+    def over(self, ranks: Ranks) -> Sums:
+        """The sums over the tokens of all ranks."""
+        if ranks.world == 1:
+            return self
+        own = {"tokens": np.array([float(self.tokens)]), "square": self.square.cpu().numpy()[None]}
+        whole = ranks.sum(LayerStats({**own, "gram": self.gram_FF.cpu().numpy(), "cross": self.cross_FD.cpu().numpy()})).sums
+        gram_FF, cross_FD = (torch.from_numpy(whole[name]).to(self.gram_FF) for name in ("gram", "cross"))
+        return Sums(gram_FF, cross_FD, gram_FF.new_tensor(float(whole["square"][0])), int(whole["tokens"][0]))
 
     def error(self, solution_FD: torch.Tensor) -> float:
         """sum ||y - W^T h||^2 over sum ||y||^2 of these tokens; 0 where all y are 0."""

@@ -26,13 +26,14 @@ from megatron_moe2dense.tokens.indexed import windows
 
 @dataclass(frozen=True)
 class Place:
-    """The working directory of an output, and the bytes of hidden states that may stay in memory."""
+    """The working directory of an output, the bytes of hidden states that may stay in memory, and the processes that share the text."""
 
     directory: Path
     memory_budget: int
+    ranks: Ranks
 
 
-def with_refit(config: ConvertConfig, plan: ConversionPlan, source: MoeSource) -> ConversionPlan:
+def with_refit(config: ConvertConfig, plan: ConversionPlan, source: MoeSource, ranks: Ranks) -> ConversionPlan:
     """The plan with the config's refit, or with the one it has, on text that is where the config says.
 
     Raises:
@@ -46,14 +47,14 @@ def with_refit(config: ConvertConfig, plan: ConversionPlan, source: MoeSource) -
             raise UserError("refit.shared=refitted", expected, "drop refit.shared")
         assert config.data is not None, "ConvertConfig requires data for a refit"
         text_NS = _text(config.data, source, config.refit)
-        return replace(plan, refit=_block(config.refit, config.data, text_NS))
+        return replace(plan, refit=_block(config.refit, config.data, text_NS, ranks))
     if config.data is None and plan.refit is None:
         return plan
     if plan.refit is None:
         raise UserError(f"data, and no refit in {config.plan}", "data only for a refit", "drop data, or add refit.method=ridge")
     data = config.data or TokensConfig(**plan.refit["data"])
     settings = _settings(plan)
-    found = _block(settings, data, _text(data, source, settings))
+    found = _block(settings, data, _text(data, source, settings), ranks)
     if found["text"] != plan.refit["text"]:
         raise UserError(
             f"{data.path}: other windows than those that {config.plan} was refitted on",
@@ -70,12 +71,16 @@ def fit_planned(source: MoeSource, reader: CheckpointReader, plan: ConversionPla
         UserError: hidden states that are not finite; a full disk.
     """
     assert plan.refit is not None, "only a plan with a refit is fitted"
-    settings, data = _settings(plan), TokensConfig(**plan.refit["data"])
+    settings, data, ranks = _settings(plan), TokensConfig(**plan.refit["data"]), place.ranks
+    if ranks.rank > 0:
+        ranks.wait()  # for what rank 0 makes of an earlier run's files
     fits = FittedLayers(place.directory / "refit", plan.hash())
+    if ranks.rank == 0:
+        ranks.wait()
     if all(layer.layer in fits for layer in plan.layers):
         return fits
-    compute, windows_NS = _compute(settings, data), _text(data, source, settings)
-    refit = Refit(source, reader, plan, windows_NS, compute, settings, fits, place.memory_budget)
+    compute, windows_NS = _compute(settings, data, ranks), _text(data, source, settings)
+    refit = Refit(source, reader, plan, windows_NS, compute, settings, fits, place.memory_budget, ranks)
     (refit.parallel if settings.mode == "parallel" else refit.sequential)()
     return fits
 
@@ -94,7 +99,7 @@ def cost(source: MoeSource, plan: ConversionPlan) -> dict[str, Any]:
         "flops of a layer's sums": 2 * tokens * width * (width + hidden),
         "flops of a layer's solutions": solves * (width**3 // 3 + 2 * width**2 * hidden),
         "memory_bytes": 5 * 8 * width * (width + hidden),
-        "hidden state bytes": streams * tokens * hidden * _compute(settings, data).dtype.itemsize,
+        "hidden state bytes": streams * tokens * hidden * _compute(settings, data, Ranks()).dtype.itemsize,
     }
 
 
@@ -103,15 +108,15 @@ def _settings(plan: ConversionPlan) -> RefitConfig:
     return RefitConfig(**{name: value for name, value in plan.refit.items() if name in RefitConfig.model_fields})
 
 
-def _block(settings: RefitConfig, data: TokensConfig, windows_NS: np.ndarray) -> dict[str, Any]:
+def _block(settings: RefitConfig, data: TokensConfig, windows_NS: np.ndarray, ranks: Ranks) -> dict[str, Any]:
     """All that the solved weights depend on; device and batch only as far as rounding goes."""
     text = hashlib.sha256(f"{windows_NS.shape}".encode() + windows_NS.tobytes()).hexdigest()
     dumped = settings.model_dump(mode="json")
-    return {**dumped, "data": data.model_dump(mode="json"), "text": text, "compute": compute_facts(_compute(settings, data), Ranks())}
+    return {**dumped, "data": data.model_dump(mode="json"), "text": text, "compute": compute_facts(_compute(settings, data, ranks), ranks)}
 
 
-def _compute(settings: RefitConfig, data: TokensConfig) -> Compute:
-    return chosen_compute(TextPass(data, settings.batch_tokens, settings.device, settings.dtype), Ranks())
+def _compute(settings: RefitConfig, data: TokensConfig, ranks: Ranks) -> Compute:
+    return chosen_compute(TextPass(data, settings.batch_tokens, settings.device, settings.dtype), ranks)
 
 
 def _text(data: TokensConfig, source: MoeSource, settings: RefitConfig) -> np.ndarray:
