@@ -23,11 +23,19 @@ def is_sweep(row: Row) -> bool:
 
 def axis_value(row: Row, axis: str) -> str:
     """A row's place on an axis: a number, or a method with the options that are set."""
-    block = row["config"][axis]
+    block = row["config"].get(axis)
+    if block is None:
+        return "none"
     if not isinstance(block, Mapping):
         return str(block)
     options = [f"{name}={value}" for name, value in block.items() if name != "method" and value not in (None, "none")]
     return str(block["method"]) + (f"({', '.join(options)})" if options else "")
+
+
+def _panel(row: Row) -> str:
+    """Scaling, and the refit where there is one."""
+    refit = axis_value(row, "refit")
+    return axis_value(row, "scale") + (f", {refit}" if refit != "none" else "")
 
 
 def _values(rows: Sequence[Row], axis: str) -> list[str]:
@@ -37,16 +45,17 @@ def _values(rows: Sequence[Row], axis: str) -> list[str]:
 
 
 def heat_maps(rows: Sequence[Row]) -> Figure:
-    """KL to the teacher of score x group, a panel for every scaling (rows) and K (columns), one colour scale; the mean where several
-    numbers of groups share a cell, a cross where a configuration is not recorded."""
-    keeps, scales, scores, groups = (_values(rows, axis) for axis in ("keep", "scale", "score", "group"))
+    """KL to the teacher of score x group, a panel for every scaling and refit (rows) and K (columns), one colour scale; the mean where
+    several numbers of groups share a cell, a cross where a configuration is not recorded."""
+    keeps, scores, groups = (_values(rows, axis) for axis in ("keep", "score", "group"))
+    scales = list(dict.fromkeys(_panel(row) for row in sorted(rows, key=lambda row: row["point"])))
     figure = new_figure(1.8 + 2.3 * len(keeps), 1.4 + 2.6 * len(scales))
     panels = figure.subplots(len(scales), len(keeps), squeeze=False, sharex=True, sharey=True)
     all_kl = [row["metrics"]["kl"] for row in rows]
     image = None
     for i, scale in enumerate(scales):
         for j, keep in enumerate(keeps):
-            inside = [row for row in rows if (axis_value(row, "scale"), axis_value(row, "keep")) == (scale, keep)]
+            inside = [row for row in rows if (_panel(row), axis_value(row, "keep")) == (scale, keep)]
             table_SG = _means(inside, scores, groups)
             axes = panels[i][j]
             image = axes.imshow(table_SG, cmap=HEAT + "_r", vmin=min(all_kl), vmax=max(all_kl), aspect="auto")
@@ -72,11 +81,14 @@ def _means(rows: Sequence[Row], scores: Sequence[str], groups: Sequence[str]) ->
 
 
 def keep_curves(rows: Sequence[Row]) -> Figure:
-    """KL over K, a line a method with the spread (lowest to highest) of everything else: a panel each for scoring, grouping, scaling."""
-    figure = new_figure(12.5, 4.2)
-    panels = figure.subplots(1, 3, sharey=True)
-    keeps = _values(rows, "keep")
+    """KL over K, a line a method with the spread (lowest to highest) of everything else: a panel each for scoring, grouping, scaling, and
+    for the refit where there are several."""
     names = {"score": "scoring", "group": "grouping", "scale": "scaling"}
+    if len(_values(rows, "refit")) > 1:
+        names["refit"] = "refit"
+    figure = new_figure(0.5 + 4 * len(names), 4.2)
+    panels = figure.subplots(1, len(names), sharey=True)
+    keeps = _values(rows, "keep")
     for axes, (axis, title) in zip(panels, names.items(), strict=True):
         for number, value in enumerate(_values(rows, axis)):
             _curve(axes, keeps, [row for row in rows if axis_value(row, axis) == value], (value, PALETTE[number % len(PALETTE)]))

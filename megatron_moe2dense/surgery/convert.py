@@ -44,7 +44,7 @@ def run(config: ConvertConfig) -> None:
                     ranks.output_directory(Path(str(job.output)), "convert", job.model_dump(mode="json"), **facts)
                 )
                 place = Place(directory, job.memory_budget, ranks)
-                fits = fit_planned(source, reader, plan, place) if plan.refit is not None else None
+                fits = fit_planned(source, reader, [(plan, place)])[0] if plan.refit is not None else None
                 outputs.append(DenseOutput(plan, directory, job.shard_size, fits))
             if ranks.rank == 0:
                 write_dense(source, reader, outputs, config.memory_budget)

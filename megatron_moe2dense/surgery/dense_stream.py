@@ -17,6 +17,7 @@ from megatron_moe2dense.surgery.densify import merged, stacked
 from megatron_moe2dense.surgery.hidden import HiddenPlace
 from megatron_moe2dense.surgery.observe import Observer
 from megatron_moe2dense.surgery.packing import finite_tensors, read_ffn
+from megatron_moe2dense.surgery.refit.store import FittedLayers
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
 from megatron_moe2dense.surgery.types import DenseFfn, LayerPlan, NeuronPlan
@@ -39,6 +40,25 @@ class Head:
         return (self.norm(x_TD.to(self.weight_VD)) @ self.weight_VD.T).float()
 
 
+@dataclass(frozen=True)
+class DenseModel:
+    """One of the dense models. layers: as in ConversionPlan.layers. fits: its down projections, where the plan has a refit."""
+
+    layers: tuple[LayerPlan | NeuronPlan, ...]
+    fits: FittedLayers | None = None
+
+
+@dataclass(frozen=True)
+class _DenseLayer:
+    plan: LayerPlan | NeuronPlan
+    fits: FittedLayers | None
+
+    def ffn(self, slices: Sequence[DenseFfn], shared: DenseFfn | None) -> DenseFfn:
+        """From the slices that the plan's `merged` gives, on their device."""
+        ffn = stacked(self.plan, slices, shared)
+        return ffn if self.fits is None else self.fits[self.plan.layer].applied(ffn)
+
+
 @dataclass
 class _States:
     """Distinct hidden states [N, S, D] in memory, and which of them each plan is at."""
@@ -47,12 +67,12 @@ class _States:
     of_plan: list[int]
     pending: list[int] = field(default_factory=list)
 
-    def branch(self, layer_plans: Sequence[LayerPlan | NeuronPlan]) -> dict[LayerPlan | NeuronPlan, dict[int, list[int]]]:
-        """Layer plan to state to the plans that are there: what has to run. Plans that differ in their scales only stand together."""
-        order = sorted(range(len(layer_plans)), key=lambda i: layer_plans[i].unscaled)
-        found: dict[LayerPlan | NeuronPlan, dict[int, list[int]]] = {}
-        for plan in order:
-            found.setdefault(layer_plans[plan], {}).setdefault(self.of_plan[plan], []).append(plan)
+    def branch(self, layers: Sequence[_DenseLayer]) -> dict[_DenseLayer, dict[int, list[int]]]:
+        """Layer to state to the models that are there: what has to run. Plans that differ in their scales only stand together."""
+        order = sorted(range(len(layers)), key=lambda i: layers[i].plan.unscaled)
+        found: dict[_DenseLayer, dict[int, list[int]]] = {}
+        for model in order:
+            found.setdefault(layers[model], {}).setdefault(self.of_plan[model], []).append(model)
         self.pending = [0] * len(self.distinct)
         for states in found.values():
             for state in states:
@@ -88,16 +108,12 @@ class DenseStream(StreamedModel):
         return torch.cat(list(last))
 
     @torch.no_grad()
-    def dense_states(self, windows_NS: np.ndarray, plans: Sequence[Sequence[LayerPlan | NeuronPlan]]) -> list[torch.Tensor]:
-        """The dense models' hidden states after the last layer, [N, S, D] each, on the CPU; equal plans have the same tensor.
-
-        Args:
-            plans: the layer plans of every model, as in ConversionPlan.layers.
-        """
+    def dense_states(self, windows_NS: np.ndarray, models: Sequence[DenseModel]) -> list[torch.Tensor]:
+        """The dense models' hidden states after the last layer, [N, S, D] each, on the CPU; equal models have the same tensor."""
         hidden, arguments = self._embed(windows_NS, HiddenPlace(), 0)
-        states = _States([torch.cat(list(hidden))], [0] * len(plans))
+        states = _States([torch.cat(list(hidden))], [0] * len(models))
         del hidden
-        by_layer = [{layer.layer: layer for layer in plan} for plan in plans]
+        by_layer = [{plan.layer: _DenseLayer(plan, model.fits) for plan in model.layers} for model in models]
         for number, layer in enumerate(self._layers):
             calls = {batch: found[number] for batch, found in arguments.items()}
             if number not in self._checkpoint.layers:
@@ -105,24 +121,22 @@ class DenseStream(StreamedModel):
                 for state_NSD in states.distinct:
                     self._advance(layer, calls, state_NSD, state_NSD)
             else:
-                states = self._moe_layer(number, calls, states, [plan[number] for plan in by_layer])
+                states = self._moe_layer(number, calls, states, [layers[number] for layers in by_layer])
             self._release(number, layer)
         return [states.distinct[state] for state in states.of_plan]
 
-    def _moe_layer(
-        self, number: int, calls: dict[int, dict[str, Any]], states: _States, plans: Sequence[LayerPlan | NeuronPlan]
-    ) -> _States:
+    def _moe_layer(self, number: int, calls: dict[int, dict[str, Any]], states: _States, layers: Sequence[_DenseLayer]) -> _States:
         layer = self._layers[number]
         block = self._dense_block()
         self._assemble_with(number, block)
-        after = _States([], [-1] * len(plans))
+        after = _States([], [-1] * len(layers))
         shared = self._shared(number)
         experts: dict[int, DenseFfn] = {}
         key, slices = None, []
-        for plan, starts in states.branch(plans).items():
-            if plan.unscaled != key:
-                key, slices = plan.unscaled, list(merged(plan, lambda expert: self._expert(number, expert, experts)))
-            block.ffn = placed(stacked(plan, slices, shared), self._like)
+        for dense, starts in states.branch(layers).items():
+            if dense.plan.unscaled != key:
+                key, slices = dense.plan.unscaled, list(merged(dense.plan, lambda expert: self._expert(number, expert, experts)))
+            block.ffn = placed(dense.ffn(slices, shared), self._like)
             for state, members in starts.items():
                 x_NSD, y_NSD = states.distinct[state], states.target(state)
                 self._advance(layer, calls, x_NSD, y_NSD)

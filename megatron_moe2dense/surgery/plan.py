@@ -70,8 +70,11 @@ class ConversionPlan:
     refit: dict[str, Any] | None = None
 
     def hash(self) -> str:
-        """Names the resulting model: two plans of one source with equal layers give the same bytes, by whatever methods."""
-        content: list[Any] = [self.source["fingerprint"], [dataclasses.asdict(layer) for layer in self.layers]]
+        """Names the resulting model: two plans of one source with equal layers give the same bytes, by whatever methods; what a refit
+        solves does not depend on scales."""
+        solved = {"scale", "scales"} if self.refit is not None else set()
+        layers = [{name: value for name, value in dataclasses.asdict(layer).items() if name not in solved} for layer in self.layers]
+        content: list[Any] = [self.source["fingerprint"], layers]
         if self.refit is not None:
             content.append({name: value for name, value in self.refit.items() if name != "data"})  # the text's hash counts, not its place
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

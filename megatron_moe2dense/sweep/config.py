@@ -9,6 +9,7 @@ from pydantic import field_validator, model_validator
 
 from megatron_moe2dense.common.config import Config, key
 from megatron_moe2dense.common.sizes import Bytes
+from megatron_moe2dense.surgery.config import RefitConfig
 from megatron_moe2dense.surgery.grouping import groupers
 from megatron_moe2dense.surgery.scaling import scalers
 from megatron_moe2dense.surgery.scoring import METHODS, scorers
@@ -32,7 +33,9 @@ class GridConfig(Config):
     group: list[Annotated[Grouper, *groupers.field]] = key(_blocks(GROUPINGS), "grouping methods, names or blocks", min_length=1)
     scale: list[Annotated[Scaler, *scalers.field]] = key(_blocks(SCALINGS), "scaling methods, names or blocks", min_length=1)
 
-    @field_validator("score", "group", "scale", mode="before")
+    refit: list[RefitConfig | None] = key([None], "refits of the down projections; null: none (needs refit_data)", min_length=1)
+
+    @field_validator("score", "group", "scale", "refit", mode="before")
     @classmethod
     def _names_are_blocks(cls, value: Any) -> Any:
         return [{"method": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
@@ -56,6 +59,7 @@ class SweepConfig(Config):
     output: str = key(..., "directory of records.jsonl and summary.json; an unfinished sweep of the same config is resumed")
     data: TokensConfig = key(..., "held-out tokens")
     grid: GridConfig = key({}, "the axes of the sweep")
+    refit_data: TokensConfig | None = key(None, "calibration text of the grid's refits; not the held-out tokens")
     slice: str = key("1/1", 'this process does part i of n, "i/n"; any number of processes may write to one output')
     batch_tokens: int = key(4096, "tokens through a layer at once: whole windows, at least one", "tokens", gt=0)
     memory_budget: Bytes = key("8GiB", "for hidden states: decides how many models are evaluated in one pass", "bytes", gt=0)
@@ -72,9 +76,13 @@ class SweepConfig(Config):
         return value
 
     @model_validator(mode="after")
-    def _overwrite_alone(self) -> SweepConfig:
+    def _settings_have_effect(self) -> SweepConfig:
         if self.overwrite and self.part[1] > 1:
             raise ValueError("overwrite=true with a slice: the processes would delete each other's records; remove the output first")
+        if any(self.grid.refit) and self.refit_data is None:
+            raise ValueError("grid.refit needs text: give refit_data.path")
+        if self.refit_data is not None and not any(self.grid.refit):
+            raise ValueError("refit_data has no effect without a refit in grid.refit; remove it")
         return self
 
     @property

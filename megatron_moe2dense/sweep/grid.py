@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.surgery.config import RefitConfig
 from megatron_moe2dense.surgery.grouping import groupers
 from megatron_moe2dense.surgery.plan import ConversionPlan, Methods, group_layer, scaled_layer, whole_plan
 from megatron_moe2dense.surgery.scaling import scalers
@@ -21,21 +22,25 @@ from megatron_moe2dense.sweep.config import GridConfig
 
 @dataclass(frozen=True)
 class Point:
-    """One combination. number: its place in the grid. group: the block of the grid, also where keep == groups and none is used."""
+    """One combination. number: its place in the grid. config: its blocks, that of group also where keep == groups and none is used."""
 
     number: int
     methods: Methods
+    refit: RefitConfig | None
     config: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """For tables: `do_acp K=16 G=8 anchor uniform`."""
+        """For tables: `do_acp K=16 G=8 anchor uniform`, and the refit behind it where there is one."""
         config = self.config
-        return f"{label(config['score'])} K={config['keep']} G={config['groups']} {label(config['group'])} {label(config['scale'])}"
+        name = f"{label(config['score'])} K={config['keep']} G={config['groups']} {label(config['group'])} {label(config['scale'])}"
+        return name if self.refit is None else f"{name} {label(config['refit'])}"
 
 
-def label(block: dict[str, Any]) -> str:
+def label(block: dict[str, Any] | None) -> str:
     """A method block in short: its id, and its options in brackets where it has any that are set."""
+    if block is None:
+        return "none"
     options = [f"{name}={value}" for name, value in block.items() if name != "method" and value not in (None, "none")]
     return block["method"] + (f"({', '.join(options)})" if options else "")
 
@@ -51,11 +56,13 @@ def points(grid: GridConfig, experts: int, active: int) -> list[Point]:
     if max(keeps) > experts:
         raise UserError(f"grid.keep has {max(keeps)}", f"at most {experts}, the experts of a layer", "choose smaller ones")
     found: list[Point] = []
-    for keep, slices, score, group, scale in product(keeps, groups, grid.score, grid.group, grid.scale):
+    for keep, slices, score, group, scale, refit in product(keeps, groups, grid.score, grid.group, grid.scale, grid.refit):
         if keep >= slices:
             methods = Methods(keep, slices, score, group if keep > slices else None, scale)
-            blocks = {"score": scorers.dump(score), "group": groupers.dump(group), "scale": scalers.dump(scale)}
-            found.append(Point(len(found), methods, {"keep": keep, "groups": slices, **blocks}))
+            blocks: dict[str, Any] = {"score": scorers.dump(score), "group": groupers.dump(group), "scale": scalers.dump(scale)}
+            if refit is not None:  # its settings that are no defaults: this is the row's name
+                blocks["refit"] = {"method": refit.method, **refit.model_dump(mode="json", exclude_defaults=True)}
+            found.append(Point(len(found), methods, refit, {"keep": keep, "groups": slices, "refit": None, **blocks}))
     if not found:
         raise UserError(f"grid.keep={keeps}, groups={groups}", "some keep >= groups: no group may be empty", "raise keep or lower groups")
     return found

@@ -16,7 +16,7 @@ from megatron_moe2dense.common.outputs import MANIFEST, config_hash, disk_errors
 from megatron_moe2dense.sweep.config import SweepConfig
 
 RECORDS, SUMMARY = "records.jsonl", "summary.json"
-_LOCKS = ".locks"
+_LOCKS, REFITS = ".locks", ".refits"
 _DO = "choose another output, or add overwrite=true (with slices: remove the directory first)"
 
 
@@ -82,6 +82,7 @@ class Ledger:
         """Mark the output as complete; call inside `locked`."""
         write_manifest(self.directory, "finished", "sweep", self._config, **self._facts)
         (self.directory / _LOCKS).unlink(missing_ok=True)
+        shutil.rmtree(self.directory / REFITS, ignore_errors=True)  # of processes that were killed
 
 
 def identity(config: SweepConfig) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ from megatron_moe2dense.common.outputs import versions, write_json
 from megatron_moe2dense.evals.models import open_device
 from megatron_moe2dense.evals.perplexity import Measured
 from megatron_moe2dense.surgery.convert import flat_weights, require_same_source
-from megatron_moe2dense.surgery.dense_stream import DenseStream, Head
+from megatron_moe2dense.surgery.dense_stream import DenseModel, DenseStream, Head
 from megatron_moe2dense.surgery.layout import dense_size
 from megatron_moe2dense.surgery.plan import ConversionPlan
+from megatron_moe2dense.surgery.ranks import Ranks
+from megatron_moe2dense.surgery.refit.planned import Place, block, fit_planned
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import STATS_FILE, CalibratedStats
 from megatron_moe2dense.surgery.stream import Compute
 from megatron_moe2dense.sweep.config import SweepConfig
 from megatron_moe2dense.sweep.grid import Point, distinct, in_slice, make_plans, points
-from megatron_moe2dense.sweep.ledger import SUMMARY, Ledger, read_rows, require_free
+from megatron_moe2dense.sweep.ledger import REFITS, SUMMARY, Ledger, read_rows, require_free
 from megatron_moe2dense.sweep.live import LiveTable
 from megatron_moe2dense.sweep.measure import measure
 from megatron_moe2dense.sweep.summary import summarise, table
@@ -81,6 +84,7 @@ class Sweep:
 class Bench:
     """The opened model and the teacher: its final hidden states, read once."""
 
+    reader: CheckpointReader
     stream: DenseStream
     head: Head
     teacher_NSD: torch.Tensor
@@ -100,7 +104,7 @@ def run(config: SweepConfig) -> None:
         if todo := _open_plans(sweep, ledger.rows()):
             logger.info("%s", _said(sweep, len(todo)))
             stream = DenseStream(source, reader, sweep.compute)
-            bench = Bench(stream, stream.head(), stream.teacher_states(sweep.windows_NS))
+            bench = Bench(reader, stream, stream.head(), stream.teacher_states(sweep.windows_NS))
             with LiveTable(len(sweep.by_hash)) as live:
                 while _one_pass(sweep, ledger, bench, live):
                     pass
@@ -116,7 +120,15 @@ def prepare(config: SweepConfig, source: MoeSource, reader: CheckpointReader) ->
     compute = Compute(device, getattr(torch, config.dtype), max(1, config.batch_tokens // config.data.sequence_length))
     found = points(config.grid, source.dims.experts, source.dims.active)
     plans = make_plans(found, statistics, lambda layer: flat_weights(source, reader, layer))
+    plans = [_with_refit(plan, point, config, source) for plan, point in zip(plans, found, strict=True)]
     return Sweep(config, source, windows_NS, compute, found, plans, distinct(plans))
+
+
+def _with_refit(plan: ConversionPlan, point: Point, config: SweepConfig, source: MoeSource) -> ConversionPlan:
+    if point.refit is None:
+        return plan
+    assert config.refit_data is not None, "SweepConfig requires text for a refit"
+    return replace(plan, refit=block(point.refit, config.refit_data, source, Ranks()))
 
 
 def _said(sweep: Sweep, todo: int) -> str:
@@ -155,13 +167,29 @@ def _one_pass(sweep: Sweep, ledger: Ledger, bench: Bench, live: LiveTable) -> bo
             return False
         start = time.perf_counter()
         plans = [sweep.plans[sweep.by_hash[plan][0]] for plan in chosen]
-        states = bench.stream.dense_states(sweep.windows_NS, [plan.layers for plan in plans])
+        models = _refitted(sweep, plans, ledger.directory, bench.reader)
+        states = bench.stream.dense_states(sweep.windows_NS, models)
         teacher, found = measure(bench.head, sweep.windows_NS, bench.teacher_NSD, states)
         seconds = (time.perf_counter() - start) / len(chosen)
         for plan, measured in zip(chosen, found, strict=True):
             ledger.append(_rows(sweep, plan, (teacher, measured), seconds))
+        for model in models:
+            if model.fits is not None:
+                shutil.rmtree(model.fits.folder.parent)
         live.update(ledger.rows())
     return True
+
+
+def _refitted(sweep: Sweep, plans: list[ConversionPlan], directory: Path, reader: CheckpointReader) -> list[DenseModel]:
+    """The models of some plans, their down projections solved where a plan says so; on disk until the rows are, so a killed sweep keeps
+    solved layers."""
+    todo = [plan for plan in plans if plan.refit is not None]
+    places = [Place(directory / REFITS / plan.hash(), sweep.config.memory_budget, Ranks()) for plan in todo]
+    for place in places:
+        place.directory.mkdir(parents=True, exist_ok=True)
+    fits = fit_planned(sweep.source, reader, list(zip(todo, places, strict=True)))
+    by_hash = {plan.hash(): found for plan, found in zip(todo, fits, strict=True)}
+    return [DenseModel(plan.layers, by_hash.get(plan.hash())) for plan in plans]
 
 
 def _rows(sweep: Sweep, plan_hash: str, measured: tuple[Measured, Measured], seconds: float) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ AXES: dict[str, Callable[[Row], str]] = {
     "score": lambda row: label(row["config"]["score"]),
     "group": lambda row: label(row["config"]["group"]),
     "scale": lambda row: label(row["config"]["scale"]),
+    "refit": lambda row: label(row["config"].get("refit")),
 }
 
 

@@ -87,6 +87,33 @@ def test_the_numbers_are_those_of_convert_and_eval(family: str, made, tmp_path: 
         assert ours["teacher"]["nll"] == pytest.approx(teacher["metrics"]["nll"], rel=1e-5)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss"])
+def test_refitted_points_are_those_of_convert_and_eval(family: str, made, tmp_path: Path):
+    folder = made(family)
+    grid = "{keep: [2, 4], score: [sf], group: [anchor], refit: [null, {method: ridge, mode: parallel}, {method: ridge, ridge: 1e-3}]}"
+    text = [f"refit_data.path={folder}/text", f"refit_data.sequence_length={LENGTH}"]
+    main(arguments(folder, tmp_path / "sweep", *text, grid=grid))
+    rows = rows_of(tmp_path / "sweep")
+    assert len(rows) == 2 * 2 * 3
+    assert not (tmp_path / "sweep/.refits").exists()
+    summary = json.loads((tmp_path / "sweep/summary.json").read_text())
+    assert list(summary["axes"]["refit"]) == ["none", "ridge(mode=parallel)", "ridge(ridge=0.001)"]
+    assert all("same_plan_as" in row for row in rows if row["config"]["refit"] and row["config"]["scale"]["method"] == "proportional")
+    outputs, chosen = [], [row for row in rows if row["config"]["refit"] and row["config"]["scale"]["method"] == "uniform"]
+    for row in chosen:
+        outputs.append(tmp_path / f"dense_{row['point']}")
+        settings = [f"keep={row['config']['keep']}", *(["group.method=anchor"] if row["config"]["keep"] == 4 else [])]
+        settings += ["score.method=sf", f"refit={json.dumps(row['config']['refit'])}"]
+        settings += [f"data.path={folder}/text", f"data.sequence_length={LENGTH}"]
+        main(["convert", f"source={folder}/moe", f"statistics={folder}/statistics", f"output={outputs[-1]}", *settings])
+    data = f"perplexity.data={{path: {folder}/held_out, sequence_length: {LENGTH}}}"
+    models = f"models=[{', '.join(map(str, outputs))}]"
+    main(["eval", models, f"output={tmp_path}/records.jsonl", data, f"kl.teacher={folder}/moe"])
+    for ours, theirs in zip(chosen, records.read(tmp_path / "records.jsonl"), strict=True):
+        assert values(ours) == pytest.approx(values(theirs), rel=1e-5, abs=1e-6)
+        assert ours["plan_hash"] == theirs["plan_hash"]
+
+
 def test_equal_plans_are_evaluated_once_and_recorded_each(made, tmp_path: Path, monkeypatch, capsys):
     folder, passes = made("qwen3_moe"), []
     plain = sweep_run.DenseStream.dense_states
@@ -190,6 +217,8 @@ def test_a_dry_run_counts_and_writes_nothing(made, tmp_path: Path, capsys):
         ("slice=3/2", "1 <= i <= n"),
         ("slice=1/2 overwrite=true", "delete each other"),
         ("grid.keep=[0]", "at least 1"),
+        ("grid.refit=[ridge]", "give refit_data.path"),
+        ("refit_data.path=text", "refit_data has no effect"),
     ],
 )
 def test_what_can_not_be_swept_is_refused(changes: str, message: str, made, tmp_path: Path, capsys):

@@ -6,7 +6,8 @@ student, target = the teacher's residual stream after the layer minus the studen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,7 +22,7 @@ from megatron_moe2dense.surgery.calibrate import require_finite
 from megatron_moe2dense.surgery.config import RefitConfig
 from megatron_moe2dense.surgery.dense_block import placed
 from megatron_moe2dense.surgery.experts import Gating, MoeWeights, gating
-from megatron_moe2dense.surgery.hidden import HiddenPlace, HiddenStates
+from megatron_moe2dense.surgery.hidden import HiddenPlace
 from megatron_moe2dense.surgery.layout import layer_ffn
 from megatron_moe2dense.surgery.observe import Observer
 from megatron_moe2dense.surgery.packing import finite_tensors
@@ -42,9 +43,34 @@ def held_out(windows: int) -> torch.Tensor:
     return chosen
 
 
+@torch.no_grad()
+def parallel(refits: Sequence[Refit]) -> None:
+    """Every layer from the teacher's own inputs and outputs; one pass for all refits, which have text and compute in common."""
+    first = refits[0]
+    observer, batches = Observer(first.source, ()), Counter[int]()
+    at: dict[int, list[tuple[Refit, LayerSums, DenseFfn]]] = {}
+
+    def observe(layer: int, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
+        y_TD = observer.observe(x_TD, weights)
+        if layer not in at:
+            at[layer] = [refit.begun(layer) for refit in refits if layer not in refit.fits]
+        shape = -1, first.windows_NS.shape[1], x_TD.shape[1]
+        for _, sums, _ in at[layer]:
+            sums.add(x_TD.view(shape), y_TD.view(shape), first.held_out(batches[layer]))
+        batches[layer] += 1
+        return y_TD
+
+    states = StreamedModel(first.source, first.reader, first.compute).run(first.share[0], observe, first.place("teacher"))
+    for hidden in progress(states, "refit", unit="layer", total=first.source.dims.layers):
+        require_finite(hidden, first.source)
+        hidden.forget_others()
+        for refit, sums, ffn in at.pop(hidden.layer - 1, []):
+            refit.finish(hidden.layer - 1, sums, ffn)
+
+
 @dataclass(frozen=True)
 class Refit:
-    """A refit to do.
+    """A refit to do: `parallel([refit, ...])` or `refit.sequential()`.
 
     Attributes:
         plan: of the whole model. windows_NS: calibration text of all ranks. fits: where layers go, rank 0 puts them there.
@@ -62,72 +88,46 @@ class Refit:
     ranks: Ranks
 
     @torch.no_grad()
-    def parallel(self) -> None:
-        """Every layer from the teacher's own inputs and outputs."""
-        observer, batch = Observer(self.source, ()), self.compute.batch
-        at: dict[int, tuple[LayerSums, DenseFfn, int]] = {}
-
-        def observe(layer: int, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
-            y_TD = observer.observe(x_TD, weights)
-            if layer not in self.fits:
-                if layer not in at:
-                    ffn = self._dense(layer)
-                    at[layer] = self._begin(ffn), ffn, 0
-                sums, ffn, start = at[layer]
-                shape = -1, self.windows_NS.shape[1], x_TD.shape[1]
-                sums.add(x_TD.view(shape), y_TD.view(shape), self._held_out(start))
-                at[layer] = sums, ffn, start + batch
-            return y_TD
-
-        for hidden in self._bar(StreamedModel(self.source, self.reader, self.compute).run(self._share[0], observe, self._place("teacher"))):
-            require_finite(hidden, self.source)
-            hidden.forget_others()
-            done = at.pop(hidden.layer - 1, None)
-            if done is not None:
-                self._finish(hidden.layer - 1, done[0], done[1])
-
-    @torch.no_grad()
     def sequential(self) -> None:
         """Layer after layer, each from what the student's layers before it really give."""
         observer = Observer(self.source, ())
         teacher = StreamedModel(self.source, self.reader, self.compute).run(
-            self._share[0], lambda _layer, x_TD, weights: observer.observe(x_TD, weights), self._place("teacher")
+            self.share[0], lambda _layer, x_TD, weights: observer.observe(x_TD, weights), self.place("teacher")
         )
         student = _Student(self.source, self.reader, self.compute)
-        student.begin(self._share[0], self._place("student"))
+        student.begin(self.share[0], self.place("student"))
         next(teacher)
-        for wanted in self._bar(teacher):
+        for wanted in progress(teacher, "refit", unit="layer", total=self.source.dims.layers):
             require_finite(wanted, self.source)
             wanted.forget_others()
             layer = wanted.layer - 1
             if layer not in self.source.layers:
                 student.advance(layer, None)
                 continue
-            ffn = self._dense(layer)
+            _, sums, ffn = self.begun(layer)
             if layer not in self.fits:
-                sums = self._begin(ffn)
                 for i, (x_BSD, residual_BSD) in enumerate(student.before_ffn(layer)):
                     target_BSD = wanted[i].to(residual_BSD.device).double() - residual_BSD.double()
-                    sums.add(x_BSD, target_BSD, self._held_out(i * self.compute.batch))
-                self._finish(layer, sums, ffn)
+                    sums.add(x_BSD, target_BSD, self.held_out(i))
+                self.finish(layer, sums, ffn)
             student.advance(layer, self._placed(self.fits[layer].applied(ffn)))
 
-    def _begin(self, ffn: DenseFfn) -> LayerSums:
+    def begun(self, layer: int) -> tuple[Refit, LayerSums, DenseFfn]:
+        """This, empty sums of a layer, and its dense FFN as planned."""
+        plan = next(plan for plan in self.plan.layers if plan.layer == layer)
+        ffn = layer_ffn(self.source, finite_tensors(self.reader), layer, plan)
         routed = self.plan.groups * self.source.dims.expert_width
         fixed = len(ffn.gate_FD) - routed if self.config.shared == "fixed" else 0
-        return LayerSums(self._gating, self._placed(ffn), fixed)
+        return self, LayerSums(self._gating, self._placed(ffn), fixed), ffn
 
-    def _finish(self, layer: int, sums: LayerSums, ffn: DenseFfn) -> None:
+    def finish(self, layer: int, sums: LayerSums, ffn: DenseFfn) -> None:
+        """Solve the layer from the sums of all ranks, and keep it."""
         sums = sums.over(self.ranks)
         if self.ranks.rank == 0:
             fit: LayerFit = sums.fit(layer, None if self.config.ridge == "auto" else self.config.ridge, ffn.gate_FD.dtype)
             fit.report.log()
             self.fits.put(fit)
         self.ranks.wait()
-
-    def _dense(self, layer: int) -> DenseFfn:
-        plan = next(plan for plan in self.plan.layers if plan.layer == layer)
-        return layer_ffn(self.source, finite_tensors(self.reader), layer, plan)
 
     def _placed(self, ffn: DenseFfn) -> DenseFfn:
         return placed(ffn, torch.empty(0, dtype=self.compute.dtype, device=self.compute.device))
@@ -137,21 +137,21 @@ class Refit:
         return gating(self.source, AutoConfig.from_pretrained(self.source.index.directory, trust_remote_code=False))
 
     @cached_property
-    def _share(self) -> tuple[np.ndarray, torch.Tensor]:
+    def share(self) -> tuple[np.ndarray, torch.Tensor]:
         """This rank's windows, and which of them are held out."""
         own_N = self.ranks.share(np.arange(len(self.windows_NS)), self.compute.batch)
         return self.windows_NS[own_N], held_out(len(self.windows_NS))[torch.from_numpy(own_N)]
 
-    def _held_out(self, start: int) -> torch.Tensor:
-        return self._share[1][start : start + self.compute.batch].to(self.compute.device)
+    def held_out(self, batch: int) -> torch.Tensor:
+        """Which windows of a batch of this rank's are."""
+        start = batch * self.compute.batch
+        return self.share[1][start : start + self.compute.batch].to(self.compute.device)
 
-    def _place(self, name: str) -> HiddenPlace:
+    def place(self, name: str) -> HiddenPlace:
+        """Where hidden states live."""
         name = f"{name}-{self.ranks.rank:04d}"
-        nbytes = self._share[0].size * self.source.dims.hidden_size * self.compute.dtype.itemsize
+        nbytes = self.share[0].size * self.source.dims.hidden_size * self.compute.dtype.itemsize
         return HiddenPlace(self.fits.folder, self.memory_budget, name) if nbytes > self.memory_budget else HiddenPlace()
-
-    def _bar(self, states: Iterator[HiddenStates]) -> Iterator[HiddenStates]:
-        return iter(progress(states, "refit", unit="layer", total=self.source.dims.layers))
 
 
 class _Tap(nn.Module):

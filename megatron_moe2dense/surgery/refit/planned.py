@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from megatron_moe2dense.surgery.calibrate import TextPass, chosen_compute, compu
 from megatron_moe2dense.surgery.config import ConvertConfig, RefitConfig
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.ranks import Ranks
-from megatron_moe2dense.surgery.refit.fit import Refit
+from megatron_moe2dense.surgery.refit.fit import Refit, parallel
 from megatron_moe2dense.surgery.refit.layer import RIDGES
 from megatron_moe2dense.surgery.refit.store import FittedLayers
 from megatron_moe2dense.surgery.source import MoeSource
@@ -42,19 +44,15 @@ def with_refit(config: ConvertConfig, plan: ConversionPlan, source: MoeSource, r
     if config.refit is not None:
         if plan.refit is not None:
             raise UserError(f"a refit block, and one in {config.plan}", "one of the two", "drop refit: the plan already holds it")
-        if config.refit.shared == "refitted" and source.tensors.shared is None:
-            expected = f"no refit.shared for {source.spec.name}, which has no shared experts"
-            raise UserError("refit.shared=refitted", expected, "drop refit.shared")
         assert config.data is not None, "ConvertConfig requires data for a refit"
-        text_NS = _text(config.data, source, config.refit)
-        return replace(plan, refit=_block(config.refit, config.data, text_NS, ranks))
+        return replace(plan, refit=block(config.refit, config.data, source, ranks))
     if config.data is None and plan.refit is None:
         return plan
     if plan.refit is None:
         raise UserError(f"data, and no refit in {config.plan}", "data only for a refit", "drop data, or add refit.method=ridge")
     data = config.data or TokensConfig(**plan.refit["data"])
     settings = _settings(plan)
-    found = _block(settings, data, _text(data, source, settings), ranks)
+    found = block(settings, data, source, ranks)
     if found["text"] != plan.refit["text"]:
         raise UserError(
             f"{data.path}: other windows than those that {config.plan} was refitted on",
@@ -64,12 +62,27 @@ def with_refit(config: ConvertConfig, plan: ConversionPlan, source: MoeSource, r
     return replace(plan, refit=found)
 
 
-def fit_planned(source: MoeSource, reader: CheckpointReader, plan: ConversionPlan, place: Place) -> FittedLayers:
-    """Carry out the plan's refit, from where an earlier run was killed; the layers lie in the working directory.
+def fit_planned(source: MoeSource, reader: CheckpointReader, plans: Sequence[tuple[ConversionPlan, Place]]) -> list[FittedLayers]:
+    """Carry out the plans' refits, from where an earlier run was killed; the layers lie in the working directories. Refits in parallel mode
+    on one text share its pass.
 
     Raises:
         UserError: hidden states that are not finite; a full disk.
     """
+    refits = [_refit(source, reader, plan, place) for plan, place in plans]
+    todo = [refit for refit in refits if not all(layer.layer in refit.fits for layer in refit.plan.layers)]
+    together: dict[str, list[Refit]] = {}
+    for refit in todo:
+        if refit.config.mode == "sequential":
+            refit.sequential()
+        else:
+            together.setdefault(json.dumps(refit.plan.refit), []).append(refit)
+    for equal in together.values():
+        parallel(equal)
+    return [refit.fits for refit in refits]
+
+
+def _refit(source: MoeSource, reader: CheckpointReader, plan: ConversionPlan, place: Place) -> Refit:
     assert plan.refit is not None, "only a plan with a refit is fitted"
     settings, data, ranks = _settings(plan), TokensConfig(**plan.refit["data"]), place.ranks
     if ranks.rank > 0:
@@ -77,12 +90,8 @@ def fit_planned(source: MoeSource, reader: CheckpointReader, plan: ConversionPla
     fits = FittedLayers(place.directory / "refit", plan.hash())
     if ranks.rank == 0:
         ranks.wait()
-    if all(layer.layer in fits for layer in plan.layers):
-        return fits
     compute, windows_NS = _compute(settings, data, ranks), _text(data, source, settings)
-    refit = Refit(source, reader, plan, windows_NS, compute, settings, fits, place.memory_budget, ranks)
-    (refit.parallel if settings.mode == "parallel" else refit.sequential)()
-    return fits
+    return Refit(source, reader, plan, windows_NS, compute, settings, fits, place.memory_budget, ranks)
 
 
 def cost(source: MoeSource, plan: ConversionPlan) -> dict[str, Any]:
@@ -108,8 +117,16 @@ def _settings(plan: ConversionPlan) -> RefitConfig:
     return RefitConfig(**{name: value for name, value in plan.refit.items() if name in RefitConfig.model_fields})
 
 
-def _block(settings: RefitConfig, data: TokensConfig, windows_NS: np.ndarray, ranks: Ranks) -> dict[str, Any]:
-    """All that the solved weights depend on; device and batch only as far as rounding goes."""
+def block(settings: RefitConfig, data: TokensConfig, source: MoeSource, ranks: Ranks) -> dict[str, Any]:
+    """A plan's refit: all that the solved weights depend on; device and batch only as far as rounding goes.
+
+    Raises:
+        UserError: a setting without effect, text too short to judge on.
+    """
+    if settings.shared == "refitted" and source.tensors.shared is None:
+        expected = f"no refit.shared for {source.spec.name}, which has no shared experts"
+        raise UserError("refit.shared=refitted", expected, "drop refit.shared")
+    windows_NS = _text(data, source, settings)
     text = hashlib.sha256(f"{windows_NS.shape}".encode() + windows_NS.tobytes()).hexdigest()
     dumped = settings.model_dump(mode="json")
     return {**dumped, "data": data.model_dump(mode="json"), "text": text, "compute": compute_facts(_compute(settings, data, ranks), ranks)}
