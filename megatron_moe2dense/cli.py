@@ -53,6 +53,7 @@ COMMANDS = {
     "convert": _command("surgery.convert", "ConvertConfig", "MoE checkpoint and statistics to a dense checkpoint"),
     "prune-dense": _command("surgery.prune_dense.prune", "PruneDenseConfig", "a dense model to a smaller one, by importance"),
     "sweep": _command("sweep.run", "SweepConfig", "every combination of scoring, grouping, scaling and K, evaluated in memory"),
+    "auto": _command("sweep.auto", "AutoConfig", "the best plan for a number of parameters, by successive halving over a sweep"),
     "cache-teacher": _command("trainer.cache.write", "CacheTeacherConfig", "the teacher's top-k log-probabilities to disk, for distill"),
     "distill": _command("trainer.distill", "DistillConfig", "train the dense student on the teacher's logits (Megatron-Core)"),
     "export": _command("trainer.export", "ExportConfig", "trainer checkpoint to a Hugging Face checkpoint"),

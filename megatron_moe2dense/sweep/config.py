@@ -11,6 +11,7 @@ from megatron_moe2dense.common.config import Config, key
 from megatron_moe2dense.common.sizes import Bytes
 from megatron_moe2dense.surgery.config import RefitConfig
 from megatron_moe2dense.surgery.grouping import groupers
+from megatron_moe2dense.surgery.neurons import NeuronSelector, selectors
 from megatron_moe2dense.surgery.scaling import scalers
 from megatron_moe2dense.surgery.scoring import METHODS, scorers
 from megatron_moe2dense.surgery.types import Grouper, Scaler, Scorer
@@ -22,6 +23,11 @@ SCALINGS = ("uniform", "proportional")
 
 def _blocks(names: tuple[str, ...]) -> list[dict[str, str]]:
     return [{"method": name} for name in names]
+
+
+def named_blocks(value: Any) -> Any:
+    """A list in which methods may stand by their names alone."""
+    return [{"method": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
 
 
 class GridConfig(Config):
@@ -38,7 +44,7 @@ class GridConfig(Config):
     @field_validator("score", "group", "scale", "refit", mode="before")
     @classmethod
     def _names_are_blocks(cls, value: Any) -> Any:
-        return [{"method": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+        return named_blocks(value)
 
     @model_validator(mode="after")
     def _no_value_twice(self) -> GridConfig:
@@ -48,6 +54,58 @@ class GridConfig(Config):
                 raise ValueError(f"{name} holds {twice[0]} twice")
         if min([*(self.keep or ()), *(self.groups or ())], default=1) < 1:
             raise ValueError("keep and groups must be at least 1")
+        return self
+
+
+class CandidatesConfig(GridConfig):
+    """The axes of `auto`."""
+
+    refit: list[RefitConfig | None] = key(_blocks(("ridge",)), "refits candidates are judged with, in parallel mode until the last round")
+
+
+class BudgetConfig(Config):
+    """What the dense model may be at most; neither: as wide as the MoE's active experts."""
+
+    parameters: int | None = key(None, "parameters of the whole model", "parameters", gt=0)
+    bytes: Bytes | None = key(None, "bytes of its weights in the source's dtype", "bytes", gt=0)
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> BudgetConfig:
+        if self.parameters is not None and self.bytes is not None:
+            raise ValueError("parameters and bytes are both given: one budget decides the width")
+        return self
+
+
+class AutoConfig(Config):
+    """`moe2dense auto`: the best plan for a budget, by successive halving (ours)."""
+
+    source: str = key(..., "Hugging Face checkpoint directory of the MoE")
+    statistics: str = key(..., "output directory of `moe2dense calibrate`")
+    output: str = key(..., "directory of plan.json, for `convert plan=`, and auto.json")
+    data: TokensConfig = key(..., "held-out tokens, to judge on")
+    refit_data: TokensConfig = key(..., "calibration text, to choose neurons and solve down projections on")
+    budget: BudgetConfig = key({}, "the size of the dense model")
+    grid: CandidatesConfig = key({}, "candidates; groups follow from the budget")
+    select: list[Annotated[NeuronSelector, *selectors.field]] = key(
+        _blocks(("energy", "ols")), "ways to choose neurons, candidates too, with every refit of the grid"
+    )
+    halvings: int = key(2, "rounds before the last one; each keeps one in `eta`, on `eta` times as much text as the one before", ge=0)
+    eta: int = key(4, "see halvings", gt=1)
+    batch_tokens: int = key(4096, "tokens through a layer at once: whole windows, at least one", "tokens", gt=0)
+    memory_budget: Bytes = key("8GiB", "for hidden states: decides how many models are evaluated in one pass", "bytes", gt=0)
+    device: str = key("auto", "torch device: cpu, cuda, cuda:1, ...; auto: cuda where there is one, else cpu")
+    dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "weights and compute; logits are compared in float32 always")
+    overwrite: bool = key(False, "replace an existing output")
+
+    @field_validator("select", mode="before")
+    @classmethod
+    def _names_are_blocks(cls, value: Any) -> Any:
+        return named_blocks(value)
+
+    @model_validator(mode="after")
+    def _settings_have_effect(self) -> AutoConfig:
+        if self.grid.groups is not None:
+            raise ValueError("grid.groups follows from the budget; remove it")
         return self
 
 

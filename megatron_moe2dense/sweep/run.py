@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,19 +18,18 @@ from megatron_moe2dense.common.outputs import versions, write_json
 from megatron_moe2dense.evals.models import open_device
 from megatron_moe2dense.evals.perplexity import Measured
 from megatron_moe2dense.surgery.convert import flat_weights, require_same_source
-from megatron_moe2dense.surgery.dense_stream import DenseModel, DenseStream, Head
 from megatron_moe2dense.surgery.layout import dense_size
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.ranks import Ranks
-from megatron_moe2dense.surgery.refit.planned import Place, block, fit_planned
+from megatron_moe2dense.surgery.refit.planned import Place, block
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import STATS_FILE, CalibratedStats
 from megatron_moe2dense.surgery.stream import Compute
+from megatron_moe2dense.sweep.bench import Bench
 from megatron_moe2dense.sweep.config import SweepConfig
 from megatron_moe2dense.sweep.grid import Point, distinct, in_slice, make_plans, points
 from megatron_moe2dense.sweep.ledger import REFITS, SUMMARY, Ledger, read_rows, require_free
 from megatron_moe2dense.sweep.live import LiveTable
-from megatron_moe2dense.sweep.measure import measure
 from megatron_moe2dense.sweep.summary import summarise, table
 from megatron_moe2dense.tokens.indexed import windows
 
@@ -80,16 +78,6 @@ class Sweep:
         }
 
 
-@dataclass(frozen=True)
-class Bench:
-    """The opened model and the teacher: its final hidden states, read once."""
-
-    reader: CheckpointReader
-    stream: DenseStream
-    head: Head
-    teacher_NSD: torch.Tensor
-
-
 def run(config: SweepConfig) -> None:
     """Evaluate what no process has evaluated yet; write records.jsonl and summary.json, print the summary.
 
@@ -103,8 +91,8 @@ def run(config: SweepConfig) -> None:
         _copy_equal(sweep, ledger)
         if todo := _open_plans(sweep, ledger.rows()):
             logger.info("%s", _said(sweep, len(todo)))
-            stream = DenseStream(source, reader, sweep.compute)
-            bench = Bench(reader, stream, stream.head(), stream.teacher_states(sweep.windows_NS))
+            place = Place(ledger.directory / REFITS, config.memory_budget, Ranks())
+            bench = Bench.open(reader, source, sweep.compute, sweep.windows_NS, place)
             with LiveTable(len(sweep.by_hash)) as live:
                 while _one_pass(sweep, ledger, bench, live):
                     pass
@@ -167,29 +155,13 @@ def _one_pass(sweep: Sweep, ledger: Ledger, bench: Bench, live: LiveTable) -> bo
             return False
         start = time.perf_counter()
         plans = [sweep.plans[sweep.by_hash[plan][0]] for plan in chosen]
-        models = _refitted(sweep, plans, ledger.directory, bench.reader)
-        states = bench.stream.dense_states(sweep.windows_NS, models)
-        teacher, found = measure(bench.head, sweep.windows_NS, bench.teacher_NSD, states)
+        teacher, found = bench.evaluate(plans)
         seconds = (time.perf_counter() - start) / len(chosen)
         for plan, measured in zip(chosen, found, strict=True):
             ledger.append(_rows(sweep, plan, (teacher, measured), seconds))
-        for model in models:
-            if model.fits is not None:
-                shutil.rmtree(model.fits.folder.parent)
+        bench.forget(plans)
         live.update(ledger.rows())
     return True
-
-
-def _refitted(sweep: Sweep, plans: list[ConversionPlan], directory: Path, reader: CheckpointReader) -> list[DenseModel]:
-    """The models of some plans, their down projections solved where a plan says so; on disk until the rows are, so a killed sweep keeps
-    solved layers."""
-    todo = [plan for plan in plans if plan.refit is not None]
-    places = [Place(directory / REFITS / plan.hash(), sweep.config.memory_budget, Ranks()) for plan in todo]
-    for place in places:
-        place.directory.mkdir(parents=True, exist_ok=True)
-    fits = fit_planned(sweep.source, reader, list(zip(todo, places, strict=True)))
-    by_hash = {plan.hash(): found for plan, found in zip(todo, fits, strict=True)}
-    return [DenseModel(plan.layers, by_hash.get(plan.hash())) for plan in plans]
 
 
 def _rows(sweep: Sweep, plan_hash: str, measured: tuple[Measured, Measured], seconds: float) -> list[dict[str, Any]]:

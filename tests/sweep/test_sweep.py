@@ -15,7 +15,8 @@ from megatron_moe2dense.cli import main
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.sweep import run as sweep_run
+from megatron_moe2dense.surgery.dense_stream import DenseStream
+from megatron_moe2dense.sweep import bench
 from megatron_moe2dense.sweep.config import GridConfig
 from megatron_moe2dense.sweep.grid import in_slice, points
 from tests.helpers.tiny_models import tiny, write_tokens
@@ -116,8 +117,8 @@ def test_refitted_points_are_those_of_convert_and_eval(family: str, made, tmp_pa
 
 def test_equal_plans_are_evaluated_once_and_recorded_each(made, tmp_path: Path, monkeypatch, capsys):
     folder, passes = made("qwen3_moe"), []
-    plain = sweep_run.DenseStream.dense_states
-    monkeypatch.setattr(sweep_run.DenseStream, "dense_states", lambda *a: passes.append(len(a[2])) or plain(*a))
+    plain = DenseStream.dense_states
+    monkeypatch.setattr(DenseStream, "dense_states", lambda *a: passes.append(len(a[2])) or plain(*a))
     main(arguments(folder, tmp_path / "one"))
     rows = rows_of(tmp_path / "one")
     first = {row["plan_hash"]: row for row in reversed(rows) if "same_plan_as" not in row}
@@ -141,7 +142,7 @@ def test_equal_plans_are_evaluated_once_and_recorded_each(made, tmp_path: Path, 
 def test_a_killed_sweep_loses_the_pass_in_flight_only(made, tmp_path: Path, monkeypatch):
     folder, output = made("qwen3_moe"), tmp_path / "killed"
     few = f"memory_budget={5 * LENGTH * 64 * 4 * 5}"
-    plain, passes = sweep_run.measure, []
+    plain, passes = bench.measure, []
 
     def measure(*given: Any) -> Any:
         passes.append(len(given[3]))
@@ -149,7 +150,7 @@ def test_a_killed_sweep_loses_the_pass_in_flight_only(made, tmp_path: Path, monk
             raise KilledError
         return plain(*given)
 
-    monkeypatch.setattr(sweep_run, "measure", measure)
+    monkeypatch.setattr(bench, "measure", measure)
     with pytest.raises(KilledError):
         main(arguments(folder, output, few))
     done = {row["plan_hash"] for row in rows_of(output)}

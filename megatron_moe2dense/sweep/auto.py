@@ -1,0 +1,253 @@
+"""`moe2dense auto`: the plan that is best for a budget, by successive halving over plans of experts and of neurons (ours; automatic choice
+is named future work in the paper).
+
+Every candidate is judged on a little held-out text, by KL to the MoE; the better ones on more, the last few on all of it. Down projections
+are solved on as small a share of the calibration text, in one pass for all. The finalists are judged with every mode of refit.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.log import logger
+from megatron_moe2dense.common.outputs import output_directory, read_json, write_json
+from megatron_moe2dense.common.table import render
+from megatron_moe2dense.evals.models import open_device
+from megatron_moe2dense.surgery import select
+from megatron_moe2dense.surgery.config import RefitConfig, SelectConfig
+from megatron_moe2dense.surgery.convert import flat_weights, require_same_source
+from megatron_moe2dense.surgery.layout import dense_size
+from megatron_moe2dense.surgery.neurons import selectors
+from megatron_moe2dense.surgery.plan import ConversionPlan
+from megatron_moe2dense.surgery.ranks import Ranks
+from megatron_moe2dense.surgery.refit.planned import Place, block
+from megatron_moe2dense.surgery.rewrite import PLAN_FILE
+from megatron_moe2dense.surgery.source import MoeSource
+from megatron_moe2dense.surgery.stats import CalibratedStats
+from megatron_moe2dense.surgery.stream import Compute
+from megatron_moe2dense.sweep.bench import Bench
+from megatron_moe2dense.sweep.config import AutoConfig, BudgetConfig
+from megatron_moe2dense.sweep.grid import label, make_plans, points
+from megatron_moe2dense.tokens.config import TokensConfig
+from megatron_moe2dense.tokens.indexed import windows
+
+REPORT = "auto.json"
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """plan: without a refit. refit: the one it is judged with, None: none."""
+
+    name: str
+    plan: ConversionPlan
+    refit: RefitConfig | None
+
+    @property
+    def called(self) -> str:
+        """For tables."""
+        if self.refit is None:
+            return self.name
+        return f"{self.name} {label({'method': self.refit.method, **self.refit.model_dump(mode='json', exclude_defaults=True)})}"
+
+
+def run(config: AutoConfig) -> None:
+    """Write plan.json of the best plan and auto.json; print how it was chosen.
+
+    Raises:
+        UserError: no width fits the budget; source, statistics and texts do not fit each other; the output exists.
+    """
+    source, statistics = MoeSource.open(config.source), CalibratedStats.open(config.statistics)
+    require_same_source(f"{config.statistics}: statistics", statistics.source, source)
+    groups = groups_of(config.budget, source)
+    windows_NS = windows(config.data, source.dims.vocab_size)
+    compute = Compute(open_device(config.device), getattr(torch, config.dtype), max(1, config.batch_tokens // config.data.sequence_length))
+    facts: dict[str, Any] = {"source": source.facts(), "groups": groups}
+    with (
+        CheckpointReader(source.index) as reader,
+        output_directory(Path(config.output), "auto", config.model_dump(mode="json"), **facts) as working,
+    ):
+        found = _experts(config, source, reader, statistics, groups) + _neurons(config, groups, working)
+        bench = Bench.open(reader, source, compute, windows_NS, Place(working / "refits", config.memory_budget, Ranks()))
+        search = _Search(config, bench, working)
+        best, rounds = search.rounds(found)
+        search.planned(best, 1).write(working / PLAN_FILE)
+        report = {"format": 1, **facts, "parameters": dense_size(source, groups)[0], "candidates": len(found), "rounds": rounds}
+        report["model_windows"] = {"spent": sum(each["model_windows"] for each in rounds), "all": len(found) * len(windows_NS)}
+        write_json(working / REPORT, report)
+        search.clean()
+    print(table(report))
+    print(f"\n{config.output}/{PLAN_FILE}: moe2dense convert source={config.source} plan={config.output}/{PLAN_FILE} output=...")
+
+
+def groups_of(budget: BudgetConfig, source: MoeSource) -> int:
+    """The most slices of a dense FFN that the budget has room for; the router's top-k without one.
+
+    Raises:
+        UserError: the budget is smaller than a model of one expert's width.
+    """
+    if budget.parameters is None and budget.bytes is None:
+        return source.dims.active
+    most, which = (budget.parameters, 0) if budget.parameters is not None else (budget.bytes, 1)
+    assert most is not None, "one of the two is given"
+    fitting = [groups for groups in range(1, source.dims.experts + 1) if dense_size(source, groups)[which] <= most]
+    if not fitting:
+        least, what = dense_size(source, 1)[which], ("parameters", "bytes")[which]
+        raise UserError(f"budget.{what}={most}", f"at least {least}: with FFNs as wide as one expert", "raise the budget")
+    return fitting[-1]
+
+
+def _experts(config: AutoConfig, source: MoeSource, reader: CheckpointReader, statistics: CalibratedStats, groups: int) -> list[Candidate]:
+    """Of the grid; equal plans once, also those that differ only in what a refit solves."""
+    grid = config.grid.model_copy(update={"groups": [groups], "refit": [None]})
+    found = points(grid, source.dims.experts, groups)
+    plans = make_plans(found, statistics, lambda layer: flat_weights(source, reader, layer))
+    candidates = {}
+    for refit in _first_refits(config):
+        for point, plan in zip(found, plans, strict=True):
+            marked = plan if refit is None else replace(plan, refit={"judged": True})  # so that the hash leaves scales out
+            candidates.setdefault((repr(refit), marked.hash()), Candidate(point.name, plan, refit))
+    return list(candidates.values())
+
+
+def _neurons(config: AutoConfig, groups: int, working: Path) -> list[Candidate]:
+    candidates = []
+    for selector in config.select:
+        reads = selector.candidates(1000) > 1000
+        name = label(selectors.dump(selector))
+        output = working / f"select-{selector.method_name()}"
+        chosen = SelectConfig(
+            source=config.source,
+            statistics=config.statistics,
+            output=str(output),
+            groups=groups,
+            select=selector,
+            data=config.refit_data if reads else None,
+            device=config.device,
+            memory_budget=config.memory_budget,
+        )
+        if not output.exists():
+            select.run(chosen)
+        plan = ConversionPlan.read(output / PLAN_FILE)
+        candidates += [Candidate(f"neurons {name} G={groups}", plan, refit) for refit in _first_refits(config)]
+    return candidates
+
+
+def _first_refits(config: AutoConfig) -> list[RefitConfig | None]:
+    """In parallel mode: one pass serves all candidates."""
+    return [None if refit is None else refit.model_copy(update={"mode": "parallel"}) for refit in config.grid.refit]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What a killed search keeps lies in `working`: solved layers, and every round that has ended."""
+
+    config: AutoConfig
+    bench: Bench
+    working: Path
+
+    def rounds(self, found: Sequence[Candidate]) -> tuple[Candidate, list[dict[str, Any]]]:
+        """The best candidate, and what each round judged, best first."""
+        rounds: list[dict[str, Any]] = []
+        left = list(found)
+        for number in range(self.config.halvings + 1):
+            step = self.config.eta ** (self.config.halvings - number)
+            if step == 1:
+                left = _with_modes(left)
+            path = self.working / f"round-{number}.json"
+            if not path.exists():
+                write_json(path, self._judged(left, step))
+            rounds.append(read_json(path, "a round of the search"))
+            by_name = {candidate.called: candidate for candidate in left}
+            order = [by_name[row["model"]] for row in rounds[-1]["models"]]
+            logger.info("round %d: %d models, the best %s", number + 1, len(order), order[0].called)
+            left = order[: max(1, len(order) // self.config.eta)]
+        return left[0], rounds
+
+    def planned(self, candidate: Candidate, step: int) -> ConversionPlan:
+        """With its refit on every `step`th window's worth of the calibration text."""
+        if candidate.refit is None:
+            return candidate.plan
+        data = self.config.refit_data
+        whole = len(windows(data, self.bench.source.dims.vocab_size))
+        text = data if step == 1 else TokensConfig(**{**data.model_dump(), "sequences": max(2, whole // step)})
+        return replace(candidate.plan, refit=block(candidate.refit, text, self.bench.source, Ranks()))
+
+    def clean(self) -> None:
+        """Leave plan.json and the report alone."""
+        for path in self.working.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name.startswith("round-"):
+                path.unlink()
+
+    def _judged(self, candidates: Sequence[Candidate], step: int) -> dict[str, Any]:
+        bench = self.bench.every(step)
+        state_bytes = bench.teacher_NSD.numel() * bench.teacher_NSD.element_size()
+        at_once = max(1, self.config.memory_budget // state_bytes - 2)
+        plans = [self.planned(candidate, step) for candidate in candidates]
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(plans), at_once):
+            part = plans[start : start + at_once]
+            teacher, found = bench.evaluate(part)
+            for candidate, plan, measured in zip(candidates[start:], part, found, strict=False):
+                metrics = {"kl": measured.kl, "nll": measured.nll, "perplexity": measured.perplexity}
+                rows.append({"model": candidate.called, "plan_hash": plan.hash(), **metrics, "teacher_nll": teacher.nll})
+            bench.forget(part)
+        models = sorted(rows, key=lambda row: row["kl"])
+        return {"windows": len(bench.windows_NS), "model_windows": len(plans) * len(bench.windows_NS), "models": models}
+
+
+def _with_modes(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Every one with its refit in both modes."""
+    both = []
+    for candidate in candidates:
+        modes = ("parallel", "sequential") if candidate.refit is not None else ()
+        refits = [candidate.refit.model_copy(update={"mode": mode}) for mode in modes if candidate.refit is not None]
+        both += [replace(candidate, refit=refit) for refit in refits] or [candidate]
+    return list({candidate.called: candidate for candidate in both}.values())
+
+
+def table(report: dict[str, Any]) -> str:
+    """The best models of the last round, with what the rounds before said of them, and what the search cost."""
+    rounds, said = report["rounds"], report["model_windows"]
+    last = rounds[-1]["models"]
+    earlier = [{row["model"]: row["kl"] for row in each["models"]} for each in rounds[:-1]]
+    header = ["model", *(f"KL on {each['windows']} windows" for each in rounds), "perplexity"]
+    rows = [[row["model"], *(found.get(row["model"]) for found in earlier), row["kl"], row["perplexity"]] for row in last[:_SHOWN]]
+    cost = ", ".join(f"{len(each['models'])} models on {each['windows']} windows" for each in rounds)
+    share = said["spent"] / said["all"]
+    return (
+        f"{report['candidates']} candidates of {report['parameters']:,} parameters: {cost}; {share:.0%} of judging each on all\n\n"
+        + render(header, rows)
+    )
+
+
+def dry_run(config: AutoConfig) -> dict[str, Any]:
+    """Width, size and the rounds; plans of experts are really made."""
+    source, statistics = MoeSource.open(config.source), CalibratedStats.open(config.statistics)
+    require_same_source(f"{config.statistics}: statistics", statistics.source, source)
+    groups = groups_of(config.budget, source)
+    with CheckpointReader(source.index) as reader:
+        candidates = len(_experts(config, source, reader, statistics, groups)) + len(config.select) * len(config.grid.refit)
+    held_out, rounds, left = len(windows(config.data, source.dims.vocab_size)), [], candidates
+    for number in range(config.halvings + 1):
+        rounds.append({"models": left, "windows": -(-held_out // config.eta ** (config.halvings - number))})
+        left = max(1, left // config.eta)
+    return {
+        "source": source.facts(),
+        "groups": groups,
+        "parameters": dense_size(source, groups)[0],
+        "candidates": candidates,
+        "rounds": rounds,
+        "reads": {str(source.index.directory): source.index.nbytes},
+        "writes": [f"{config.output}/{PLAN_FILE}", f"{config.output}/{REPORT}"],
+    }
