@@ -6,6 +6,7 @@ student, target = the teacher's residual stream after the layer minus the studen
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.progress import progress
 from megatron_moe2dense.surgery.calibrate import require_finite
 from megatron_moe2dense.surgery.config import RefitConfig
@@ -28,7 +30,7 @@ from megatron_moe2dense.surgery.observe import Observer
 from megatron_moe2dense.surgery.packing import finite_tensors
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.ranks import Ranks
-from megatron_moe2dense.surgery.refit.layer import LayerFit, LayerSums
+from megatron_moe2dense.surgery.refit.layer import FitReport, LayerFit, LayerSums
 from megatron_moe2dense.surgery.refit.store import FittedLayers
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
@@ -64,8 +66,17 @@ def parallel(refits: Sequence[Refit]) -> None:
     for hidden in progress(states, "refit", unit="layer", total=first.source.dims.layers):
         require_finite(hidden, first.source)
         hidden.forget_others()
-        for refit, sums, ffn in at.pop(hidden.layer - 1, []):
-            refit.finish(hidden.layer - 1, sums, ffn)
+        done = [refit.finish(hidden.layer - 1, sums, ffn) for refit, sums, ffn in at.pop(hidden.layer - 1, [])]
+        _say([report for report in done if report is not None])
+
+
+def _say(reports: Sequence[FitReport]) -> None:
+    """A line a layer, whether it was solved for one dense model or for many."""
+    if len(reports) == 1:
+        reports[0].log()
+    elif reports:
+        before, after = (statistics.median(getattr(report, name) for report in reports) for name in ("before", "held_out"))
+        logger.info("layer %d: %d refits, median error %.4f -> %.4f", reports[0].layer, len(reports), before, after)
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,8 @@ class Refit:
                 for i, (x_BSD, residual_BSD) in enumerate(student.before_ffn(layer)):
                     target_BSD = wanted[i].to(residual_BSD.device).double() - residual_BSD.double()
                     sums.add(x_BSD, target_BSD, self.held_out(i))
-                self.finish(layer, sums, ffn)
+                report = self.finish(layer, sums, ffn)
+                _say([report] if report is not None else [])
             student.advance(layer, self._placed(self.fits[layer].applied(ffn)))
 
     def begun(self, layer: int) -> tuple[Refit, LayerSums, DenseFfn]:
@@ -120,14 +132,15 @@ class Refit:
         fixed = len(ffn.gate_FD) - routed if self.config.shared == "fixed" else 0
         return self, LayerSums(self._gating, self._placed(ffn), fixed), ffn
 
-    def finish(self, layer: int, sums: LayerSums, ffn: DenseFfn) -> None:
-        """Solve the layer from the sums of all ranks, and keep it."""
-        sums = sums.over(self.ranks)
+    def finish(self, layer: int, sums: LayerSums, ffn: DenseFfn) -> FitReport | None:
+        """Solve the layer from the sums of all ranks, and keep it; what it is worth, on rank 0."""
+        sums, report = sums.over(self.ranks), None
         if self.ranks.rank == 0:
             fit: LayerFit = sums.fit(layer, None if self.config.ridge == "auto" else self.config.ridge, ffn.gate_FD.dtype)
-            fit.report.log()
             self.fits.put(fit)
+            report = fit.report
         self.ranks.wait()
+        return report
 
     def _placed(self, ffn: DenseFfn) -> DenseFfn:
         return placed(ffn, torch.empty(0, dtype=self.compute.dtype, device=self.compute.device))
