@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_moe2dense.plots.style import FAINT, PALETTE, log_axis, new_figure, style
+from matplotlib.figure import Figure
+
+from megatron_moe2dense.plots.style import FAINT, PALETTE, log_axis, new_figure, short, style
 
 BEGIN, END = "<!-- launch/study_pico.sh: begin -->", "<!-- launch/study_pico.sh: end -->"
 # In the paper's order, best first; its average score of the five tasks for Qwen3-30B-A3B, none for the last (docs/method.md).
@@ -125,28 +127,50 @@ def figures(rows: Sequence[Row], folder: Path) -> None:
     """study_quality.png: every seed of every arm, by measure; study_training.png: held-out loss over tokens."""
     folder.mkdir(exist_ok=True)
     with style():
-        figure = new_figure(10, 3.4)
-        for axes, (name, (title, _, _)) in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES.items(), strict=True):
-            for place, arm in enumerate(ARMS):
-                values = _values(rows, arm, name)
-                axes.plot(values, [place] * len(values), "o", color=PALETTE[place], alpha=0.7)
-                axes.plot([statistics.mean(values)], [place], "|", color=FAINT, markersize=18)
-            axes.set_title(title)
-            axes.set_yticks(range(len(ARMS)), [title for title, _ in ARMS.values()])
-            axes.grid(axis="x")
-            axes.set_ylim(len(ARMS) - 0.5, -0.5)
-        figure.savefig(folder / "study_quality.png", dpi=150)
-        figure = new_figure(7, 4)
-        axes = figure.subplots()
-        for place, (arm, (title, _)) in enumerate(ARMS.items()):
-            for number, row in enumerate(row for row in rows if row["arm"] == arm):
-                tokens, losses = zip(*row["curve"], strict=True)
-                axes.plot(tokens, losses, color=PALETTE[place], alpha=0.8, label=title if number == 0 else None)
+        quality(rows).savefig(folder / "study_quality.png", dpi=150)
+        training(rows).savefig(folder / "study_training.png", dpi=150)
+
+
+def quality(rows: Sequence[Row]) -> Figure:
+    """A panel a measure, on the scale of the arms that begin with a teacher's weights; the mean of the one that does not is written out."""
+    figure = new_figure(10, 3.4)
+    for axes, (name, (title, digits, more)) in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES.items(), strict=True):
+        for place, arm in enumerate(ARMS):
+            values = _values(rows, arm, name)
+            if arm == "random":
+                said = f"{statistics.mean(values):.{min(digits, 2)}f}"
+                spot, text = (0.02, f"< {said}") if more else (0.98, f"{said} >")
+                axes.annotate(text, (spot, place), xycoords=("axes fraction", "data"), ha="left" if more else "right", color=PALETTE[place])
+                continue
+            axes.plot(values, [place] * len(values), "o", color=PALETTE[place], alpha=0.7)
+            axes.plot([statistics.mean(values)], [place], "|", color=FAINT, markersize=18)
+        axes.margins(x=0.2)
+        axes.set_title(title)
+        axes.set_yticks(range(len(ARMS)), [title for title, _ in ARMS.values()])
+        axes.grid(axis="x")
+        axes.set_ylim(len(ARMS) - 0.5, -0.5)
+    return figure
+
+
+def training(rows: Sequence[Row]) -> Figure:
+    """Left: the loss of every arm. Right: how far it is above that of DO-ACP with the same seed, and so on the same held-out draw."""
+    figure = new_figure(11, 4)
+    whole, apart = figure.subplots(1, 2)
+    first = {row["seed"]: dict(row["curve"]) for row in rows if row["arm"] == "do_acp"}
+    for place, (arm, (title, _)) in enumerate(ARMS.items()):
+        for number, row in enumerate(row for row in rows if row["arm"] == arm):
+            tokens, losses = zip(*row["curve"], strict=True)
+            look = {"color": PALETTE[place], "alpha": 0.8, "label": title if number == 0 else None}
+            whole.plot(tokens, losses, **look)
+            if arm != "random":
+                apart.plot(tokens, [loss - first[row["seed"]][at] for at, loss in row["curve"]], **look)
+    for axes, said in ((whole, "held-out loss [nats/token]"), (apart, "above DO-ACP of the seed [nats/token]")):
         axes.set_xlabel("distillation tokens")
-        axes.set_ylabel("held-out loss [nats/token]")
-        log_axis(axes)
-        axes.legend()
-        figure.savefig(folder / "study_training.png", dpi=150)
+        axes.set_ylabel(said)
+        axes.xaxis.set_major_formatter(lambda value, _place: short(value))
+    log_axis(whole)
+    whole.legend()
+    return figure
 
 
 def main(out: Path, document: Path) -> None:
