@@ -120,10 +120,10 @@ def _experts(config: AutoConfig, source: MoeSource, reader: CheckpointReader, st
 
 def _neurons(config: AutoConfig, groups: int, working: Path) -> list[Candidate]:
     candidates = []
-    for selector in config.select:
+    for number, selector in enumerate(config.select):
         reads = selector.candidates(1000) > 1000
         name = label(selectors.dump(selector))
-        output = working / f"select-{selector.method_name()}"
+        output = working / f"select-{number}"
         chosen = SelectConfig(
             source=config.source,
             statistics=config.statistics,
@@ -142,8 +142,9 @@ def _neurons(config: AutoConfig, groups: int, working: Path) -> list[Candidate]:
 
 
 def _first_refits(config: AutoConfig) -> list[RefitConfig | None]:
-    """In parallel mode: one pass serves all candidates."""
-    return [None if refit is None else refit.model_copy(update={"mode": "parallel"}) for refit in config.grid.refit]
+    """In parallel mode: one pass serves all candidates; those that differ in nothing else once."""
+    found = [None if refit is None else refit.model_copy(update={"mode": "parallel"}) for refit in config.grid.refit]
+    return list({repr(refit): refit for refit in found}.values())
 
 
 @dataclass(frozen=True)

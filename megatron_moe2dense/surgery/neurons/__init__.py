@@ -21,14 +21,16 @@ class NeuronSelector(Method):
         """How many of the ranking's first it looks at to choose `width`; as many: the ranking is the choice, and no text is needed."""
         return width
 
-    def choose(self, sums: Sums, width: int, free: int) -> torch.Tensor:
-        """`width` of the candidates, best first, as places in the ranking. Called where there are more than `width`.
+    def choose(self, sums: Sums, width: int, free: int) -> torch.Tensor:  # noqa: ARG002 - for methods that look further
+        """`width` of the candidates, best first, as places in the ranking; the ranking's first, unless a method knows better.
 
         Args:
             sums: normal equations of the routed experts' output on the activations of the candidates, and of `free` constants behind
                 them.
         """
-        raise NotImplementedError
+        import torch
+
+        return torch.arange(width, device=sums.gram_FF.device)
 
 
 selectors: Registry[NeuronSelector] = Registry("select", __name__)
