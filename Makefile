@@ -11,7 +11,7 @@ test: .venv/.installed-dev  ## all tests, in two processes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: .venv/.installed-dev  ## every stage killed at random moments and in every phase, ranks that hang, full disks, damage; all resumed
-	MOE2DENSE_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=20 tests/surgery/test_kills.py tests/trainer/test_resume.py \
+	MOE2DENSE_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20 tests/surgery/test_kills.py tests/trainer/test_resume.py \
 	    tests/trainer/test_faults.py tests/trainer/test_surroundings.py tests/trainer/test_nonfinite.py tests/test_security.py \
 	    tests/launch/elastic_kills.py
 

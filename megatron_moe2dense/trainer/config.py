@@ -49,14 +49,28 @@ class ParallelConfig(Config):
         return 1 if self.expert > 1 else self.tensor
 
 
+class MuonConfig(Config):
+    """Muon for the matrices of the decoder layers; embedding, head, norms and biases stay with AdamW."""
+
+    lr: float | None = key(None, "peak learning rate of the matrices, whose updates are as large as AdamW's; null: optim.lr", gt=0)
+    momentum: float = key(0.95, "decay of the momentum (Nesterov's)", ge=0, lt=1)
+    iterations: int = key(5, "Newton-Schulz iterations of an orthogonalisation", "iterations", gt=0, lt=100)
+
+
 class OptimConfig(Config):
-    """AdamW of Megatron-Core."""
+    """AdamW of Megatron-Core, and Muon."""
 
     lr: float = key(1e-4, "peak learning rate", gt=0)
     betas: list[float] = key([0.9, 0.95], "Adam's moment decays", min_length=2, max_length=2)
     eps: float = key(1e-8, "Adam's epsilon", gt=0)
     weight_decay: float = key(0.1, "decoupled weight decay; norms and biases have none", ge=0)
     clip: float = key(1.0, "global gradient norm limit; 0: none", ge=0)
+    muon: MuonConfig | None = key(None, "Muon for the matrices of the decoder layers; null: AdamW for all")
+
+    def require_whole_matrices(self, parallel: ParallelConfig) -> None:
+        """ValueError for Muon with a sharded optimizer."""
+        if self.muon is not None and parallel.distributed_optimizer:
+            raise ValueError("optim.muon takes whole matrices, not shards: set parallel.distributed_optimizer=false")
 
 
 class ScheduleConfig(Config):
@@ -217,6 +231,7 @@ class DistillConfig(Config):
             raise ValueError(
                 f"parallel.overlap_gradients waits for a gradient of the LM head, loss {self.resolved_loss().method_name()} has none"
             )
+        self.optim.require_whole_matrices(self.parallel)
         if self.fp8 is not None and self.dtype != "bfloat16":
             raise ValueError(f"fp8 has no effect with dtype: {self.dtype}")
         if self.data.validation is None and self.train.eval_every is not None:

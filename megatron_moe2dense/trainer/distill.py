@@ -31,7 +31,7 @@ from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.loop import Trainer
 from megatron_moe2dense.trainer.metrics import Metrics, Speed
 from megatron_moe2dense.trainer.pipeline import Split
-from megatron_moe2dense.trainer.plan import memory
+from megatron_moe2dense.trainer.plan import memory, parameters
 from megatron_moe2dense.trainer.plan.job import Job, fewest_processes
 from megatron_moe2dense.trainer.proof.prove import prove
 from megatron_moe2dense.trainer.runtime import Runtime, fp8
@@ -64,9 +64,9 @@ def run(config: DistillConfig) -> None:
 def dry_run(config: DistillConfig, processes: int | None = None) -> dict[str, Any]:
     """Steps, tokens, parameters, model FLOPs (see `flops`) and bytes.
 
-    memory_bytes: of all processes together, without activations and padding: weights, float32 gradients, Adam's moments and, in bfloat16,
-    master weights of the student; weights of the teacher. memory_per_process: by pipeline stage and part (`plan.memory`), on this many
-    processes, by default those that this runs on, or the fewest that the layout needs.
+    memory_bytes: of all processes together, without activations and padding: weights, float32 gradients, the optimizer's moments and, in
+    bfloat16, master weights of the student; weights of the teacher. memory_per_process: by pipeline stage and part (`plan.memory`), on
+    this many processes, by default those that this runs on, or the fewest that the layout needs.
     """
     half = config.dtype == "bfloat16"
     tokens = config.steps() * config.batch.global_ * config.data.sequence_length
@@ -84,6 +84,8 @@ def dry_run(config: DistillConfig, processes: int | None = None) -> dict[str, An
         experts = config.active_experts() if name == "teacher" else None
         facts["flops"] += int(passes * forward_flops(blueprint, config.data.sequence_length, experts) * tokens)
         facts["memory_bytes"][name] = nbytes * total
+        if name == "student" and config.optim.muon is not None:  # one moment in place of two
+            facts["memory_bytes"][name] -= 4 * parameters.matrices(blueprint)
     facts["memory_per_process"] = _memory_per_process(config, blueprints, processes)
     files = [source.path for source in config.data.sources()]
     facts["reads"] = [path for path in (*files, config.data.validation, config.student, config.teacher, config.teacher_cache) if path]
@@ -103,6 +105,7 @@ def _memory_per_process(config: DistillConfig, blueprints: dict[str, models.Blue
         loss=config.resolved_loss(),
         kernels=config.device != "cpu",
         fp8=config.fp8 is not None,
+        muon=config.optim.muon is not None,
     )
     return {f"stage {stage}": memory.of_stage(job, stage).parts() for stage in job.stages()}
 
@@ -119,6 +122,8 @@ def _identity(config: DistillConfig) -> dict[str, Any]:
     content = {name: value for name, value in _dump(config).items() if name not in _MAY_CHANGE}
     if config.fp8 is None:  # runs begun before there was this key are the same runs
         del content["fp8"]
+    if config.optim.muon is None:
+        del content["optim"]["muon"]
     content["train"] = {name: value for name, value in content["train"].items() if name not in _MAY_CHANGE_IN_TRAIN}
     return content
 
@@ -195,7 +200,7 @@ _Student = tuple[models.Blueprint, list[models.HeadlessGPT], list[DistributedDat
 def _assemble(config: DistillConfig, groups: Groups, device: Runtime, learner: _Student) -> tuple[Trainer, TrainState]:
     """What stands around the student."""
     blueprint, student, wrapped = learner
-    optimizer, scheduler = optim.build(config, wrapped)
+    optimizer, scheduler = optim.build(config, wrapped, blueprint, groups)
     frozen = teacher.build(config, blueprint, groups, device) if config.has_live_teacher() else None
     checkpointer = Checkpointer(Path(config.output) / "checkpoints", config.train, groups)
     state = _resume(checkpointer, student, optimizer, scheduler)

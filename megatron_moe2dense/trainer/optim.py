@@ -1,4 +1,4 @@
-"""Megatron-Core's AdamW and learning-rate scheduler, and the DDP wrapper that feeds them."""
+"""Megatron-Core's AdamW and learning-rate scheduler, Muon beside it where the config asks, and the DDP wrapper that feeds them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from megatron_moe2dense.trainer import muon
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.model import HeadlessGPT
+from megatron_moe2dense.trainer.model import Blueprint, HeadlessGPT
 
 
 def wrap(chunks: list[HeadlessGPT], config: DistillConfig, groups: Groups) -> list[DistributedDataParallel]:
@@ -37,8 +38,14 @@ def _overlaps(config: DistillConfig) -> bool:
     return torch.cuda.is_available() and config.resolved_loss().trains_head()
 
 
-def build(config: DistillConfig, chunks: list[DistributedDataParallel]) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW over the wrapped chunks, and its schedule over `config.steps()` steps."""
+def build(
+    config: DistillConfig, chunks: list[DistributedDataParallel], blueprint: Blueprint, groups: Groups
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW over the wrapped chunks, or over what Muon leaves to it, and the schedule over `config.steps()` steps.
+
+    Raises:
+        UserError: Muon for a MoE.
+    """
     half = config.dtype == "bfloat16"
     settings = OptimizerConfig(
         optimizer="adam",
@@ -53,7 +60,10 @@ def build(config: DistillConfig, chunks: list[DistributedDataParallel]) -> tuple
         params_dtype=torch.bfloat16 if half else torch.float32,
         use_distributed_optimizer=config.parallel.distributed_optimizer,  # also for one data-parallel rank: one checkpoint format
     )
-    optimizer = get_megatron_optimizer(settings, list(chunks))
+    if config.optim.muon is None:
+        optimizer = get_megatron_optimizer(settings, list(chunks))
+    else:
+        optimizer = muon.beside_adamw(config.optim.muon, settings, chunks, (blueprint, groups))
     shared: Any = chunks[0].config  # one object, shared by all chunks
     shared.grad_scale_func = optimizer.scale_loss
     shared.finalize_model_grads_func = finalize_model_grads

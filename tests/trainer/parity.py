@@ -18,8 +18,11 @@ from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 from tests.trainer.parity_worker import samples
 from tests.trainer.stock import StockRun, train
 
-LENGTH, SAMPLES, STEPS, LR = 32, 8, 3, 1e-3
+LENGTH, SAMPLES, STEPS, LR, MUON_LR = 32, 8, 3, 1e-3, 2e-3
 MASKED = 7
+
+
+WHOLE = {"distributed_optimizer": False}  # Muon's matrices
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Layout:
     student: str = "student"
     teacher: str | None = "teacher"
     dtype: str = "float32"
+    optimizer: str = "adamw"
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -58,6 +62,11 @@ LAYOUTS: dict[str, Layout] = {
     "PP2 interleaved x DP2, overlapped": Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "overlap_gradients": True}),
     "CP2 x TP2 SP": Layout(4, {"context": 2, "tensor": 2, "sequence": True}),
     "CP2 x PP2 unequal": Layout(4, {"context": 2, "pipeline": 2, "layers_per_stage": [3, 1]}),
+    "Muon": Layout(1, WHOLE, optimizer="muon"),
+    "Muon TP2 SP": Layout(2, {"tensor": 2, "sequence": True, **WHOLE}, optimizer="muon"),
+    "Muon PP2, heads alone": Layout(2, {"pipeline": 2, "layers_per_stage": [4, 0], **WHOLE}, optimizer="muon"),
+    "Muon TP2 x DP2": Layout(4, {"tensor": 2, **WHOLE}, optimizer="muon"),
+    "bf16 Muon": Layout(1, WHOLE, dtype="bfloat16", optimizer="muon"),
     "bf16": Layout(1, dtype="bfloat16"),
     "bf16 TP2": Layout(2, {"tensor": 2}, dtype="bfloat16"),
     "bf16 PP2": Layout(2, {"pipeline": 2}, dtype="bfloat16"),
@@ -106,7 +115,7 @@ def config(root: Path, name: str, **changed: Any) -> dict[str, Any]:
         "output": str(root / "runs" / name),
         "data": {"path": str(root / "tokens"), "sequence_length": LENGTH, "pad_token": MASKED},
         "parallel": layout.parallel,
-        "optim": {"lr": LR},
+        "optim": {"lr": LR, "muon": {"lr": MUON_LR} if layout.optimizer == "muon" else None},
         "schedule": {"style": "constant", "warmup": 0.0},
         "batch": {"micro": 2 if layout.parallel.get("pipeline", 1) == 1 else 1, "global": SAMPLES},
         "train": {"steps": STEPS},
@@ -116,13 +125,14 @@ def config(root: Path, name: str, **changed: Any) -> dict[str, Any]:
     }
 
 
-def references(root: Path) -> dict[tuple[str, str | None], StockRun]:
-    """By student and teacher, on the samples that the trainer reads in a single process."""
+def references(root: Path) -> dict[tuple[str, str | None, str], StockRun]:
+    """By student, teacher and optimizer, on the samples that the trainer reads in a single process."""
     steps = samples(config(root, "TP1", output=str(root / "samples")))
     found = {}
-    for student, teacher in dict.fromkeys((layout.student, layout.teacher) for layout in LAYOUTS.values()):
-        directory = root / "references" / f"{student} {teacher}"
-        found[student, teacher] = train(root / student, root / teacher if teacher else None, steps, LR, directory)
+    for student, teacher, name in dict.fromkeys((layout.student, layout.teacher, layout.optimizer) for layout in LAYOUTS.values()):
+        directory = root / "references" / f"{student} {teacher} {name}"
+        rates = (LR, MUON_LR if name == "muon" else None)
+        found[student, teacher, name] = train(root / student, root / teacher if teacher else None, steps, rates, directory)
     return found
 
 
@@ -131,7 +141,7 @@ def measure(root: Path) -> dict[str, Differences]:
     expected, measured = references(root), {}
     for processes in sorted({layout.processes for layout in LAYOUTS.values()}):
         cases = {
-            name: (config(root, name), expected[layout.student, layout.teacher])
+            name: (config(root, name), expected[layout.student, layout.teacher, layout.optimizer])
             for name, layout in LAYOUTS.items()
             if layout.processes == processes
         }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -34,30 +35,55 @@ class StockRun:
     directory: Path
 
 
-def train(student_dir: Path, teacher_dir: Path | None, steps: Sequence[Samples], lr: float, directory: Path) -> StockRun:
-    """All samples of a step in one batch; clip 1.0, weight decay 0.1 on matrices."""
+def train(
+    student_dir: Path, teacher_dir: Path | None, steps: Sequence[Samples], rates: tuple[float, float | None], directory: Path
+) -> StockRun:
+    """All samples of a step in one batch; clip 1.0, weight decay 0.1 on matrices. rates: AdamW's, and Muon's where it takes part."""
     student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32) if teacher_dir is not None else None
-    adamw, losses, norms = optimizer(student, lr), [], []
+    optimizers, losses, norms = [optimizer(student, rates[0])] if rates[1] is None else muon_and_adamw(student, *rates), [], []
     for number, samples in enumerate(steps, 1):
-        adamw.zero_grad()
+        student.zero_grad()
         step_loss = loss(student, teacher, samples)
         step_loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item())
         losses.append(step_loss.item())
         gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in student.named_parameters()}
         _save(student, gradients, directory / f"gradients_{number}")
-        adamw.step()
+        for each in optimizers:
+            each.step()
     _save(student, dict(student.named_parameters()), directory / "weights")
     return StockRun(tuple(losses), tuple(norms), directory)
 
 
-def optimizer(student: PreTrainedModel, lr: float) -> torch.optim.AdamW:
+def optimizer(student: PreTrainedModel, lr: float, leave_out: Collection[str] = ()) -> torch.optim.AdamW:
     """Weight decay 0.1 on all but vectors and biases."""
-    decays = {name: p.dim() > 1 and not name.endswith("bias") for name, p in student.named_parameters()}
-    matrices, vectors = ([p for name, p in student.named_parameters() if decays[name] == decay] for decay in (True, False))
+    decays = {name: p.dim() > 1 and not name.endswith("bias") for name, p in student.named_parameters() if name not in leave_out}
+    matrices, vectors = ([p for name, p in student.named_parameters() if decays.get(name) is decay] for decay in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)
+
+
+def muon_and_adamw(student: PreTrainedModel, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
+    """torch's Muon for the matrices of the layers, with the exact effect of its iterations on singular values in float64."""
+    layers = {name: p for name, p in student.named_parameters() if p.dim() == 2 and ".layers." in name}
+    muon = torch.optim.Muon(layers.values(), lr=muon_lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    step = muon.step
+
+    def exact_step() -> None:
+        with patch("torch.optim._muon._zeropower_via_newtonschulz", _polynomials):
+            step()
+
+    muon.step = exact_step  # type: ignore[method-assign]
+    return [optimizer(student, lr, leave_out=layers), muon]
+
+
+def _polynomials(gradient: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    left, values, right = torch.linalg.svd(gradient.double(), full_matrices=False)
+    values = values / values.norm().clamp(min=eps)
+    for _ in range(steps):
+        values = sum(factor * values**power for factor, power in zip(coefficients, (1, 3, 5), strict=True))
+    return (left * values @ right).to(gradient.dtype)
 
 
 def loss(student: PreTrainedModel, teacher: PreTrainedModel | None, samples: Samples) -> Tensor:

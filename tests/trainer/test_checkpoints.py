@@ -24,7 +24,7 @@ from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 
 STEPS, SAVED, LENGTH = 6, 3, 16
-TP2, PP2, DP2 = {"tensor": 2}, {"pipeline": 2}, {}
+TP2, PP2, DP2, WHOLE = {"tensor": 2}, {"pipeline": 2}, {}, {"distributed_optimizer": False}
 RESHARDED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # layout that saved (two processes), that resumes, its processes
     "TP2 to PP2": (TP2, PP2, 2),
     "PP2 to TP2": (PP2, TP2, 2),
@@ -32,6 +32,9 @@ RESHARDED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # layout t
     "PP2 to DP2 distributed optimizer": (PP2, DP2, 2),
     "DP2 distributed optimizer to TP1": (DP2, {}, 1),
     "TP2 to TP1": (TP2, {}, 1),
+    "Muon, TP2 to PP2": ({**TP2, **WHOLE}, {**PP2, **WHOLE}, 2),
+    "Muon, DP2 to TP2": (WHOLE, {**TP2, **WHOLE}, 2),
+    "Muon, TP2 to TP1": ({**TP2, **WHOLE}, WHOLE, 1),
 }
 
 
@@ -93,6 +96,15 @@ def straight(root: Path) -> Path:
     return run(config(root, "straight"))
 
 
+@pytest.fixture(scope="module")
+def straight_muon(root: Path) -> Path:
+    return run(case_config(root, "Muon, straight", WHOLE))
+
+
+def case_config(root: Path, case: str, parallel: dict[str, Any]) -> dict[str, Any]:
+    return config(root, case, parallel, optim={"lr": 1e-3, "muon": {} if "Muon" in case else None})
+
+
 @pytest.fixture
 def stopped(root: Path) -> dict[str, Any]:
     """Config of a run with checkpoints at steps 2 and 4, stopped after the latter."""
@@ -109,20 +121,23 @@ def stopped(root: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def resharded(root: Path, straight: Path) -> dict[str, Path]:
     """Every run begun in its first layout, and its second half run again in the other."""
-    outputs = {name: config(root, name, begun) for name, (begun, _, _) in RESHARDED.items()}
+    outputs = {name: case_config(root, name, begun) for name, (begun, _, _) in RESHARDED.items()}
     launch(2, "tests.trainer.cases:distill_all", [*outputs.values(), moe_student(root, expert=2)])
     back_to(root / "moe run", SAVED)
     for settings in outputs.values():
         back_to(Path(settings["output"]), SAVED)
     for processes in (1, 2):
-        changed = [config(root, name, ended) for name, (_, ended, count) in RESHARDED.items() if count == processes]
+        changed = [case_config(root, name, ended) for name, (_, ended, count) in RESHARDED.items() if count == processes]
         launch(processes, "tests.trainer.cases:distill_all", changed)
     return {name: Path(settings["output"]) for name, settings in outputs.items()}
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", RESHARDED)
-def test_a_run_resumed_in_another_layout_goes_on_as_one_that_was_never_stopped(case: str, resharded: dict[str, Path], straight: Path):
+def test_a_run_resumed_in_another_layout_goes_on_as_one_that_was_never_stopped(
+    case: str, resharded: dict[str, Path], straight: Path, straight_muon: Path
+):
+    straight = straight_muon if "Muon" in case else straight
     found, expected = (records.read(output / "metrics.jsonl") for output in (resharded[case], straight))
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     for name in ("loss", "grad_norm", "lr", "tokens"):

@@ -64,7 +64,8 @@ def _times(traffic: Traffic, factor: float) -> Traffic:
 
 def _update(job: Job, stage: int) -> Iterator[Traffic]:
     """After the micro-batches: float32 gradients are reduced over data x context ranks and the new weights gathered (ZeRO stage 1), or
-    all-reduced; gradients that tensor-parallel ranks have in parts, those of a tied embedding on two stages, the number of tokens."""
+    all-reduced; gradients that tensor-parallel ranks have in parts, those of a tied embedding on two stages, the number of tokens; the
+    directions of sharded matrices, for Muon."""
     found = buffers(job, stage)
     # Megatron-Core 0.16 has an optimizer of its own for expert-parallel parameters, and each of the two gathers the weights of both
     gathers = 1 + any(parameter.kind == "expert" for chunk in chunks(job, "student", stage) for parameter in chunk)
@@ -80,6 +81,9 @@ def _update(job: Job, stage: int) -> Iterator[Traffic]:
     when = ("sequence", "always") if job.parallel.sequence else ("always",)
     summed = sum(parameter.elements for parameter in parameters if parameter.summed in when)
     yield Traffic("TP", "tp", "all-reduce", "update", summed * _FLOAT, job.parallel.tensor)
+    if job.muon:
+        sharded = sum(parameter.elements for parameter in parameters if parameter.matrix and parameter.summed == "never")
+        yield Traffic("TP", "tp", "all-gather", "update", job.parallel.tensor * sharded * job.element, job.parallel.tensor)
     shared = sum(parameter.elements for parameter in parameters if parameter.kind == "alone")
     yield Traffic("PP", "embd", "all-reduce", "update", shared * _FLOAT, 2)
 
@@ -182,7 +186,8 @@ def _experts(job: Job, which: Which, blueprint: Blueprint, forward: int) -> Iter
     yield Traffic("EP", "tp_ep", "all-gather", phase, forward * counts, expert * shared)
     yield Traffic("EP", "ep", "all-to-all", phase, passes * (2 * values + weights), expert)
     backward = which == "student"
-    gathered = forward * (values + weights) + backward * values
-    scattered = forward * values + backward * (values + weights)
+    combined = rows * dims.hidden_size * _FLOAT  # Megatron-Core adds experts' outputs up in the type of their weights
+    gathered = forward * (values + weights) + backward * combined
+    scattered = forward * combined + backward * (values + weights)
     yield Traffic("EP", "etp", "all-gather", phase, shared * gathered, shared)
     yield Traffic("EP", "etp", "reduce-scatter", phase, shared * scattered, shared)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import model_validator
 
 from megatron_moe2dense.common.config import Config, key
-from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, Fp8Config, ParallelConfig, RoutingConfig
+from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, Fp8Config, OptimConfig, ParallelConfig, RoutingConfig
 from megatron_moe2dense.trainer.data.config import TrainDataConfig
 from megatron_moe2dense.trainer.losses import Loss, losses
 
@@ -22,7 +22,7 @@ class HardwareConfig(Config):
     price: float | None = key(
         None, "price of a GPU-hour; null: a round list price of the kind (an assumption, in docs/operations.md)", "USD", gt=0
     )
-    efficiency: float = key(0.33, "share of the data sheet's rates, FLOP/s and bytes/s alike, that a run reaches", "fraction", gt=0, le=1)
+    efficiency: float = key(0.36, "share of the data sheet's rates, FLOP/s and bytes/s alike, that a run reaches", "fraction", gt=0, le=1)
     reserve: float = key(0.08, "share of the GPU's memory kept free for fragmentation", "fraction", ge=0, lt=1)
 
 
@@ -46,6 +46,7 @@ class PlanConfig(Config):
     teacher_routing: RoutingConfig | None = key(None, "teacher routing")
     dtype: Literal["float32", "bfloat16"] = key("bfloat16", "compute type; bfloat16 keeps float32 master weights")
     fp8: Fp8Config | None = key(None, "matrix products of the student in FP8, at twice the rate of bfloat16; null: none")
+    optim: OptimConfig = key(OptimConfig(), "optimizer: whose moments take memory")
     suggestions: int = key(8, "layouts in the table", "layouts", gt=0)
     report: str | None = key(None, "JSON file to write beside the tables; null: none")
 
@@ -64,6 +65,8 @@ class PlanConfig(Config):
     def _settings_have_effect(self) -> PlanConfig:
         if self.loss is not None and self.loss.needs_teacher and self.teacher is None and self.teacher_cache is None:
             raise ValueError(f"loss {self.loss.method_name()} needs a teacher")
+        if self.parallel is not None:
+            self.optim.require_whole_matrices(self.parallel)
         if self.dtype == "float32":
             raise ValueError("dtype float32: the hardware table has bfloat16 rates alone")
         if self.fp8 is not None and (self.hardware.gpu == "A100" or (self.fp8.recipe == "mxfp8" and self.hardware.gpu != "B200")):

@@ -27,6 +27,7 @@ class Job:
         length: tokens of a sequence. world: processes.
         kernels: Transformer Engine's layers and kernels (GPU), else the plain modules of `runtime` (CPU).
         overlap: gradients are reduced behind the backward pass. fp8: the student's layers multiply in FP8.
+        muon: the matrices of the student's layers are Muon's.
         experts_split: tensor parallel size inside an expert, where it is not the trainer's own choice.
         memo: parameters and buffers found so far, shared by the jobs that `dataclasses.replace` makes of this one.
     """
@@ -42,6 +43,7 @@ class Job:
     kernels: bool = True
     overlap: bool = True
     fp8: bool = False
+    muon: bool = False
     experts_split: int | None = None
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 

@@ -77,11 +77,12 @@ def optimizer_bytes(job: Job, stage: int, shard: int) -> int:
     """Adam's two moments in float32, and in bfloat16 float32 master weights: 8 or 12 bytes a parameter that this rank updates.
 
     With the distributed optimizer those are 1 / ranks of each bucket (ZeRO stage 1, Rajbhandari et al. 2020, arXiv:1910.02054); Adam's step
-    counts, one number a parameter, are left out.
+    counts, one number a parameter, are left out. Of the matrices that Muon takes there is one moment.
     """
     each = 2 * _FLOAT + (_FLOAT if job.element < _FLOAT else 0)
     if not job.parallel.distributed_optimizer:
-        return each * sum(last - first for buffer, _ in buffers(job, stage) for first, last in buffer.parameters)
+        parameters = [parameter for chunk in chunks(job, "student", stage) for parameter in chunk]
+        return sum((each - _FLOAT * (job.muon and parameter.matrix)) * parameter.elements for parameter in parameters)
     return each * sum(buffer.shard(shard % ranks, ranks) for buffer, ranks in buffers(job, stage))
 
 

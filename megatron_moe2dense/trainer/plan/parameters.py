@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
+from megatron_moe2dense.trainer.losses import losses
 from megatron_moe2dense.trainer.model import Blueprint, padded_vocabulary
 from megatron_moe2dense.trainer.plan.job import Job, Which, family_fields
 
@@ -22,11 +24,13 @@ class Parameter:
     elements: on this rank. kind: "alone" is a tied embedding that stands on two stages, in a bucket of its own.
     summed: whether tensor-parallel ranks add up its gradients, each having seen a part of the work: never, with sequence parallelism
         only, or always.
+    matrix: whether Muon takes it.
     """
 
     elements: int
     kind: Literal["dense", "expert", "alone"] = "dense"
     summed: Literal["never", "sequence", "always"] = "never"
+    matrix: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,13 @@ def buffers(job: Job, stage: int) -> list[tuple[Buffer, int]]:
         }
         found += [(buffer_of(kind, ranks, job.parallel.distributed_optimizer), ranks) for kind, ranks in kinds.values() if kind]
     return found
+
+
+def matrices(student: Blueprint) -> int:
+    """Elements of the matrices in the layers of a dense model, those that Muon takes."""
+    whole = ParallelConfig()
+    job = Job(student, None, None, whole, BatchConfig(), 1, 1, losses["cross_entropy"]())
+    return sum(parameter.elements for chunk in chunks(job, "student", 0) for parameter in chunk if parameter.matrix)
 
 
 def chunks(job: Job, which: Which, stage: int) -> list[list[Parameter]]:
@@ -157,10 +168,10 @@ def _attention(job: Job, blueprint: Blueprint, fields: Mapping[str, Any]) -> Ite
     queries, keys = dims.heads * dims.head_dim // tensor, dims.kv_heads * dims.head_dim // tensor
     if fields.get("softmax_type") == "learnable":
         yield Parameter(dims.heads // tensor)
-    yield Parameter(queries * dims.hidden_size)
+    yield Parameter(queries * dims.hidden_size, matrix=True)
     if fields["add_bias_linear"]:
         yield Parameter(dims.hidden_size, summed="sequence")
-    yield Parameter((queries + 2 * keys) * dims.hidden_size)
+    yield Parameter((queries + 2 * keys) * dims.hidden_size, matrix=True)
     if fields["add_bias_linear"] or fields.get("add_qkv_bias"):
         yield Parameter(queries + 2 * keys)
     if fields.get("qk_norm_over_heads"):
@@ -173,22 +184,23 @@ def _latent(job: Job, blueprint: Blueprint, fields: Mapping[str, Any]) -> Iterat
     """Multi-head latent attention; the down projections and latent norms are on every rank whole."""
     dims, heads = blueprint.dims, blueprint.dims.heads // job.parallel.tensor
     q_rank, kv_rank = fields["q_lora_rank"], fields["kv_lora_rank"]
-    yield Parameter(heads * fields["v_head_dim"] * dims.hidden_size)
+    yield Parameter(heads * fields["v_head_dim"] * dims.hidden_size, matrix=True)
     if q_rank is None:
-        yield Parameter(heads * dims.head_dim * dims.hidden_size)
+        yield Parameter(heads * dims.head_dim * dims.hidden_size, matrix=True)
     else:
-        yield from (Parameter(q_rank * dims.hidden_size, summed="sequence"), Parameter(heads * dims.head_dim * q_rank))
-    yield Parameter((kv_rank + fields["qk_pos_emb_head_dim"]) * dims.hidden_size, summed="sequence")
-    yield Parameter(heads * (fields["qk_head_dim"] + fields["v_head_dim"]) * kv_rank)
+        yield Parameter(q_rank * dims.hidden_size, summed="sequence", matrix=True)
+        yield Parameter(heads * dims.head_dim * q_rank, matrix=True)
+    yield Parameter((kv_rank + fields["qk_pos_emb_head_dim"]) * dims.hidden_size, summed="sequence", matrix=True)
+    yield Parameter(heads * (fields["qk_head_dim"] + fields["v_head_dim"]) * kv_rank, matrix=True)
     if q_rank is not None:
         yield Parameter(q_rank, summed="sequence")
     yield Parameter(kv_rank, summed="sequence")
 
 
 def _ffn(hidden: int, width: int, kind: Literal["dense", "expert"], bias: bool) -> Iterator[Parameter]:
-    yield Parameter(2 * width * hidden, kind)
+    yield Parameter(2 * width * hidden, kind, matrix=True)
     if bias:
         yield Parameter(2 * width, kind)
-    yield Parameter(width * hidden, kind)
+    yield Parameter(width * hidden, kind, matrix=True)
     if bias:
         yield Parameter(hidden, kind, "sequence")

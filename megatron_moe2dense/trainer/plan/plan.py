@@ -86,6 +86,7 @@ def job_of(config: PlanConfig) -> Job:
         if config.parallel is None or config.parallel.overlap_gradients is None
         else config.parallel.overlap_gradients,
         fp8=config.fp8 is not None,
+        muon=config.optim.muon is not None,
     )
 
 

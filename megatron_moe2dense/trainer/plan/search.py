@@ -90,7 +90,13 @@ def _candidates(start: Job, machine: Machine, micro: int | None) -> Iterator[tup
                 for expert in _powers(min(max(1, experts), world // pipeline)):
                     for chunks in _CHUNKS if pipeline > 1 else (1,):
                         parallel = ParallelConfig(
-                            tensor=tensor, pipeline=pipeline, context=context, expert=expert, virtual_pipeline=chunks, sequence=tensor > 1
+                            tensor=tensor,
+                            pipeline=pipeline,
+                            context=context,
+                            expert=expert,
+                            virtual_pipeline=chunks,
+                            sequence=tensor > 1,
+                            distributed_optimizer=not start.muon,
                         )
                         for size in _MICRO if micro is None else (micro,):
                             yield parallel, start.batch.model_copy(update={"micro": size})

@@ -69,7 +69,7 @@ def storage_bytes(tensors: Any) -> int:
 def _state_bytes(trainer: Any) -> dict[str, int]:
     parameters = [parameter for chunk in trainer.models.student for parameter in chunk.parameters()]
     inner = [part.optimizer for part in trainer.optimizer.chained_optimizers if part.optimizer is not None]
-    moments = [entry[name] for adam in inner for entry in adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    moments = [entry[name] for adam in inner for entry in adam.state.values() for name in entry if name != "step"]
     held = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     masters = [shard for adam in inner for group in adam.param_groups for shard in group["params"]]
     own = [shard for shard in masters if shard.untyped_storage().data_ptr() not in held]

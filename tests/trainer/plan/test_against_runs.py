@@ -38,6 +38,7 @@ class Run:
     student: str = "student"
     teacher: str | None = "teacher"
     dtype: str = "float32"
+    muon: bool = False
 
 
 RUNS = {
@@ -45,6 +46,8 @@ RUNS = {
     "full recompute": Run(1, {"recompute": "full"}),
     "selective recompute": Run(1, {"recompute": "selective"}),
     "bf16": Run(1, dtype="bfloat16"),
+    "Muon": Run(1, {"distributed_optimizer": False}, muon=True),
+    "Muon TP2 SP, bf16": Run(2, {"tensor": 2, "sequence": True, "distributed_optimizer": False}, dtype="bfloat16", muon=True),
     "MoE": Run(1, student="teacher", teacher=None),
     "TP2": Run(2, {"tensor": 2}),
     "TP2 SP": Run(2, {"tensor": 2, "sequence": True}),
@@ -59,6 +62,7 @@ RUNS = {
     "EP2 teacher": Run(2, {"expert": 2}),
     "CP2": Run(2, {"context": 2}),
     "MoE EP2": Run(2, {"expert": 2}, student="teacher", teacher=None),
+    "MoE TP2 SP, bf16": Run(2, {"tensor": 2, "sequence": True}, student="teacher", dtype="bfloat16"),
     "TP2 x PP2": Run(4, {"tensor": 2, "pipeline": 2}),
     "TP2 SP x EP2 teacher x DP2": Run(4, {"tensor": 2, "sequence": True, "expert": 2}),
 }
@@ -86,6 +90,7 @@ def raw(root: Path, name: str) -> dict[str, Any]:
         "train": {"steps": 2, "log_every": 10},  # the first step takes no measures
         "teacher_check": {"loss_bound": None, "stock_forward": "never"} if run.teacher else None,
         "dtype": run.dtype,
+        "optim": {"muon": {} if run.muon else None},
     }
 
 
@@ -105,6 +110,7 @@ def planned(root: Path, name: str) -> Job:
         world=run.processes,
         loss=config.resolved_loss(),
         kernels=False,
+        muon=run.muon,
     )
     require_layout(job)
     return job
