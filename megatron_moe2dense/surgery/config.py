@@ -95,8 +95,16 @@ class SelectConfig(Config):
         return self
 
 
+class ReconstructConfig(Config):
+    """All matrices of a dense FFN trained by gradient, each layer alone, on what its refit was solved on (ours)."""
+
+    epochs: int = key(24, "passes over the text; the one that is best on the held-out tenth is kept", "epochs", gt=0)
+    lr: float = key(3e-3, "peak learning rate of AdamW: a warm-up over a tenth of the updates, then a cosine", gt=0)
+    batch_tokens: int = key(2048, "tokens of an update: whole windows, at least one of every process", "tokens", gt=0)
+
+
 class RefitConfig(Config):
-    """The down projection solved in closed form (ours)."""
+    """The down projection solved in closed form, and from there the whole FFN by gradient (ours)."""
 
     method: Literal["ridge"] = key("ridge", "ridge regression of the teacher's outputs on the dense FFN's neurons")
     ridge: float | Literal["auto"] = key(
@@ -106,7 +114,8 @@ class RefitConfig(Config):
         "sequential",
         "parallel: each layer on the teacher's own inputs; sequential: on those of the student made so far, to the teacher's hidden states",
     )
-    shared: Literal["fixed", "refitted"] = key("fixed", "the down projection of the shared experts; no effect where a family has none")
+    shared: Literal["fixed", "refitted"] = key("fixed", "the shared experts' neurons; no effect where a family has none")
+    reconstruct: ReconstructConfig | None = key(None, "train the FFN from there; null: gate and up projections stay as they are")
     batch_tokens: int = key(8192, "tokens of one forward pass, rounded down to whole windows, at least one", "tokens", gt=0)
     device: str = key("auto", "torch device; auto: cuda where there is one, else cpu")
     dtype: Literal["auto", "float32", "float64", "bfloat16"] = key("auto", "compute type; auto: float32 on cpu, bfloat16 on cuda")

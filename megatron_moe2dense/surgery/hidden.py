@@ -63,6 +63,21 @@ class HiddenStates:
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self[i] for i in range(len(self)))
 
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+        return self._shape[1]
+
+    @property
+    def batch(self) -> int:
+        """Windows of a batch."""
+        return self._batch
+
+    def windows(self, chosen: torch.Tensor) -> torch.Tensor:
+        """[len(chosen), S, D], a copy on the CPU."""
+        assert self._now is not None, "every batch was put"
+        return self._now[chosen]
+
     def put(self, i: int, y_BSD: torch.Tensor) -> None:
         """Batch i after the layer."""
         if self.spills and self._next is None:

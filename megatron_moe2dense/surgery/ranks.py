@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,14 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(found, dist.ReduceOp.MIN)
         return int(found)
+
+    def average(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Each becomes the mean over all ranks (by way of the CPU: gloo)."""
+        if self.world > 1:
+            flat = torch.cat([tensor.detach().flatten().cpu() for tensor in tensors])
+            dist.all_reduce(flat)
+            for tensor, part in zip(tensors, (flat / self.world).split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def wait(self) -> None:
         """Until all ranks are here."""

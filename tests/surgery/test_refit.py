@@ -258,7 +258,7 @@ def test_a_killed_refit_keeps_its_solved_layers(small: tuple[Path, Path, Path], 
     whole = refitted(small, text, tmp_path / "whole")
     fit, fitted = LayerSums.fit, []
 
-    def until_the_third(self: LayerSums, layer: int, *arguments: Any) -> LayerFit:
+    def until_the_third(self: LayerSums, layer: int, *arguments: Any) -> tuple[LayerFit, LayerFit]:
         fitted.append(layer)
         if len(fitted) == 3:
             raise KeyboardInterrupt

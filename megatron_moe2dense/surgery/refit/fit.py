@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,15 +22,16 @@ from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.progress import progress
 from megatron_moe2dense.surgery.calibrate import require_finite
 from megatron_moe2dense.surgery.config import RefitConfig
-from megatron_moe2dense.surgery.dense_block import placed
+from megatron_moe2dense.surgery.dense_block import mapped, placed
 from megatron_moe2dense.surgery.experts import Gating, MoeWeights, gating
-from megatron_moe2dense.surgery.hidden import HiddenPlace
+from megatron_moe2dense.surgery.hidden import HiddenPlace, HiddenStates
 from megatron_moe2dense.surgery.layout import layer_ffn
 from megatron_moe2dense.surgery.observe import Observer
 from megatron_moe2dense.surgery.packing import finite_tensors
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.layer import FitReport, LayerFit, LayerSums
+from megatron_moe2dense.surgery.refit.reconstruct import LayerText, Reconstruction
 from megatron_moe2dense.surgery.refit.store import FittedLayers
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
@@ -50,15 +51,15 @@ def parallel(refits: Sequence[Refit]) -> None:
     """Every layer from the teacher's own inputs and outputs; one pass for all refits, which have text and compute in common."""
     first = refits[0]
     observer, batches = Observer(first.source, ()), Counter[int]()
-    at: dict[int, list[tuple[Refit, LayerSums, DenseFfn]]] = {}
+    at: dict[int, list[_Layer]] = {}
 
     def observe(layer: int, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
         y_TD = observer.observe(x_TD, weights)
         if layer not in at:
-            at[layer] = [refit.begun(layer) for refit in refits if layer not in refit.fits]
+            at[layer] = [refit.begun(layer, len(refits)) for refit in refits if layer not in refit.fits]
         shape = -1, first.windows_NS.shape[1], x_TD.shape[1]
-        for _, sums, _ in at[layer]:
-            sums.add(x_TD.view(shape), y_TD.view(shape), first.held_out(batches[layer]))
+        for begun in at[layer]:
+            begun.add(batches[layer], x_TD.view(shape), y_TD.view(shape))
         batches[layer] += 1
         return y_TD
 
@@ -66,7 +67,7 @@ def parallel(refits: Sequence[Refit]) -> None:
     for hidden in progress(states, "refit", unit="layer", total=first.source.dims.layers):
         require_finite(hidden, first.source)
         hidden.forget_others()
-        done = [refit.finish(hidden.layer - 1, sums, ffn) for refit, sums, ffn in at.pop(hidden.layer - 1, [])]
+        done = [begun.finish() for begun in at.pop(hidden.layer - 1, [])]
         _say([report for report in done if report is not None])
 
 
@@ -115,38 +116,42 @@ class Refit:
             if layer not in self.source.layers:
                 student.advance(layer, None)
                 continue
-            _, sums, ffn = self.begun(layer)
             if layer not in self.fits:
+                begun = self.begun(layer)
                 for i, (x_BSD, residual_BSD) in enumerate(student.before_ffn(layer)):
-                    target_BSD = wanted[i].to(residual_BSD.device).double() - residual_BSD.double()
-                    sums.add(x_BSD, target_BSD, self.held_out(i))
-                report = self.finish(layer, sums, ffn)
+                    begun.add(i, x_BSD, wanted[i].to(residual_BSD.device).double() - residual_BSD.double())
+                report = begun.finish()
                 _say([report] if report is not None else [])
-            student.advance(layer, self._placed(self.fits[layer].applied(ffn)))
+            student.advance(layer, self.placed(self.fits[layer].applied(self.planned(layer))))
 
-    def begun(self, layer: int) -> tuple[Refit, LayerSums, DenseFfn]:
-        """This, empty sums of a layer, and its dense FFN as planned."""
+    def planned(self, layer: int) -> DenseFfn:
+        """A layer's dense FFN without the refit."""
         plan = next(plan for plan in self.plan.layers if plan.layer == layer)
-        ffn = layer_ffn(self.source, finite_tensors(self.reader), layer, plan)
+        return layer_ffn(self.source, finite_tensors(self.reader), layer, plan)
+
+    def begun(self, layer: int, together: int = 1) -> _Layer:
+        """Nothing added yet. together: how many refits share the memory."""
+        ffn = self.planned(layer)
         routed = self.plan.groups * self.source.dims.expert_width
         fixed = len(ffn.gate_FD) - routed if self.config.shared == "fixed" else 0
-        return self, LayerSums(self._gating, self._placed(ffn), fixed), ffn
+        text = self._layer_text(together) if self.config.reconstruct is not None else None
+        return _Layer(self, layer, fixed, ffn, LayerSums(self.gating, self.placed(ffn), fixed), text)
 
-    def finish(self, layer: int, sums: LayerSums, ffn: DenseFfn) -> FitReport | None:
-        """Solve the layer from the sums of all ranks, and keep it; what it is worth, on rank 0."""
-        sums, report = sums.over(self.ranks), None
-        if self.ranks.rank == 0:
-            fit: LayerFit = sums.fit(layer, None if self.config.ridge == "auto" else self.config.ridge, ffn.gate_FD.dtype)
-            self.fits.put(fit)
-            report = fit.report
-        self.ranks.wait()
-        return report
+    def _layer_text(self, together: int) -> LayerText:
+        shape = *self.share[0].shape, self.source.dims.hidden_size
+        inputs, targets = (
+            HiddenStates(shape, dtype, self.compute.batch, self.place(name, dtype, together))
+            for name, dtype in (("inputs", self.compute.dtype), ("targets", torch.float32))
+        )
+        return LayerText(inputs, targets, self.share[1])
 
-    def _placed(self, ffn: DenseFfn) -> DenseFfn:
+    def placed(self, ffn: DenseFfn) -> DenseFfn:
+        """On the compute device, in its type."""
         return placed(ffn, torch.empty(0, dtype=self.compute.dtype, device=self.compute.device))
 
     @cached_property
-    def _gating(self) -> Gating:
+    def gating(self) -> Gating:
+        """The source's."""
         return gating(self.source, AutoConfig.from_pretrained(self.source.index.directory, trust_remote_code=False))
 
     @cached_property
@@ -160,11 +165,50 @@ class Refit:
         start = batch * self.compute.batch
         return self.share[1][start : start + self.compute.batch].to(self.compute.device)
 
-    def place(self, name: str) -> HiddenPlace:
-        """Where hidden states live."""
-        name = f"{name}-{self.ranks.rank:04d}"
-        nbytes = self.share[0].size * self.source.dims.hidden_size * self.compute.dtype.itemsize
-        return HiddenPlace(self.fits.folder, self.memory_budget, name) if nbytes > self.memory_budget else HiddenPlace()
+    def place(self, name: str, dtype: torch.dtype | None = None, together: int = 1) -> HiddenPlace:
+        """Where hidden states live. dtype: None: the compute type."""
+        name, budget = f"{name}-{self.ranks.rank:04d}", self.memory_budget // together
+        nbytes = self.share[0].size * self.source.dims.hidden_size * (dtype or self.compute.dtype).itemsize
+        return HiddenPlace(self.fits.folder, budget, name) if nbytes > budget else HiddenPlace()
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer in the making. fixed: how many of its last neurons stay. ffn: as planned. text: for a reconstruction."""
+
+    refit: Refit
+    number: int
+    fixed: int
+    ffn: DenseFfn
+    sums: LayerSums
+    text: LayerText | None
+
+    def add(self, batch: int, x_BSD: torch.Tensor, target_BSD: torch.Tensor) -> None:
+        wanted_BSD = self.sums.add(x_BSD, target_BSD, self.refit.held_out(batch))
+        if self.text is not None:
+            self.text.put(batch, x_BSD, wanted_BSD)
+
+    def finish(self) -> FitReport | None:
+        """Solve the layer from the sums of all ranks, and keep it; what it is worth, on rank 0."""
+        refit, report = self.refit, None
+        sums, first = self.sums.over(refit.ranks), refit.ranks.rank == 0
+        if first or self.text is not None:
+            ridge = None if refit.config.ridge == "auto" else refit.config.ridge
+            fit = self._reconstructed(*sums.fit(self.number, ridge, self.ffn.gate_FD.dtype))
+            if first:
+                refit.fits.put(fit)
+                report = fit.report
+        refit.ranks.wait()
+        return report
+
+    def _reconstructed(self, whole: LayerFit, judged: LayerFit) -> LayerFit:
+        settings, refit = self.refit.config.reconstruct, self.refit
+        if settings is None or self.text is None:
+            return whole
+        self.text.complete()
+        ffn = mapped(self.ffn, lambda tensor: tensor.to(refit.compute.device).float())
+        found = Reconstruction(refit.gating, ffn, self.fixed, settings, refit.ranks).train(judged, self.text, self.number)
+        return found or replace(whole, report=replace(whole.report, reconstructed=whole.report.held_out))
 
 
 class _Tap(nn.Module):

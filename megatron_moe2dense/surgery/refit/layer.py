@@ -11,7 +11,7 @@ from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.surgery.dense_block import neurons
 from megatron_moe2dense.surgery.experts import Gating
 from megatron_moe2dense.surgery.ranks import Ranks
-from megatron_moe2dense.surgery.refit.normal import Sums, best_ridge, solve
+from megatron_moe2dense.surgery.refit.normal import Solution, Sums, best_ridge, solve
 from megatron_moe2dense.surgery.types import DenseFfn
 
 RIDGES = tuple(10.0**power for power in range(-7, 0))
@@ -25,6 +25,7 @@ class FitReport:
         ridge: relative to the mean of the diagonal. tokens, unknowns: fitted on, and weights of one output channel.
         before: of the plan's own down projection on held-out text. train, held_out: of the fit on the other nine tenths of the text, there
             and on held-out text.
+        reconstructed, epochs: held-out error after the passes over the text that were kept; of 0 passes it is `held_out`.
     """
 
     layer: int
@@ -34,6 +35,8 @@ class FitReport:
     before: float
     train: float
     held_out: float
+    reconstructed: float | None = None
+    epochs: int = 0
 
     @property
     def overfits(self) -> bool:
@@ -43,7 +46,7 @@ class FitReport:
     def log(self) -> None:
         """One line, and a warning where it overfits."""
         said = f"layer {self.layer}: ridge {self.ridge:.0e}, error {self.before:.4f} -> {self.held_out:.4f} (train {self.train:.4f})"
-        logger.info("%s", said)
+        logger.info("%s%s", said, "" if self.reconstructed is None else f", reconstructed {self.reconstructed:.4f}")
         if self.overfits:
             hint = f"{self.tokens} tokens for {self.unknowns} weights an output; use more data.sequences, or refit.ridge=auto"
             logger.warning("layer %d: the refit does not carry over to held-out text: %s", self.layer, hint)
@@ -55,15 +58,14 @@ class FitReport:
 
 @dataclass(frozen=True)
 class LayerFit:
-    """The new down projection and, where the family has it, bias, in the dtype of the source."""
+    """tensors: those of the DenseFfn that are others now, by its names, in the dtype of the source."""
 
-    down_DF: torch.Tensor
-    down_bias_D: torch.Tensor | None
+    tensors: dict[str, torch.Tensor]
     report: FitReport
 
     def applied(self, ffn: DenseFfn) -> DenseFfn:
-        """The FFN with it."""
-        return replace(ffn, down_DF=self.down_DF, down_bias_D=self.down_bias_D)
+        """The FFN with them."""
+        return replace(ffn, **self.tensors)
 
 
 class LayerSums:
@@ -80,8 +82,9 @@ class LayerSums:
         sizes = self._width + self._free, len(ffn.down_DF), ffn.gate_FD.device
         self.train, self.held_out = Sums.zeros(*sizes), Sums.zeros(*sizes)
 
-    def add(self, x_BSD: torch.Tensor, target_BSD: torch.Tensor, held_out_B: torch.Tensor) -> None:
-        """Inputs of the FFN and wanted outputs of some windows; held_out_B: which of them only judge."""
+    def add(self, x_BSD: torch.Tensor, target_BSD: torch.Tensor, held_out_B: torch.Tensor) -> torch.Tensor:
+        """Inputs of the FFN and wanted outputs of some windows; held_out_B: which of them only judge. Returns, in float64, what is wanted
+        of the neurons that are solved."""
         h_BSF, target_BSD = neurons(self._gating, self._ffn, x_BSD).double(), target_BSD.double()
         if self._fixed:
             target_BSD = target_BSD - h_BSF[..., self._width :] @ self._ffn.down_DF[:, self._width :].double().T
@@ -91,14 +94,15 @@ class LayerSums:
         for sums, chosen_B in ((self.train, ~held_out_B), (self.held_out, held_out_B)):
             if chosen_B.any():
                 sums.add(h_BSF[chosen_B].flatten(0, 1), target_BSD[chosen_B].flatten(0, 1))
+        return target_BSD
 
     def over(self, ranks: Ranks) -> LayerSums:
         """With the sums over the tokens of all ranks."""
         self.train, self.held_out = self.train.over(ranks), self.held_out.over(ranks)
         return self
 
-    def fit(self, layer: int, ridge: float | None, dtype: torch.dtype) -> LayerFit:
-        """Solve on all text; errors come from a solution without the held-out tenth.
+    def fit(self, layer: int, ridge: float | None, dtype: torch.dtype) -> tuple[LayerFit, LayerFit]:
+        """Solve on all text, and without the held-out tenth, where the errors of the report come from.
 
         Args:
             ridge: None: the best of RIDGES on the held-out text. dtype: of the source.
@@ -119,6 +123,11 @@ class LayerSums:
             train=self.train.error(judged.solution_FD),
             held_out=self.held_out.error(judged.solution_FD),
         )
-        down_DF = torch.cat((whole.solution_FD[: self._width].T, self._ffn.down_DF[:, self._width :].double()), dim=1)
-        bias_D = whole.solution_FD[self._width].to(dtype) if self._free else None
-        return LayerFit(down_DF.to(dtype), bias_D, report)
+        return LayerFit(self._tensors(whole, dtype), report), LayerFit(self._tensors(judged, dtype), report)
+
+    def _tensors(self, solution: Solution, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        solved_DF, kept_DF = solution.solution_FD[: self._width].T, self._ffn.down_DF[:, self._width :].double()
+        tensors = {"down_DF": torch.cat((solved_DF, kept_DF), dim=1)}
+        if self._free:
+            tensors["down_bias_D"] = solution.solution_FD[self._width]
+        return {name: tensor.to(dtype) for name, tensor in tensors.items()}

@@ -103,13 +103,19 @@ def cost(source: MoeSource, plan: ConversionPlan) -> dict[str, Any]:
     width = plan.groups * source.dims.expert_width + (source.dims.shared_width if settings.shared == "refitted" else 0)
     solves = 2 if isinstance(settings.ridge, float) else 2 + len(RIDGES)
     streams = 1 if settings.mode == "parallel" else 2
-    return {
+    element = _compute(settings, data, Ranks()).dtype.itemsize
+    facts = {
         "tokens": tokens,
         "flops of a layer's sums": 2 * tokens * width * (width + hidden),
         "flops of a layer's solutions": solves * (width**3 // 3 + 2 * width**2 * hidden),
         "memory_bytes": 5 * 8 * width * (width + hidden),
-        "hidden state bytes": streams * tokens * hidden * _compute(settings, data, Ranks()).dtype.itemsize,
+        "hidden state bytes": streams * tokens * hidden * element,
     }
+    if settings.reconstruct is not None:  # three products forward, six backward; weights, gradients, two moments, the kept and the new ones
+        facts["flops of a layer's reconstruction"] = settings.reconstruct.epochs * tokens * 3 * 6 * width * hidden
+        facts["memory_bytes"] = max(facts["memory_bytes"], 6 * 4 * 3 * width * hidden)
+        facts["hidden state bytes"] += tokens * hidden * (element + 4)  # a layer's inputs, and targets in float32
+    return facts
 
 
 def _settings(plan: ConversionPlan) -> RefitConfig:
@@ -129,6 +135,8 @@ def block(settings: RefitConfig, data: TokensConfig, source: MoeSource, ranks: R
     windows_NS = _text(data, source, settings)
     text = hashlib.sha256(f"{windows_NS.shape}".encode() + windows_NS.tobytes()).hexdigest()
     dumped = settings.model_dump(mode="json")
+    if settings.reconstruct is None:  # plans made before there was this key are the same plans
+        del dumped["reconstruct"]
     return {**dumped, "data": data.model_dump(mode="json"), "text": text, "compute": compute_facts(_compute(settings, data, ranks), ranks)}
 
 
@@ -138,10 +146,11 @@ def _compute(settings: RefitConfig, data: TokensConfig, ranks: Ranks) -> Compute
 
 def _text(data: TokensConfig, source: MoeSource, settings: RefitConfig) -> np.ndarray:
     windows_NS = windows(data, source.dims.vocab_size)
-    if settings.ridge == "auto" and len(windows_NS) < 2:
+    if (settings.ridge == "auto" or settings.reconstruct is not None) and len(windows_NS) < 2:
+        asked = "refit.ridge=auto" if settings.ridge == "auto" else "refit.reconstruct"
         raise UserError(
-            f"refit.ridge=auto with {len(windows_NS)} window of text",
+            f"{asked} with {len(windows_NS)} window of text",
             "at least two: one to fit on and one to judge",
-            "use more data.sequences, or give refit.ridge a number",
+            "use more data.sequences" + (", or give refit.ridge a number" if settings.reconstruct is None else ""),
         )
     return windows_NS

@@ -38,13 +38,11 @@ class FittedLayers:
         with safe_open(self._path(layer), framework="pt") as file:
             tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             report = FitReport(**json.loads(file.metadata()["report"]))
-        return LayerFit(tensors["down_DF"], tensors.get("down_bias_D"), report)
+        return LayerFit(tensors, report)
 
     def put(self, fit: LayerFit) -> None:
         """Keep the fit of a layer; UserError when the disk is full."""
-        tensors = {"down_DF": fit.down_DF.cpu().contiguous()}
-        if fit.down_bias_D is not None:
-            tensors["down_bias_D"] = fit.down_bias_D.cpu().contiguous()
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in fit.tensors.items()}
         path = self._path(fit.report.layer)
         partial = path.with_suffix(".tmp")
         facts = {name: value for name, value in fit.report.facts().items() if name != "overfits"}
