@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from launch.report import markdown, put_between
 from megatron_moe2dense.families import family_of
 from megatron_moe2dense.plots.style import FAINT, PALETTE, log_axis, new_figure, style
 from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
@@ -180,19 +181,9 @@ def main(document: Path, picture: Path) -> None:
     """Rewrite what stands between the document's markers, and the figure."""
     found = [(gpus, *distillation(gpus)) for gpus in SIZES]
     tables = {"published": markdown(HEADER, published_rows()), "scale": markdown(SCALE_HEADER, scale_rows(found))}
-    text = document.read_text()
     for name, table in tables.items():
-        before, rest = text.split(f"<!-- launch/plan_tables.py: {name} -->\n")
-        _, after = rest.split("<!-- end -->\n", 1)
-        text = f"{before}<!-- launch/plan_tables.py: {name} -->\n{table}\n<!-- end -->\n{after}"
-    document.write_text(text)
+        put_between(document, (f"<!-- launch/plan_tables.py: {name} -->", "<!-- end -->"), table)
     draw([(gpus, tokens) for gpus, _, tokens in found], picture)
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -113,4 +113,4 @@ for seed in "${seeds[@]}"; do
     beside measure "$out/seed_$seed/own_teacher.jsonl" "d2d: $out/seed_$seed/d2d/export" "$dense_teacher" harness=null
 done
 finish
-.venv/bin/python launch/study_report.py "$out" "${REPORT:-docs/study.md}"
+.venv/bin/python -m launch.study_report "$out" "${REPORT:-docs/study.md}"

@@ -1,4 +1,4 @@
-"""The tables and figures of launch/study_pico.sh: python study_report.py OUT DOCUMENT.
+"""The tables and figures of launch/study_pico.sh: python -m launch.study_report OUT DOCUMENT, from the repository's root.
 
 Rewrites what stands between the document's markers; beside the document go study_records.jsonl, a row for each arm and seed, and
 images/study_{quality,training}.png.
@@ -6,7 +6,6 @@ images/study_{quality,training}.png.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from launch.report import lines, markdown, parts_around, put_between, spread, write_lines
 from megatron_moe2dense.plots.style import FAINT, PALETTE, log_axis, new_figure, short, style
 
 BEGIN, END = "<!-- launch/study_pico.sh: begin -->", "<!-- launch/study_pico.sh: end -->"
@@ -31,10 +31,6 @@ MEASURES = {"kl": ("KL to the MoE [nats]", 4, False), "perplexity": ("perplexity
 Row = dict[str, Any]
 
 
-def _lines(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def _measured(record: Row) -> Row:
     metrics = record["metrics"]
     return {"kl": metrics["kl"], "perplexity": metrics["perplexity"], "accuracy": 100 * metrics["accuracy"]["continuation"]}
@@ -47,13 +43,13 @@ def collect(out: Path) -> tuple[list[Row], list[Row]]:
         ValueError: there is no finished seed. OSError, KeyError: a part of one is missing.
     """
     teachers = [
-        {"teacher": record["model"], "parameters": record["parameters"], **_measured(record)} for record in _lines(out / "teachers.jsonl")
+        {"teacher": record["model"], "parameters": record["parameters"], **_measured(record)} for record in lines(out / "teachers.jsonl")
     ]
     rows: list[Row] = []
     for folder in sorted(out.glob("seed_*")):
-        own = _lines(folder / "own_teacher.jsonl")[0]["metrics"]["kl"]
-        for record in _lines(folder / "records.jsonl"):
-            steps = _lines(folder / record["model"] / "run" / "metrics.jsonl")
+        own = lines(folder / "own_teacher.jsonl")[0]["metrics"]["kl"]
+        for record in lines(folder / "records.jsonl"):
+            steps = lines(folder / record["model"] / "run" / "metrics.jsonl")
             row = {"arm": record["model"], "seed": int(folder.name.removeprefix("seed_")), **_measured(record)}
             row |= {"parameters": record["parameters"], "kl_own_teacher": own if record["model"] == "d2d" else row["kl"]}
             # the median, since other jobs may have shared the machine for a while
@@ -66,31 +62,25 @@ def collect(out: Path) -> tuple[list[Row], list[Row]]:
     return teachers, rows
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and sample standard deviation; the mean alone for one value."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
 def table(rows: Sequence[Row]) -> str:
     """A Markdown table, an arm a line, the best mean of every measure in bold."""
     means = {name: {arm: statistics.mean(_values(rows, arm, name)) for arm in ARMS} for name in MEASURES}
     best = {name: (max if MEASURES[name][2] else min)(means[name], key=means[name].__getitem__) for name in MEASURES}
     heads = ["arm", *(title for title, _, _ in MEASURES.values())]
     heads += ["KL to its own teacher [nats]", "distillation, median step x steps [s]", "paper's average"]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    body = []
     for arm, (title, paper) in ARMS.items():
         cells = [spread(_values(rows, arm, name), digits) for name, (_, digits, _) in MEASURES.items()]
         cells = [f"**{cell}**" if best[name] == arm else cell for name, cell in zip(MEASURES, cells, strict=True)]
         cells += [spread(_values(rows, arm, "kl_own_teacher"), 4), spread(_values(rows, arm, "seconds"), 0)]
-        lines.append(f"| {title} | {' | '.join(cells)} | {'-' if paper is None else f'{paper:.2f}'} |")
-    return "\n".join(lines)
+        body.append([title, *cells, "-" if paper is None else f"{paper:.2f}"])
+    return markdown(heads, body)
 
 
 def verdict(rows: Sequence[Row]) -> str:
     """For every measure, neighbours in the paper's order: does it hold on the mean, and in how many seeds."""
     pairs = list(zip(list(ARMS)[:-1], list(ARMS)[1:], strict=True))
-    lines = ["| the paper's order | " + " | ".join(title for title, _, _ in MEASURES.values()) + " |", "|---|" + "---|" * len(MEASURES)]
+    body = []
     for better, worse in pairs:
         cells = []
         for name, (_, _, more) in MEASURES.items():
@@ -98,8 +88,8 @@ def verdict(rows: Sequence[Row]) -> str:
             gaps = [sign * (a - b) for a, b in zip(_values(rows, better, name), _values(rows, worse, name), strict=True)]
             holds = "holds" if statistics.mean(gaps) > 0 else "does not hold"
             cells.append(f"{holds}, {sum(gap > 0 for gap in gaps)} of {len(gaps)} seeds")
-        lines.append(f"| {better} before {worse} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        body.append([f"{better} before {worse}", *cells])
+    return markdown(["the paper's order", *(title for title, _, _ in MEASURES.values())], body)
 
 
 def _values(rows: Sequence[Row], arm: str, name: str) -> list[float]:
@@ -179,14 +169,11 @@ def main(out: Path, document: Path) -> None:
     Raises:
         ValueError: the document has no markers; besides those of `collect`.
     """
-    content = document.read_text()
-    if BEGIN not in content or END not in content:
-        raise ValueError(f"{document} does not have the lines {BEGIN} and {END}")
+    parts_around(document, (BEGIN, END))  # before any work
     teachers, rows = collect(out)
-    document.with_name("study_records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*teachers, *rows]))
+    put_between(document, (BEGIN, END), text(teachers, rows))
+    write_lines(document.with_name("study_records.jsonl"), [*teachers, *rows])
     figures(rows, document.parent / "images")
-    before, after = content.partition(BEGIN)[0], content.partition(END)[2]
-    document.write_text(f"{before}{BEGIN}\n{text(teachers, rows)}\n{END}{after}")
     print(text(teachers, rows))
 
 

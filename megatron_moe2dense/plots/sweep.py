@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megatron_moe2dense.common.label import label
 from megatron_moe2dense.plots.style import FAINT, HEAT, INK, KEPT, PALETTE, log_axis, new_figure, short
 
 Row = Mapping[str, Any]
@@ -24,12 +25,7 @@ def is_sweep(row: Row) -> bool:
 def axis_value(row: Row, axis: str) -> str:
     """A row's place on an axis: a number, or a method with the options that are set."""
     block = row["config"].get(axis)
-    if block is None:
-        return "none"
-    if not isinstance(block, Mapping):
-        return str(block)
-    options = [f"{name}={value}" for name, value in block.items() if name != "method" and value not in (None, "none")]
-    return str(block["method"]) + (f"({', '.join(options)})" if options else "")
+    return label(block) if block is None or isinstance(block, Mapping) else str(block)
 
 
 def _panel(row: Row) -> str:

@@ -86,8 +86,7 @@ class SelectConfig(Config):
 
     @model_validator(mode="after")
     def _text_where_it_is_read(self) -> SelectConfig:
-        reads = self.select.candidates(1000) > 1000
-        name = self.select.method_name()
+        reads, name = self.select.reads_text, self.select.method_name()
         if reads and self.data is None:
             raise ValueError(f"select.method={name} needs text: give data.path")
         if not reads and self.data is not None:

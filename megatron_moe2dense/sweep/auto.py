@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.label import label
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import output_directory, read_json, write_json
 from megatron_moe2dense.common.table import render
@@ -35,7 +36,7 @@ from megatron_moe2dense.surgery.stats import CalibratedStats
 from megatron_moe2dense.surgery.stream import Compute
 from megatron_moe2dense.sweep.bench import Bench
 from megatron_moe2dense.sweep.config import AutoConfig, BudgetConfig
-from megatron_moe2dense.sweep.grid import label, make_plans, points
+from megatron_moe2dense.sweep.grid import make_plans, points
 from megatron_moe2dense.tokens.config import TokensConfig
 from megatron_moe2dense.tokens.indexed import windows
 
@@ -121,7 +122,6 @@ def _experts(config: AutoConfig, source: MoeSource, reader: CheckpointReader, st
 def _neurons(config: AutoConfig, groups: int, working: Path) -> list[Candidate]:
     candidates = []
     for number, selector in enumerate(config.select):
-        reads = selector.candidates(1000) > 1000
         name = label(selectors.dump(selector))
         output = working / f"select-{number}"
         chosen = SelectConfig(
@@ -130,7 +130,7 @@ def _neurons(config: AutoConfig, groups: int, working: Path) -> list[Candidate]:
             output=str(output),
             groups=groups,
             select=selector,
-            data=config.refit_data if reads else None,
+            data=config.refit_data if selector.reads_text else None,
             device=config.device,
             memory_budget=config.memory_budget,
         )
@@ -154,6 +154,7 @@ class _Search:
     config: AutoConfig
     bench: Bench
     working: Path
+    blocks: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
     def rounds(self, found: Sequence[Candidate]) -> tuple[Candidate, list[dict[str, Any]]]:
         """The best candidate, and what each round judged, best first."""
@@ -177,10 +178,17 @@ class _Search:
         """With its refit on every `step`th window's worth of the calibration text."""
         if candidate.refit is None:
             return candidate.plan
-        data = self.config.refit_data
-        whole = len(windows(data, self.bench.source.dims.vocab_size))
-        text = data if step == 1 else TokensConfig(**{**data.model_dump(), "sequences": max(2, whole // step)})
-        return replace(candidate.plan, refit=block(candidate.refit, text, self.bench.source, Ranks()))
+        return replace(candidate.plan, refit=self._block(repr(candidate.refit), candidate.refit, step))
+
+    def _block(self, name: str, refit: RefitConfig, step: int) -> dict[str, Any]:
+        """The same for all candidates of a round with this refit."""
+        if (name, step) not in self.blocks:
+            data = self.config.refit_data
+            if step > 1:
+                whole = len(windows(data, self.bench.source.dims.vocab_size))
+                data = TokensConfig(**{**data.model_dump(), "sequences": max(2, whole // step)})
+            self.blocks[name, step] = block(refit, data, self.bench.source, Ranks())
+        return self.blocks[name, step]
 
     def clean(self) -> None:
         """Leave plan.json and the report alone."""

@@ -76,13 +76,23 @@ class BudgetConfig(Config):
         return self
 
 
-class AutoConfig(Config):
-    """`moe2dense auto`: the best plan for a budget, by successive halving (ours)."""
+class JudgingConfig(Config):
+    """What `sweep` and `auto` have in common: dense models in memory, judged against the MoE on held-out text."""
 
     source: str = key(..., "Hugging Face checkpoint directory of the MoE")
     statistics: str = key(..., "output directory of `moe2dense calibrate`")
-    output: str = key(..., "directory of plan.json, for `convert plan=`, and auto.json")
     data: TokensConfig = key(..., "held-out tokens, to judge on")
+    batch_tokens: int = key(4096, "tokens through a layer at once: whole windows, at least one", "tokens", gt=0)
+    memory_budget: Bytes = key("8GiB", "for hidden states: decides how many models are evaluated in one pass", "bytes", gt=0)
+    device: str = key("auto", "torch device: cpu, cuda, cuda:1, ...; auto: cuda where there is one, else cpu")
+    dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "weights and compute; logits are compared in float32 always")
+    overwrite: bool = key(False, "replace an existing output")
+
+
+class AutoConfig(JudgingConfig):
+    """`moe2dense auto`: the best plan for a budget, by successive halving (ours)."""
+
+    output: str = key(..., "directory of plan.json, for `convert plan=`, and auto.json")
     refit_data: TokensConfig = key(..., "calibration text, to choose neurons and solve down projections on")
     budget: BudgetConfig = key({}, "the size of the dense model")
     grid: CandidatesConfig = key({}, "candidates; groups follow from the budget")
@@ -91,11 +101,6 @@ class AutoConfig(Config):
     )
     halvings: int = key(2, "rounds before the last one; each keeps one in `eta`, on `eta` times as much text as the one before", ge=0)
     eta: int = key(4, "see halvings", gt=1)
-    batch_tokens: int = key(4096, "tokens through a layer at once: whole windows, at least one", "tokens", gt=0)
-    memory_budget: Bytes = key("8GiB", "for hidden states: decides how many models are evaluated in one pass", "bytes", gt=0)
-    device: str = key("auto", "torch device: cpu, cuda, cuda:1, ...; auto: cuda where there is one, else cpu")
-    dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "weights and compute; logits are compared in float32 always")
-    overwrite: bool = key(False, "replace an existing output")
 
     @field_validator("select", mode="before")
     @classmethod
@@ -109,21 +114,13 @@ class AutoConfig(Config):
         return self
 
 
-class SweepConfig(Config):
+class SweepConfig(JudgingConfig):
     """`moe2dense sweep`."""
 
-    source: str = key(..., "Hugging Face checkpoint directory of the MoE")
-    statistics: str = key(..., "output directory of `moe2dense calibrate`")
     output: str = key(..., "directory of records.jsonl and summary.json; an unfinished sweep of the same config is resumed")
-    data: TokensConfig = key(..., "held-out tokens")
     grid: GridConfig = key({}, "the axes of the sweep")
     refit_data: TokensConfig | None = key(None, "calibration text of the grid's refits; not the held-out tokens")
     slice: str = key("1/1", 'this process does part i of n, "i/n"; any number of processes may write to one output')
-    batch_tokens: int = key(4096, "tokens through a layer at once: whole windows, at least one", "tokens", gt=0)
-    memory_budget: Bytes = key("8GiB", "for hidden states: decides how many models are evaluated in one pass", "bytes", gt=0)
-    device: str = key("auto", "torch device: cpu, cuda, cuda:1, ...; auto: cuda where there is one, else cpu")
-    dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "weights and compute; logits are compared in float32 always")
-    overwrite: bool = key(False, "replace an existing output")
 
     @field_validator("slice")
     @classmethod

@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.label import label
 from megatron_moe2dense.surgery.config import RefitConfig
 from megatron_moe2dense.surgery.grouping import groupers
 from megatron_moe2dense.surgery.plan import ConversionPlan, Methods, group_layer, scaled_layer, whole_plan
@@ -35,14 +36,6 @@ class Point:
         config = self.config
         name = f"{label(config['score'])} K={config['keep']} G={config['groups']} {label(config['group'])} {label(config['scale'])}"
         return name if self.refit is None else f"{name} {label(config['refit'])}"
-
-
-def label(block: dict[str, Any] | None) -> str:
-    """A method block in short: its id, and its options in brackets where it has any that are set."""
-    if block is None:
-        return "none"
-    options = [f"{name}={value}" for name, value in block.items() if name != "method" and value not in (None, "none")]
-    return block["method"] + (f"({', '.join(options)})" if options else "")
 
 
 def points(grid: GridConfig, experts: int, active: int) -> list[Point]:

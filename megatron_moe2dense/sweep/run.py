@@ -17,6 +17,7 @@ from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import versions, write_json
 from megatron_moe2dense.evals.models import open_device
 from megatron_moe2dense.evals.perplexity import Measured
+from megatron_moe2dense.surgery.config import RefitConfig
 from megatron_moe2dense.surgery.convert import flat_weights, require_same_source
 from megatron_moe2dense.surgery.layout import dense_size
 from megatron_moe2dense.surgery.plan import ConversionPlan
@@ -108,15 +109,14 @@ def prepare(config: SweepConfig, source: MoeSource, reader: CheckpointReader) ->
     compute = Compute(device, getattr(torch, config.dtype), max(1, config.batch_tokens // config.data.sequence_length))
     found = points(config.grid, source.dims.experts, source.dims.active)
     plans = make_plans(found, statistics, lambda layer: flat_weights(source, reader, layer))
-    plans = [_with_refit(plan, point, config, source) for plan, point in zip(plans, found, strict=True)]
+    blocks = {repr(refit): _block(refit, config, source) for refit in config.grid.refit if refit is not None}
+    plans = [replace(plan, refit=blocks.get(repr(point.refit))) for plan, point in zip(plans, found, strict=True)]
     return Sweep(config, source, windows_NS, compute, found, plans, distinct(plans))
 
 
-def _with_refit(plan: ConversionPlan, point: Point, config: SweepConfig, source: MoeSource) -> ConversionPlan:
-    if point.refit is None:
-        return plan
+def _block(refit: RefitConfig, config: SweepConfig, source: MoeSource) -> dict[str, Any]:
     assert config.refit_data is not None, "SweepConfig requires text for a refit"
-    return replace(plan, refit=block(point.refit, config.refit_data, source, Ranks()))
+    return block(refit, config.refit_data, source, Ranks())
 
 
 def _said(sweep: Sweep, todo: int) -> str:

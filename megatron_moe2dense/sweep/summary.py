@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_moe2dense.common.label import label
 from megatron_moe2dense.common.table import render
-from megatron_moe2dense.sweep.grid import label
 
 Row = dict[str, Any]
 METRICS = ("kl", "nll")

@@ -21,6 +21,11 @@ class NeuronSelector(Method):
         """How many of the ranking's first it looks at to choose `width`; as many: the ranking is the choice, and no text is needed."""
         return width
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether it looks beyond the ranking, at activations."""
+        return self.candidates(1000) > 1000
+
     def choose(self, sums: Sums, width: int, free: int) -> torch.Tensor:  # noqa: ARG002 - for methods that look further
         """`width` of the candidates, best first, as places in the ranking; the ranking's first, unless a method knows better.
 

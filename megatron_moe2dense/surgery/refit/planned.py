@@ -69,7 +69,8 @@ def fit_planned(source: MoeSource, reader: CheckpointReader, plans: Sequence[tup
     Raises:
         UserError: hidden states that are not finite; a full disk.
     """
-    refits = [_refit(source, reader, plan, place) for plan, place in plans]
+    texts: dict[str, np.ndarray] = {}
+    refits = [_refit(source, reader, plan, place, texts) for plan, place in plans]
     todo = [refit for refit in refits if not all(layer.layer in refit.fits for layer in refit.plan.layers)]
     together: dict[str, list[Refit]] = {}
     for refit in todo:
@@ -82,7 +83,8 @@ def fit_planned(source: MoeSource, reader: CheckpointReader, plans: Sequence[tup
     return [refit.fits for refit in refits]
 
 
-def _refit(source: MoeSource, reader: CheckpointReader, plan: ConversionPlan, place: Place) -> Refit:
+def _refit(source: MoeSource, reader: CheckpointReader, plan: ConversionPlan, place: Place, texts: dict[str, np.ndarray]) -> Refit:
+    """texts: those read already, by their data block."""
     assert plan.refit is not None, "only a plan with a refit is fitted"
     settings, data, ranks = _settings(plan), TokensConfig(**plan.refit["data"]), place.ranks
     if ranks.rank > 0:
@@ -90,8 +92,11 @@ def _refit(source: MoeSource, reader: CheckpointReader, plan: ConversionPlan, pl
     fits = FittedLayers(place.directory / "refit", plan.hash())
     if ranks.rank == 0:
         ranks.wait()
-    compute, windows_NS = _compute(settings, data, ranks), _text(data, source, settings)
-    return Refit(source, reader, plan, windows_NS, compute, settings, fits, place.memory_budget, ranks)
+    name = json.dumps(plan.refit["data"])
+    if name not in texts:
+        texts[name] = _text(data, source, settings)
+    compute = _compute(settings, data, ranks)
+    return Refit(source, reader, plan, texts[name], compute, settings, fits, place.memory_budget, ranks)
 
 
 def cost(source: MoeSource, plan: ConversionPlan) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.plan_tables import HEADER, SCALE_HEADER, distillation, markdown, published, published_rows, scale_rows
+from launch.plan_tables import HEADER, SCALE_HEADER, distillation, published, published_rows, scale_rows
+from launch.report import markdown
 from megatron_moe2dense.trainer.plan.config import HardwareConfig
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs/operations.md"
