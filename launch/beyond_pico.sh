@@ -84,28 +84,30 @@ fi
 
 tune() { # init, name, steps, settings: on seed 0, judged on 64 held-out sequences
     local dir=$out/seed_0/tune/$1.$2.$3
-    unless_trained "$dir" $moe2dense distill $configs/distill.yaml student="$out/seed_0/inits/$1" output="$dir" train.steps="$3" "${@:4}"
+    unless_trained "$dir" $moe2dense distill $configs/distill.yaml student="$out/seed_0/inits/$1" output="$dir" train.steps="$3" \
+        data.validation_sequences=64 "${@:4}"
     ended "$dir"
     rm -rf "$dir/checkpoints"
 }
 
-adamw=(optim.muon=null)
-wide=(batch.global=4 batch.micro=4)
-for lr in 3e-3 6e-3 1e-2; do beside tune do_acp adamw-$lr 150 "${adamw[@]}" optim.lr=$lr; done
-for lr in 3e-3 6e-3; do beside tune ols-sequential adamw-$lr 150 "${adamw[@]}" optim.lr=$lr; done
-for lr in 3e-3 6e-3 1e-2; do beside tune ols-sequential muon-$lr 150 optim.muon.lr=$lr; done
-beside tune do_acp muon-3e-3 150 optim.muon.lr=3e-3
-beside tune do_acp adamw-3e-3-batch4 600 "${adamw[@]}" "${wide[@]}"
-for lr in 2e-3 4.5e-3; do beside tune do_acp adamw-$lr 450 "${adamw[@]}" optim.lr=$lr; done
-beside tune do_acp adamw-2e-3-batch4 1800 "${adamw[@]}" optim.lr=2e-3 "${wide[@]}"
+fours=(batch.global=4 batch.micro=4)
+for lr in 3e-3 6e-3 1e-2; do beside tune do_acp adamw-$lr 150 optim.muon=null optim.lr=$lr; done
+for lr in 3e-3 6e-3; do beside tune ols-sequential adamw-$lr 150 optim.muon=null optim.lr=$lr; done
+for lr in 3e-3 6e-3 1e-2; do beside tune ols-sequential muon-$lr 150 optim.muon.lr=$lr optim.lr=3e-3; done
+beside tune do_acp muon-3e-3 150 optim.muon.lr=3e-3 optim.lr=3e-3
+beside tune do_acp adamw-2e-3-batch4 600 optim.muon=null optim.lr=2e-3 "${fours[@]}"
+for lr in 2e-3 4.5e-3; do beside tune do_acp adamw-$lr 450 optim.muon=null optim.lr=$lr; done
+beside tune do_acp adamw-2e-3-batch4 1800 optim.muon=null optim.lr=2e-3 "${fours[@]}"
+convert 0 ols-reconstructed-3e-3 plan="$out/seed_0/select_ols/plan.json" "${sample[@]}" refit.mode=sequential \
+    refit.reconstruct="{epochs: 24, lr: 3e-3}"
+for lr in 6e-3 3e-3 2e-3 1e-3; do beside tune ols-reconstructed-3e-3 muon-6e-3-adamw-$lr 150 optim.lr=$lr; done
 finish
 
-exported() { # seed, init, name, steps, settings
+arm() { # seed, init, name, steps, settings
     local dir=$out/seed_$1/arms/$2.$3.$4
     unless_trained "$dir" $moe2dense distill $configs/distill.yaml student="$out/seed_$1/inits/$2" output="$dir" train.steps="$4" \
-        train.seed="$1" data.validation=null data.validation_sequences=null "${@:5}"
+        train.seed="$1" "${@:5}"
     ended "$dir"
-    unless_there "$dir/export" $moe2dense export checkpoint="$dir" output="$dir/export"
     rm -rf "$dir/checkpoints"
 }
 
@@ -113,36 +115,20 @@ start() { # seed: its best dense model before distillation, and DO-ACP's
     local sample dir=$out/seed_$1
     read -ra sample <<< "$(text "$1")"
     neurons "$1" ols "${sample[@]}"
-    convert "$1" ols-reconstructed plan="$dir/select_ols/plan.json" "${sample[@]}" refit.mode=sequential refit.reconstruct="{epochs: 24, lr: 6e-3}"
+    unless_there "$dir/inits/ols-long" $moe2dense convert $configs/convert.yaml plan="$dir/select_ols/plan.json" output="$dir/inits/ols-long" \
+        data.seed="$1"
     convert "$1" do_acp statistics="$dir/statistics" score.method=do_acp
 }
 
-for seed in "${seeds[@]}"; do
-    beside start "$seed"
-    study=out/study/seed_$seed/do_acp arm=$out/seed_$seed/arms/do_acp.adamw.450
-    if [[ -e $study/export && ! -e $arm ]]; then # the same run, where launch/study_pico.sh has done it
-        mkdir -p "$arm"
-        cp -r "$study"/run/{metrics.jsonl,moe2dense.json} "$study/export" "$arm/"
-    fi
-done
+for seed in "${seeds[@]}"; do beside start "$seed"; done
 finish
-for init in do_acp mp energy ols; do beside exported 0 $init-reconstructed muon 150; done
+for init in do_acp energy ols; do beside arm 0 $init-reconstructed muon 150; done
 for seed in "${seeds[@]}"; do
-    beside exported "$seed" do_acp adamw 450 "${adamw[@]}"
-    beside exported "$seed" ols-reconstructed muon 450
-    for steps in 75 150; do
-        beside exported "$seed" do_acp adamw $steps "${adamw[@]}"
-        beside exported "$seed" ols-reconstructed muon $steps
+    for steps in 150 450; do
+        beside arm "$seed" do_acp adamw $steps optim.muon=null optim.lr=4.5e-3
+        beside arm "$seed" ols-long muon $steps
     done
+    beside arm "$seed" ols-long muon 75
 done
-finish
-measure() { # seed
-    local models="" dir
-    for dir in "$out/seed_$1"/arms/*; do models+="${dir##*/}: $dir/export, "; done
-    $moe2dense eval models="{${models%, }}" output="$out/seed_$1/records.part.jsonl" kl.teacher=$moe device=cpu \
-        perplexity.data.path=$tokens/heldout perplexity.data.sequence_length=256
-    mv "$out/seed_$1/records.part.jsonl" "$out/seed_$1/records.jsonl"
-}
-for seed in "${seeds[@]}"; do beside unless_there "$out/seed_$seed/records.jsonl" measure "$seed"; done
 finish
 .venv/bin/python -m launch.beyond_report "$out" "${REPORT:-docs/beyond.md}"

@@ -9,7 +9,7 @@ import itertools
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,26 +43,21 @@ def initial(out: Path) -> list[Row]:
 
 
 def distilled(out: Path) -> list[Row]:
-    """The arms `seed_S/arms/INIT.NAME.STEPS` on all held-out text; `tuned`: those of `seed_0/tune` on a part of it."""
-    rows = []
-    for file in sorted(out.glob("seed_*/records.jsonl")):
-        for record in lines(file):
-            row = _arm(file.parent / "arms" / record["model"])
-            rows.append({**row, "seed": int(file.parent.name.removeprefix("seed_")), "kl": record["metrics"]["kl"]})
-    return rows
+    """The arms `seed_S/arms/INIT.NAME.STEPS` by their last evaluation, on all held-out text; unfinished ones are left out."""
+    return [{**row, "seed": int(file.parents[2].name.removeprefix("seed_"))} for file, row in _runs(out, "seed_*/arms")]
 
 
 def tuned(out: Path) -> list[Row]:
-    """By the last evaluation of each run."""
-    found = []
-    for file in sorted(out.glob("seed_0/tune/*/metrics.jsonl")):
-        found.append({**_arm(file.parent), "tuning": True, "kl": lines(file)[-1]["eval_kl"]})
-    return found
+    """The runs `seed_0/tune/INIT.NAME.STEPS`, on a part of that text."""
+    return [{**row, "tuning": True} for _, row in _runs(out, "seed_0/tune")]
 
 
-def _arm(folder: Path) -> Row:
-    init, name = folder.name.rpartition(".")[0].split(".", 1)
-    return {"init": init, "arm": name, "tokens": lines(folder / "metrics.jsonl")[-1]["tokens"]}
+def _runs(out: Path, folders: str) -> Iterator[tuple[Path, Row]]:
+    for file in sorted(out.glob(f"{folders}/*/metrics.jsonl")):
+        last = lines(file)[-1]
+        if last.get("eval_kl") is not None:
+            init, name = file.parent.name.rpartition(".")[0].split(".", 1)
+            yield file, {"init": init, "arm": name, "tokens": last["tokens"], "kl": last["eval_kl"], "nll": last["eval_loss"]}
 
 
 def initial_table(rows: Sequence[Row]) -> str:

@@ -14,6 +14,7 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from megatron_moe2dense.cli import main
+from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.surgery.config import ReconstructConfig
 from megatron_moe2dense.surgery.hidden import HiddenPlace, HiddenStates
 from megatron_moe2dense.surgery.ranks import Ranks
@@ -93,6 +94,14 @@ def test_passes_that_make_it_worse_are_not_kept():
     fit = LayerFit({"down_DF": ffn_of(mlp(seed=3)).down_DF}, REPORT)
     found = reconstruction(ReconstructConfig(epochs=3, lr=1e3, batch_tokens=LENGTH)).train(fit, text, seed=0)
     assert found is None
+
+
+def test_a_process_without_text_to_train_on_is_refused():
+    text = layer_text()
+    judging = LayerText(text.inputs, text.targets, torch.ones(WINDOWS, dtype=torch.bool))
+    fit = LayerFit({"down_DF": ffn_of(mlp(seed=3)).down_DF}, REPORT)
+    with pytest.raises(UserError, match="a process that has no window to train on"):
+        reconstruction(ReconstructConfig()).train(fit, judging, seed=0)
 
 
 def test_fixed_neurons_stay_and_the_rest_moves():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import nn
 
+from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.surgery.config import ReconstructConfig
 from megatron_moe2dense.surgery.dense_block import neurons
 from megatron_moe2dense.surgery.experts import Gating
@@ -59,12 +60,20 @@ class Reconstruction:
 
     @torch.enable_grad()
     def train(self, start: LayerFit, text: LayerText, seed: int) -> LayerFit | None:
-        """From a solution that has not seen the held-out text; every rank returns the same, None where nothing was better there."""
+        """From a solution that has not seen the held-out text; every rank returns the same, None where nothing was better there.
+
+        Raises:
+            UserError: on every rank, where one has no window to train on.
+        """
         width = len(self.ffn.gate_FD) - self.fixed
         free = {name: nn.Parameter(tensor.detach().float().clone()) for name, tensor in _free(start.applied(self.ffn), width).items()}
         windows = torch.nonzero(~text.held_out_N)[:, 0]
         own = max(1, self.settings.batch_tokens // text.inputs.length // self.ranks.world)
-        updates = max(1, self.ranks.least(len(windows)) // own)
+        fewest = self.ranks.least(len(windows))
+        if not fewest:
+            problem = "refit.reconstruct with a process that has no window to train on"
+            raise UserError(problem, "at least one of each, beside the tenth that judges", "use more data.sequences or fewer processes")
+        updates = max(1, fewest // own)
         unit = self._mean_square(text)
         adamw = torch.optim.AdamW(free.values(), lr=self.settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
