@@ -9,6 +9,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/resumable.sh
 source launch/resumable.sh
+# shellcheck source=launch/parallel.sh
+source launch/parallel.sh
 
 make -s .venv/.installed-train-plot
 moe2dense=.venv/bin/moe2dense
@@ -18,19 +20,6 @@ tokens=examples/pico_moe/tokens
 out=${OUT:-out/beyond}
 read -ra seeds <<< "${SEEDS:-0 1 2}"
 export GLOO_SOCKET_IFNAME=lo CUDA_VISIBLE_DEVICES="" PYTHONWARNINGS=ignore OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
-
-trap 'kill $(jobs -p) 2> /dev/null || true' EXIT  # what runs beside a command that failed
-started=()
-beside() { # command..., in the background once fewer than JOBS are
-    while (($(jobs -rp | wc -l) >= ${JOBS:-2})); do wait -n; done
-    "$@" &
-    started+=($!)
-}
-finish() { # everything started has ended well
-    local pid
-    for pid in "${started[@]}"; do wait "$pid"; done
-    started=()
-}
 
 text() { # seed
     echo "data.path=$tokens/distill data.sequence_length=256 data.sequences=512 data.seed=$1"

@@ -14,6 +14,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/resumable.sh
 source launch/resumable.sh
+# shellcheck source=launch/parallel.sh
+source launch/parallel.sh
 
 make -s .venv/.installed-dev
 moe2dense=.venv/bin/moe2dense
@@ -28,19 +30,6 @@ read -ra task_settings <<< "${TASK_SETTINGS:-}"
 read -ra eval_settings <<< "${EVAL_SETTINGS:-}"
 settings=("$@")
 export GLOO_SOCKET_IFNAME=lo CUDA_VISIBLE_DEVICES="" PYTHONWARNINGS=ignore OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
-
-trap 'kill $(jobs -p) 2> /dev/null || true' EXIT  # what runs beside a command that failed
-started=()
-beside() { # command..., in the background once fewer than JOBS are
-    while (($(jobs -rp | wc -l) >= ${JOBS:-2})); do wait -n; done
-    "$@" &
-    started+=($!)
-}
-finish() { # everything started has ended well
-    local pid
-    for pid in "${started[@]}"; do wait "$pid"; done
-    started=()
-}
 
 build_dense_teacher() {
     if [[ ! -e out/pico_build/train.idx && ${PRETRAIN_SETTINGS:-} != *data.path=* ]]; then
