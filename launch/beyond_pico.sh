@@ -87,6 +87,11 @@ beside tune do_acp muon-3e-3 150 optim.muon.lr=3e-3 optim.lr=3e-3
 beside tune do_acp adamw-2e-3-batch4 600 optim.muon=null optim.lr=2e-3 "${fours[@]}"
 for lr in 2e-3 4.5e-3; do beside tune do_acp adamw-$lr 450 optim.muon=null optim.lr=$lr; done
 beside tune do_acp adamw-2e-3-batch4 1800 optim.muon=null optim.lr=2e-3 "${fours[@]}"
+convert 0 ols-reconstructed-8 plan="$out/seed_0/select_ols/plan.json" "${sample[@]}" refit.mode=sequential \
+    refit.reconstruct="{epochs: 8, lr: 3e-3}"
+beside tune ols-reconstructed-8 adamw-3e-3 150 optim.muon=null optim.lr=3e-3
+beside tune ols-reconstructed-8 muon-6e-3-adamw-3e-3 150 optim.lr=3e-3
+beside tune ols-reconstructed-8 muon-6e-3-adamw-3e-3-batch4 600 optim.lr=3e-3 "${fours[@]}"
 convert 0 ols-reconstructed-3e-3 plan="$out/seed_0/select_ols/plan.json" "${sample[@]}" refit.mode=sequential \
     refit.reconstruct="{epochs: 24, lr: 3e-3}"
 for lr in 6e-3 3e-3 2e-3 1e-3; do beside tune ols-reconstructed-3e-3 muon-6e-3-adamw-$lr 150 optim.lr=$lr; done
