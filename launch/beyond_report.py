@@ -15,7 +15,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from launch.report import lines, markdown, parts_around, put_between, spread, write_lines
+from launch.report import lines, markdown, parts_around, put_between, spread
+from megatron_moe2dense.common import records
 from megatron_moe2dense.plots.style import FAINT, PALETTE, log_axis, new_figure, short, style
 
 INITIAL = ("<!-- launch/beyond_pico.sh: initial -->", "<!-- end of initial -->")
@@ -190,7 +191,7 @@ def main(out: Path, document: Path) -> None:
     if tuning:
         texts[TUNED] = tuned_table(tuning)
         put_between(document, TUNED, texts[TUNED])
-    write_lines(document.with_name("beyond_records.jsonl"), [*before, *tuning, *after])
+    records.rewrite(document.with_name("beyond_records.jsonl"), [*before, *tuning, *after])
     print("\n\n".join(texts.values()))
 
 

@@ -14,11 +14,6 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """The inverse of `lines`."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean and sample standard deviation; the mean alone for one value."""
     mean = f"{statistics.mean(values):.{digits}f}"

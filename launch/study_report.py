@@ -14,7 +14,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from launch.report import lines, markdown, parts_around, put_between, spread, write_lines
+from launch.report import lines, markdown, parts_around, put_between, spread
+from megatron_moe2dense.common import records
 from megatron_moe2dense.plots.style import FAINT, PALETTE, log_axis, new_figure, short, style
 
 BEGIN, END = "<!-- launch/study_pico.sh: begin -->", "<!-- launch/study_pico.sh: end -->"
@@ -172,7 +173,7 @@ def main(out: Path, document: Path) -> None:
     parts_around(document, (BEGIN, END))  # before any work
     teachers, rows = collect(out)
     put_between(document, (BEGIN, END), text(teachers, rows))
-    write_lines(document.with_name("study_records.jsonl"), [*teachers, *rows])
+    records.rewrite(document.with_name("study_records.jsonl"), [*teachers, *rows])
     figures(rows, document.parent / "images")
     print(text(teachers, rows))
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from launch import beyond_report as script
-from launch.report import lines, write_lines
+from launch.report import lines
+from megatron_moe2dense.common import records
 
 
 def evaluated(model: str, nll: float) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def evaluated(model: str, nll: float) -> dict[str, Any]:
 
 def arm(folder: Path, tokens: int, kl: float) -> None:
     folder.mkdir(parents=True)
-    write_lines(folder / "metrics.jsonl", [{"step": 1, "tokens": tokens, "eval_kl": kl, "eval_loss": kl + 3.0}])
+    records.rewrite(folder / "metrics.jsonl", [{"step": 1, "tokens": tokens, "eval_kl": kl, "eval_loss": kl + 3.0}])
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def out(tmp_path: Path) -> Path:
     rows = [evaluated("moe", 3.0)]
     for place, choice in enumerate(script.CHOICES):
         rows += [evaluated(choice + refit, 3.0 + 2.0 * 0.75**number - 0.1 * place) for number, refit in enumerate(script.REFITS)]
-    write_lines(out / "initial.jsonl", rows)
+    records.rewrite(out / "initial.jsonl", rows)
     for seed in (0, 1):
         for init, name in (("do_acp", "adamw"), ("ols-long", "muon")):
             for steps, kl in ((100, 0.4), (400, 0.2)):

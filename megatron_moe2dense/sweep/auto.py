@@ -178,10 +178,11 @@ class _Search:
         """With its refit on every `step`th window's worth of the calibration text."""
         if candidate.refit is None:
             return candidate.plan
-        return replace(candidate.plan, refit=self._block(repr(candidate.refit), candidate.refit, step))
+        return replace(candidate.plan, refit=self._block(candidate.refit, step))
 
-    def _block(self, name: str, refit: RefitConfig, step: int) -> dict[str, Any]:
+    def _block(self, refit: RefitConfig, step: int) -> dict[str, Any]:
         """The same for all candidates of a round with this refit."""
+        name = repr(refit)
         if (name, step) not in self.blocks:
             data = self.config.refit_data
             if step > 1:
