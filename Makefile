@@ -32,7 +32,7 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/shellcheck -x launch/*.sh launch/*.slurm .ci/run
+	$(BIN)/shellcheck -x launch/*.sh launch/beyond/*.sh launch/*.slurm .ci/run
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 format: .venv/.installed-dev

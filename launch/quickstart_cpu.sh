@@ -25,10 +25,11 @@ $moe2dense calibrate $configs/calibrate.yaml
 say "3/8 score: rank the experts"
 $moe2dense score $configs/score.yaml
 
-say "4/8 convert: keep 4 of 32 experts, concatenate them into one dense FFN (three ways of choosing)"
+say "4/8 convert: keep 4 of 32 experts, concatenate them into one dense FFN: three ways of choosing; one of them reconstructed, layer by layer"
 $moe2dense convert $configs/convert.yaml
 $moe2dense convert $configs/convert.yaml output=$out/dense_sf score.method=sf
 $moe2dense convert $configs/convert.yaml output=$out/dense_random score.method=random
+$moe2dense convert $configs/reconstruct.yaml
 
 say "5/8 distill: Megatron-Core student and teacher, two processes"
 OMP_NUM_THREADS=1 $bin/torchrun --nproc-per-node 2 --master-addr 127.0.0.1 --master-port "${MASTER_PORT:-29517}" \

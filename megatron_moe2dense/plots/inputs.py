@@ -84,7 +84,7 @@ def _rows(path: Path) -> tuple[Kind | None, list[dict[str, Any]]]:
         raise UserError(f"{path} has no rows", "rows to plot", "wait for the first row, or leave the file out")
     if all(isinstance(row, dict) and isinstance(row.get("metrics"), dict) and "model" in row for row in rows):
         return "sweep" if all(map(is_sweep, rows)) else "records", rows
-    if all(isinstance(row, dict) and {"step", "tokens"} <= row.keys() and ("loss" in row or "eval_loss" in row) for row in rows):
+    if all(isinstance(row, dict) and {"step", "tokens"} <= row.keys() and row.keys() & {"loss", "eval_loss", "spike"} for row in rows):
         return "metrics", rows
     return None, rows
 

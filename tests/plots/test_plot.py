@@ -114,6 +114,13 @@ def test_runs_of_one_folder_name_are_told_apart_by_the_folder_above(tmp_path):
     assert labels == ["a/run", "b/run"]
 
 
+def test_a_run_with_a_loss_spike_is_drawn(tmp_path):
+    spike = {"step": 5, "tokens": 2560, "spike": 1.7, "median_loss": 0.5, "first_sample": 16, "last_sample": 19}
+    records.rewrite(tmp_path / "metrics.jsonl", [*metrics(), spike, *metrics()])
+    plot.run(PlotConfig(records=[str(tmp_path)], output=str(tmp_path / "figures")))
+    assert (tmp_path / "figures/training.png").exists()
+
+
 def test_records_without_quality_are_refused(tmp_path):
     records.rewrite(tmp_path / "records.jsonl", [record("dense", None, None)])
     with pytest.raises(UserError, match="neither perplexity nor KL"):

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Sourced by the parts of launch/beyond_pico.sh: where things are, and the steps that several parts take.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# shellcheck source=launch/resumable.sh
+source launch/resumable.sh
+# shellcheck source=launch/parallel.sh
+source launch/parallel.sh
+
+make -s .venv/.installed-train-plot
+moe2dense=.venv/bin/moe2dense
+configs=yaml_configs/beyond
+moe=examples/pico_moe/model
+tokens=examples/pico_moe/tokens
+out=${OUT:-out/beyond}
+export GLOO_SOCKET_IFNAME=lo CUDA_VISIBLE_DEVICES="" PYTHONWARNINGS=ignore OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
+mkdir -p "$out"
+
+sample() { # seed: sets `text`, the windows that everything before distillation reads
+    text=("data.path=$tokens/distill" data.sequence_length=256 data.sequences=512 "data.seed=$1")
+}
+
+statistics() { # seed
+    local text
+    sample "$1"
+    unless_there "$out/seed_$1/statistics" $moe2dense calibrate source=$moe output="$out/seed_$1/statistics" "${text[@]}"
+}
+
+neurons() { # seed, method
+    local dir=$out/seed_$1 text=()
+    [[ $2 == energy ]] || sample "$1"
+    unless_there "$dir/select_$2" $moe2dense select source=$moe statistics="$dir/statistics" output="$dir/select_$2" select.method="$2" "${text[@]}"
+}
+
+convert() { # seed, name, options
+    unless_there "$out/seed_$1/inits/$2" $moe2dense convert source=$moe output="$out/seed_$1/inits/$2" "${@:3}"
+}
+
+refitted() { # seed, name, options, of refit too
+    local text
+    sample "$1"
+    convert "$@" "${text[@]}"
+}
+
+distilled() { # directory, settings
+    unless_trained "$1" $moe2dense distill $configs/distill.yaml output="$1" "${@:2}"
+    ended "$1"
+    rm -rf "$1/checkpoints"
+}
+
+judged() { # records, NAME: MODEL, ... on the held-out text
+    local part=${1%.jsonl}.part.jsonl
+    unless_there "$1" $moe2dense eval models="{$2}" output="$part" kl.teacher="${3:-$moe}" device=cpu \
+        perplexity.data.path=$tokens/heldout perplexity.data.sequence_length=256
+    [[ -e $1 ]] || mv "$part" "$1"  # eval goes on with an unfinished file
+}
