@@ -32,7 +32,7 @@ def out(tmp_path: Path) -> Path:
     out = tmp_path / "out"
     out.mkdir()
     (tmp_path / "beyond.md").write_text(
-        "before\n" + "".join("{0}\nstale\n{1}\n".format(*report.markers(part)) for part in report.PARTS) + "after\n"
+        "before\n" + "".join("\nstale\n".join(report.markers(part)) + "\n" for part in report.PARTS) + "after\n"
     )
     return out
 
@@ -138,7 +138,7 @@ def test_properties_of_a_choice(chosen: Path):
     assert four["frequency"] == pytest.approx(float((np.sort(counts)[:, -4:].sum(1) / counts.sum(1)).mean())), "sf keeps the most frequent"
     assert 0 < four["coverage"] < 1
     assert 1 < four["diversity"] < 256
-    assert 0 < four["residual"]
+    assert four["residual"] > 0
 
 
 def test_choices(out: Path, chosen: Path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from launch.beyond.section import Section
 from launch.report import lines, markdown
 
-SEARCHES = {"experts": "`auto`, plans of experts", "neurons": "`auto`, plans of neurons too"}
+SEARCHES = {"experts": "`auto`, plans of experts", "neurons": "`auto`, plans of neurons too, the best reconstructed"}
 
 
 def section(out: Path) -> Section | None:

@@ -15,7 +15,9 @@ beside factor recipe
 beside factor cosine schedule.style=cosine schedule.final=0.02
 beside factor warmup_0.01 schedule.warmup=0.01
 beside factor adamw_5e-4 optim.lr=5e-4
-beside factor hidden "$(mixed 0.1 hidden_state)"
+beside factor hidden_0.1 "$(mixed 0.1 hidden_state)"
+beside factor hidden_0.3 "$(mixed 0.3 hidden_state)"
+beside factor hidden_1 "$(mixed 1.0 hidden_state)"
 beside factor next_token "$(mixed 0.1 cross_entropy)"
 beside factor temperature_2 loss.temperature=2.0
 beside factor routing_8 teacher_routing.active=8

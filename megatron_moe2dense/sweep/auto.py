@@ -2,7 +2,8 @@
 is named future work in the paper).
 
 Every candidate is judged on a little held-out text, by KL to the MoE; the better ones on more, the last few on all of it. Down projections
-are solved on as small a share of the calibration text, in one pass for all. The finalists are judged with every mode of refit.
+are solved on as small a share of the calibration text, in one pass for all. The finalists are judged with every mode of refit, and the best
+of them once more with its FFNs trained block by block, where that is asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from megatron_moe2dense.common.outputs import output_directory, read_json, write
 from megatron_moe2dense.common.table import render
 from megatron_moe2dense.evals.models import open_device
 from megatron_moe2dense.surgery import select
-from megatron_moe2dense.surgery.config import RefitConfig, SelectConfig
+from megatron_moe2dense.surgery.config import ReconstructConfig, RefitConfig, SelectConfig
 from megatron_moe2dense.surgery.convert import flat_weights, require_same_source
 from megatron_moe2dense.surgery.layout import dense_size
 from megatron_moe2dense.surgery.neurons import selectors
@@ -164,15 +165,21 @@ class _Search:
             step = self.config.eta ** (self.config.halvings - number)
             if step == 1:
                 left = _with_modes(left)
-            path = self.working / f"round-{number}.json"
-            if not path.exists():
-                write_json(path, self._judged(left, step))
-            rounds.append(read_json(path, "a round of the search"))
-            by_name = {candidate.called: candidate for candidate in left}
-            order = [by_name[row["model"]] for row in rounds[-1]["models"]]
+            rounds.append(self._round(number, left, step))
+            order = _ordered(rounds[-1], left)
             logger.info("round %d: %d models, the best %s", number + 1, len(order), order[0].called)
             left = order[: max(1, len(order) // self.config.eta)]
+        if self.config.reconstruct is not None:
+            left = [left[0], _reconstructed(left[0], self.config.reconstruct)]
+            rounds[-1] = _together(rounds[-1], self._round(len(rounds), left[1:], 1))
+            left = _ordered(rounds[-1], left)
         return left[0], rounds
+
+    def _round(self, number: int, left: Sequence[Candidate], step: int) -> dict[str, Any]:
+        path = self.working / f"round-{number}.json"
+        if not path.exists():
+            write_json(path, self._judged(left, step))
+        return read_json(path, "a round of the search")
 
     def planned(self, candidate: Candidate, step: int) -> ConversionPlan:
         """With its refit on every `step`th window's worth of the calibration text."""
@@ -214,6 +221,24 @@ class _Search:
             bench.forget(part)
         models = sorted(rows, key=lambda row: row["kl"])
         return {"windows": len(bench.windows_NS), "model_windows": len(plans) * len(bench.windows_NS), "models": models}
+
+
+def _ordered(judged: dict[str, Any], candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those candidates, as a round ordered them."""
+    by_name = {candidate.called: candidate for candidate in candidates}
+    return [by_name[row["model"]] for row in judged["models"] if row["model"] in by_name]
+
+
+def _together(*rounds: dict[str, Any]) -> dict[str, Any]:
+    """One round of rounds on the same windows."""
+    models = sorted((row for each in rounds for row in each["models"]), key=lambda row: row["kl"])
+    return {**rounds[0], "model_windows": sum(each["model_windows"] for each in rounds), "models": models}
+
+
+def _reconstructed(candidate: Candidate, settings: ReconstructConfig) -> Candidate:
+    """From its refit, or one with the defaults where it has none."""
+    refit = candidate.refit or RefitConfig()
+    return replace(candidate, refit=refit.model_copy(update={"mode": "sequential", "reconstruct": settings}))
 
 
 def _with_modes(candidates: Sequence[Candidate]) -> list[Candidate]:

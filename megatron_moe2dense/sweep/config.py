@@ -9,7 +9,7 @@ from pydantic import field_validator, model_validator
 
 from megatron_moe2dense.common.config import Config, key
 from megatron_moe2dense.common.sizes import Bytes
-from megatron_moe2dense.surgery.config import RefitConfig
+from megatron_moe2dense.surgery.config import ReconstructConfig, RefitConfig
 from megatron_moe2dense.surgery.grouping import groupers
 from megatron_moe2dense.surgery.neurons import NeuronSelector, selectors
 from megatron_moe2dense.surgery.scaling import scalers
@@ -98,6 +98,9 @@ class AutoConfig(JudgingConfig):
     grid: CandidatesConfig = key({}, "candidates; groups follow from the budget")
     select: list[Annotated[NeuronSelector, *selectors.field]] = key(
         _blocks(("energy", "ols")), "ways to choose neurons, candidates too, with every refit of the grid"
+    )
+    reconstruct: ReconstructConfig | None = key(
+        None, "judge the best once more with its FFNs trained from there, in sequential mode, and keep that where it is better; null: no"
     )
     halvings: int = key(2, "rounds before the last one; each keeps one in `eta`, on `eta` times as much text as the one before", ge=0)
     eta: int = key(4, "see halvings", gt=1)

@@ -14,6 +14,7 @@ from megatron_moe2dense.sweep.auto import _Search
 from tests.helpers.tiny_models import tiny, write_tokens
 
 LENGTH = 24
+TEXTS = (("data", "heldout", 8), ("refit_data", "distill", 16))
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,24 @@ def test_a_killed_search_goes_on_after_its_last_round(made: Path, tmp_path: Path
     main(chosen(made, tmp_path / "killed"))
     assert steps == [9, 3, 3, 1]
     assert (tmp_path / "killed/plan.json").read_text() == (tmp_path / "straight/plan.json").read_text()
+
+
+def test_the_best_is_reconstructed_and_that_is_kept_where_it_is_better(example: Path, tmp_path: Path):
+    source = [f"source={example}/model", f"statistics={tmp_path}/statistics", "halvings=0", "select=[]", "grid={score: [sf], keep: [4]}"]
+    texts = [f"{name}={{path: {example}/tokens/{file}, sequence_length: 256, sequences: {count}}}" for name, file, count in TEXTS]
+    main(["calibrate", source[0], f"output={tmp_path}/statistics", texts[1].removeprefix("refit_")])
+    for name, settings in (("trained", "{epochs: 6, lr: 6e-3}"), ("spoilt", "{epochs: 1, lr: 1e-12}")):
+        main(["auto", *source, *texts, f"output={tmp_path}/{name}", f"reconstruct={settings}"])
+    trained, spoilt = (json.loads((tmp_path / name / "auto.json").read_text()) for name in ("trained", "spoilt"))
+    best, *others = trained["rounds"][-1]["models"]
+    assert "reconstruct" in best["model"]
+    assert best["kl"] < others[0]["kl"]
+    assert trained["model_windows"]["spent"] == 3 * TEXTS[0][2], "in both modes, and once more"
+    assert spoilt["rounds"][-1]["models"][0] == others[0], "of equals the one that was there"
+    plan = json.loads((tmp_path / "trained/plan.json").read_text())
+    assert plan["refit"]["reconstruct"]["epochs"] == 6
+    main(["convert", source[0], f"plan={tmp_path}/trained/plan.json", f"output={tmp_path}/dense"])
+    assert json.loads((tmp_path / "dense/moe2dense.json").read_text())["plan_hash"] == best["plan_hash"]
 
 
 @pytest.mark.parametrize(
