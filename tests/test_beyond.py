@@ -67,7 +67,7 @@ def test_tuning_and_factors(out: Path):
     run(out / "seed_0/factors/final_0", 614400, 0.19)
     text = document(out)
     assert "| do_acp | adamw-4.5e-3 | 614k | 0.3000 |" in part(text, "tuning")
-    assert part(text, "factors").endswith("| final_0 | 0.1900 | -0.0100 |\n| recipe | 0.2000 | +0.0000 |")
+    assert part(text, "factors").endswith("| final_0 | 3.1900 | 0.1900 | -0.0100 |\n| recipe | 3.2000 | 0.2000 | +0.0000 |")
 
 
 def test_lasting(out: Path):

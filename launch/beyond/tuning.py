@@ -20,7 +20,7 @@ def tuning(out: Path) -> Section | None:
 
 
 def factors(out: Path) -> Section | None:
-    """Every run of `seed_0/factors/NAME`, the best first, against the recipe itself.
+    """Every run of `seed_0/factors/NAME`, the lowest cross-entropy first, KL against the recipe itself.
 
     Raises:
         StopIteration: the recipe itself is not there.
@@ -29,5 +29,6 @@ def factors(out: Path) -> Section | None:
     if not rows:
         return None
     recipe = next(row["kl"] for row in rows if row["factor"] == RECIPE)
-    body = [[row["factor"], f"{row['kl']:.4f}", f"{row['kl'] - recipe:+.4f}"] for row in sorted(rows, key=lambda row: row["kl"])]
-    return Section(rows, markdown(["changed", "KL", "difference"], body))
+    order = sorted(rows, key=lambda row: row["nll"])
+    body = [[row["factor"], f"{row['nll']:.4f}", f"{row['kl']:.4f}", f"{row['kl'] - recipe:+.4f}"] for row in order]
+    return Section(rows, markdown(["changed", "cross-entropy", "KL", "difference"], body))
