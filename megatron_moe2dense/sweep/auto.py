@@ -277,6 +277,8 @@ def dry_run(config: AutoConfig) -> dict[str, Any]:
     for number in range(config.halvings + 1):
         rounds.append({"models": left, "windows": -(-held_out // config.eta ** (config.halvings - number))})
         left = max(1, left // config.eta)
+    modes = 2 if any(config.grid.refit) else 1  # at most: of those left, some may have no refit
+    rounds[-1]["models"] = rounds[-1]["models"] * modes + (config.reconstruct is not None)
     return {
         "source": source.facts(),
         "groups": groups,

@@ -36,8 +36,11 @@ def chosen(made: Path, output: Path, *more: str) -> list[str]:
 
 
 def test_the_plan_gives_the_divergence_that_was_promised(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    main([*chosen(made, tmp_path / "auto"), "--dry-run"])
+    foretold = json.loads(capsys.readouterr().out)["rounds"]
     main(chosen(made, tmp_path / "auto"))
     report = json.loads((tmp_path / "auto/auto.json").read_text())
+    assert foretold == [{"models": len(each["models"]), "windows": each["windows"]} for each in report["rounds"]]
     assert sorted(path.name for path in (tmp_path / "auto").iterdir()) == ["auto.json", "moe2dense.json", "plan.json"]
     assert [each["windows"] for each in report["rounds"]] == [2, 6, 16]
     assert [len(each["models"]) for each in report["rounds"]] == [8, 2, 2], (
