@@ -95,7 +95,8 @@ class Trainer:
     def _step(self, state: TrainState) -> StepFacts:
         """One optimizer step; those whose line is logged are measured and their collectives timed."""
         started = time.perf_counter()
-        loss, look_closer = self.config.resolved_loss(), self._due(state.step + 1, self.config.train.log_every)
+        loss = self.config.resolved_loss().at(state.step / self.config.steps())
+        look_closer = self._due(state.step + 1, self.config.train.log_every)
         with collectives.timed() if look_closer else contextlib.nullcontext() as waited:
             batches = self.training.micro_batches(*self._samples(state.step))
             read = time.perf_counter()

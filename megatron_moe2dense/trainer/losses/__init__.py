@@ -35,6 +35,10 @@ class Loss(Method, ABC):
         """Whether the value is KL(teacher || student) in nats itself, so that it may be reported as `kl`."""
         return False
 
+    def at(self, share: float) -> Loss:  # noqa: ARG002
+        """What is trained once this share of the run's steps is done: itself, but for a mixture some of whose terms are over."""
+        return self
+
     @abstractmethod
     def per_token(self, student: VocabShard, teacher: Known | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:
         """Nats per token, float32 [T], not yet masked, the same on all ranks of the tensor-parallel group.

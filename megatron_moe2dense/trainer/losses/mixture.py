@@ -1,9 +1,11 @@
-"""A sum of losses with fixed weights: never balanced by their size, which would make the objective depend on the batch."""
+"""A sum of losses with fixed weights: never balanced by their size, which would make the objective depend on the batch. A term may be for
+the beginning of the run alone."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
+from pydantic import model_validator
 from torch import Tensor
 
 from megatron_moe2dense.common.config import Config, key
@@ -17,6 +19,7 @@ class Term(Config):
 
     weight: float = key(..., "factor", gt=0)
     loss: Annotated[Loss, *losses.field] = key(..., "loss block")
+    until: float | None = key(None, "share of the run's steps after which it is left out; null: never", "fraction", gt=0, lt=1)
 
 
 @losses.register("mixture")
@@ -24,6 +27,12 @@ class Mixture(Loss):
     """sum of weight * loss, e.g. {method: mixture, terms: [{weight: 0.9, loss: {method: forward_kl}}, ...]}."""
 
     terms: list[Term] = key(..., "the terms", min_length=1)
+
+    @model_validator(mode="after")
+    def _one_stays(self) -> Mixture:
+        if all(term.until is not None for term in self.terms):
+            raise ValueError("every term has an `until`: nothing would be left to train on")
+        return self
 
     @property
     def needs_teacher(self) -> bool:
@@ -36,8 +45,12 @@ class Mixture(Loss):
         return None if None in needs else max(need for need in needs if need is not None)
 
     def trains_head(self) -> bool:
-        """Whether any term does."""
-        return any(term.loss.trains_head() for term in self.terms)
+        """Whether any term that stays does."""
+        return any(term.loss.trains_head() for term in self.terms if term.until is None)
+
+    def at(self, share: float) -> Loss:
+        """See `Loss.at`: without the terms that are over."""
+        return Mixture(terms=[term for term in self.terms if term.until is None or share < term.until])
 
     def per_token(self, student: VocabShard, teacher: Known | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:
         """The weighted sum, [T]."""
