@@ -27,10 +27,8 @@ for score in sf pp cp reap acp do_acp random; do beside experts $score score.met
 beside experts mp score.method=mp scale.method=proportional
 beside experts d_optimal_mp score="{method: d_optimal, importance: mp}"
 beside experts merged score.method=sf keep=16 group="{method: weight_cluster, align: hungarian}"
-beside experts anchored score.method=acp keep=16 group="{method: anchor, align: hungarian}"
 for method in energy ols; do beside choice $method plan="$out/seed_0/select_$method/plan.json"; done
-for score in do_acp sf random; do beside reconstructed $score statistics="$out/seed_0/statistics" score.method=$score; done
-beside reconstructed mp statistics="$out/seed_0/statistics" score.method=mp scale.method=proportional
+for score in do_acp random; do beside reconstructed $score statistics="$out/seed_0/statistics" score.method=$score; done
 for method in energy ols; do beside reconstructed $method plan="$out/seed_0/select_$method/plan.json"; done
 finish
 models=""

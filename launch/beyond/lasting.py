@@ -76,19 +76,19 @@ def _shares(rows: Sequence[Row], key: tuple[str, str], baseline: tuple[str, str]
 
 
 def _figure(rows: Sequence[Row]) -> Figure:
-    """KL over tokens of the arms with several budgets; each point is a run of its own, with its whole schedule."""
+    """KL over tokens of the baselines and of the arms with several budgets; each point is a run of its own, with its whole schedule."""
     figure = new_figure(7.5, 4.5)
     axes = figure.add_subplot()
-    several = [key for key in _keys(rows) if len({row["tokens"] for row in _of(rows, key)}) > 1]
-    for place, key in enumerate(several):
+    shown = [key for key in _keys(rows) if key in BASELINES or len({row["tokens"] for row in _of(rows, key)}) > 1]
+    for place, key in enumerate(shown):
         own = _of(rows, key)
         budgets = sorted({row["tokens"] for row in own})
         color = PALETTE[place % len(PALETTE)]
         means = [statistics.mean(row["kl"] for row in own if row["tokens"] == tokens) for tokens in budgets]
-        axes.plot(budgets, means, color=color, label=", ".join(key))
+        axes.plot(budgets, means, "-" if len(budgets) > 1 else "o", color=color, label=", ".join(key))
         axes.plot([row["tokens"] for row in own], [row["kl"] for row in own], "o", color=color, alpha=0.6)
     axes.set_xscale("log")
-    budgets = sorted({row["tokens"] for key in several for row in _of(rows, key)})
+    budgets = sorted({row["tokens"] for key in shown for row in _of(rows, key)})
     axes.set_xticks(budgets, [short(tokens) for tokens in budgets])
     axes.minorticks_off()
     log_axis(axes)
