@@ -1,9 +1,11 @@
-"""What the tests of interrupted runs share."""
+"""What the tests of whole runs share."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.tiny_models import tiny_qwen3, write_tokens
 
 # Columns of metrics.jsonl that come from a clock, or from how much memory the process happened to take.
 TIMED = {"step_seconds", "data_seconds", "collective_seconds", "tokens_per_second", "flops_per_second", "mfu", "peak_memory_bytes"}
@@ -28,3 +30,25 @@ def command(root: Path, output: Path, length: int, settings: dict[str, Any], ove
         **{name.replace("__", "."): value for name, value in overrides.items()},
     }
     return ["distill", *(f"{name}={value}" for name, value in given.items())]
+
+
+def with_student(root: Path) -> Path:
+    """A folder with a tiny student and the text of `alone`: 24 steps."""
+    tiny_qwen3(root / "student", seed=2)
+    write_tokens(root / "tokens", 16 * 4 * 24 + 1)
+    return root
+
+
+def alone(root: Path, output: str, **settings: Any) -> dict[str, Any]:
+    """The config of a plain language-modelling run of `with_student`'s."""
+    return {
+        "student": str(root / "student"),
+        "teacher": None,
+        "output": str(root / output),
+        "data": {"path": str(root / "tokens"), "sequence_length": 16},
+        "schedule": {"style": "constant", "warmup": 0.0},
+        "batch": {"micro": 2, "global": 4},
+        "train": {"steps": 3},
+        "dtype": "float32",
+        **settings,
+    }

@@ -13,7 +13,7 @@ from megatron_moe2dense.common.config import build
 from megatron_moe2dense.trainer import distill, loop
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.losses.mixture import Mixture
-from tests.helpers.tiny_models import tiny_qwen3, write_tokens
+from tests.trainer.runs import alone, with_student
 
 CROSS_ENTROPY = {"method": "cross_entropy"}
 TERMS = [{"weight": 1.0, "loss": CROSS_ENTROPY}, {"weight": 2.0, "loss": CROSS_ENTROPY, "until": 0.5}]
@@ -21,23 +21,12 @@ TERMS = [{"weight": 1.0, "loss": CROSS_ENTROPY}, {"weight": 2.0, "loss": CROSS_E
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("mixture")
-    tiny_qwen3(root / "student", seed=2)
-    write_tokens(root / "tokens", 16 * 4 * 24 + 1)
-    return root
+    return with_student(tmp_path_factory.mktemp("mixture"))
 
 
 def run(root: Path, name: str) -> list[dict[str, Any]]:
-    settings = {
-        "student": str(root / "student"),
-        "teacher": None,
-        "output": str(root / name),
-        "data": {"path": str(root / "tokens"), "sequence_length": 16},
-        "loss": {"method": "mixture", "terms": TERMS},
-        "batch": {"micro": 2, "global": 4},
-        "train": {"steps": 6, "log_every": 1, "save_every": 2},
-        "dtype": "float32",
-    }
+    train = {"steps": 6, "log_every": 1, "save_every": 2}
+    settings = alone(root, name, loss={"method": "mixture", "terms": TERMS}, train=train)
     distill.run(build(DistillConfig, settings, "the test"))
     return records.read(root / name / "metrics.jsonl")
 

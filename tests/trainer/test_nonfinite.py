@@ -16,8 +16,8 @@ from megatron_moe2dense.trainer import distill, loop
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.step import StepLoss
 from tests.helpers.forks import launch
-from tests.helpers.tiny_models import tiny_qwen3, write_tokens
 from tests.trainer.run_cases import POISONS
+from tests.trainer.runs import alone, with_student
 
 CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     **{f"DP2, {poison}": ({}, "float32", poison) for poison in POISONS},
@@ -34,29 +34,12 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("nonfinite")
-    tiny_qwen3(root / "student", seed=2)
-    write_tokens(root / "tokens", 16 * 4 * 24 + 1)
-    return root
-
-
-def config(root: Path, output: str, **settings: Any) -> dict[str, Any]:
-    return {
-        "student": str(root / "student"),
-        "teacher": None,
-        "output": str(root / output),
-        "data": {"path": str(root / "tokens"), "sequence_length": 16},
-        "schedule": {"style": "constant", "warmup": 0.0},
-        "batch": {"micro": 2, "global": 4},
-        "train": {"steps": 3},
-        "dtype": "float32",
-        **settings,
-    }
+    return with_student(tmp_path_factory.mktemp("nonfinite"))
 
 
 @pytest.fixture(scope="module")
 def poisoned(root: Path) -> dict[str, dict[str, Any]]:
-    cases = [(config(root, name, parallel=parallel, dtype=dtype), poison) for name, (parallel, dtype, poison) in CASES.items()]
+    cases = [(alone(root, name, parallel=parallel, dtype=dtype), poison) for name, (parallel, dtype, poison) in CASES.items()]
     return dict(zip(CASES, launch(2, "tests.trainer.run_cases:poisoned_steps", cases), strict=True))
 
 
@@ -71,7 +54,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_leaves_weights_and_moments_of
 
 
 def run(root: Path, name: str, **train: Any) -> Path:
-    distill.run(build(DistillConfig, config(root, name, train={"log_every": 1000, **train}), "the test"))
+    distill.run(build(DistillConfig, alone(root, name, train={"log_every": 1000, **train}), "the test"))
     return root / name
 
 
