@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Beyond the paper at pico scale (docs/beyond.md), in parts: arguments choose some, none means all of them, in this order.
+# `tuning` and `lasting` begin with models of `initial`.
 #
 #   initial    dense models by surgery alone: chosen, refitted, reconstructed; a quarter of an hour on two CPU cores
 #   tuning     learning rates and batch sizes, for both arms alike; two hours

@@ -11,6 +11,7 @@ mixed() { # weight, loss beside forward KL, share of the steps that it takes par
     echo "loss={method: mixture, terms: [{weight: 1.0, loss: {method: forward_kl}}, {weight: $1, loss: {method: $2}, until: ${3:-null}}]}"
 }
 
+reconstructed_neurons 0
 beside factor recipe
 beside factor cosine schedule.style=cosine schedule.final=0.02
 beside factor warmup_0.01 schedule.warmup=0.01

@@ -9,11 +9,8 @@ arm() { # seed, init, name, steps, settings
 
 read -ra seeds <<< "${SEEDS:-0 1 2}"
 
-start() { # seed: the recipe's dense model before distillation, and DO-ACP's
-    statistics "$1"
-    neurons "$1" ols
-    unless_there "$out/seed_$1/inits/ols-long" $moe2dense convert $configs/convert.yaml plan="$out/seed_$1/select_ols/plan.json" \
-        output="$out/seed_$1/inits/ols-long" data.seed="$1"
+start() { # seed
+    reconstructed_neurons "$1"
     convert "$1" do_acp statistics="$out/seed_$1/statistics" score.method=do_acp
 }
 

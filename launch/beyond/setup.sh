@@ -42,6 +42,13 @@ refitted() { # seed, name, options, of refit too
     convert "$@" "${text[@]}"
 }
 
+reconstructed_neurons() { # seed: what the recipe begins with
+    statistics "$1"
+    neurons "$1" ols
+    unless_there "$out/seed_$1/inits/ols-long" $moe2dense convert $configs/convert.yaml plan="$out/seed_$1/select_ols/plan.json" \
+        output="$out/seed_$1/inits/ols-long" data.seed="$1"
+}
+
 distilled() { # directory, settings
     unless_trained "$1" $moe2dense distill $configs/distill.yaml output="$1" "${@:2}"
     ended "$1"

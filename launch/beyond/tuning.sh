@@ -27,8 +27,7 @@ refitted 0 ols-reconstructed-3e-3 plan="$out/seed_0/select_ols/plan.json" refit.
 for lr in 6e-3 3e-3 2e-3 1e-3; do
     beside tune ols-reconstructed-3e-3 muon-6e-3-adamw-$lr 150 "${sixteen[@]}" optim.muon.lr=6e-3 optim.lr=$lr
 done
-unless_there "$out/seed_0/inits/ols-long" $moe2dense convert $configs/convert.yaml plan="$out/seed_0/select_ols/plan.json" \
-    output="$out/seed_0/inits/ols-long"
+reconstructed_neurons 0
 beside tune ols-long muon-6e-3-adamw-2e-3 150 "${sixteen[@]}" optim.muon.lr=6e-3 optim.lr=2e-3
 beside tune ols-long muon-4e-3-adamw-1.5e-3-batch8 300 batch.global=8 batch.micro=8 optim.muon.lr=4e-3 optim.lr=1.5e-3
 for lr in 1e-3 1.5e-3 2e-3 3e-3 4e-3; do beside tune ols-long muon-$lr-adamw-1e-3-batch4 600 optim.muon.lr=$lr optim.lr=1e-3; done
