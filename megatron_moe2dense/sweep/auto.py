@@ -1,9 +1,8 @@
 """`moe2dense auto`: the plan that is best for a budget, by successive halving over plans of experts and of neurons (ours; automatic choice
 is named future work in the paper).
 
-Every candidate is judged on a little held-out text, by KL to the MoE; the better ones on more, the last few on all of it. Down projections
-are solved on as small a share of the calibration text, in one pass for all. The finalists are judged with every mode of refit, and the best
-of them once more with its FFNs trained block by block, where that is asked for.
+Every candidate is judged on a little held-out text, by KL to the MoE, its down projections solved on as little calibration text; the better
+ones on more, the last few on all of it with every mode of refit. The best may be judged once more with its FFNs trained block by block.
 """
 
 from __future__ import annotations
