@@ -9,7 +9,7 @@ unless_there() { # output that appears when it is complete, command...
     fi
 }
 
-trained() { # output of distill: has it reached its last step?
+trained() { # output of distill, or of a sweep: has it come to its end?
     grep -qs '"status": "finished"' "$1/moe2dense.json"
 }
 

@@ -8,8 +8,8 @@ text=("data.path=$tokens/heldout" data.sequence_length=256 data.sequences=256)
 refit_text="refit_data={path: $tokens/distill, sequence_length: 256, sequences: 128, seed: 0}"
 
 swept() { # part of the sweep
-    $moe2dense sweep "${sources[@]}" "${text[@]}" output="$out/auto/sweep" "$refit_text" grid="{refit: [{mode: parallel}, {mode: sequential}]}" \
-        slice="$1"
+    unless_trained "$out/auto/sweep" $moe2dense sweep "${sources[@]}" "${text[@]}" output="$out/auto/sweep" "$refit_text" \
+        grid="{refit: [{mode: parallel}, {mode: sequential}]}" slice="$1"
 }
 
 searched() { # name, settings
