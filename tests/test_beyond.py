@@ -129,11 +129,11 @@ def chosen(tmp_path_factory: pytest.TempPathFactory, example: Path) -> Path:
 
 
 def test_properties_of_a_choice(chosen: Path):
-    statistics = CalibratedStats.open(chosen / "seed_0/statistics")
-    everything = choices.properties(chosen / "seed_0/inits/all-parallel", statistics)
+    statistics, measured = CalibratedStats.open(chosen / "seed_0/statistics"), choices.measures(chosen / "seed_0/statistics")
+    everything = choices.properties(chosen / "seed_0/inits/all-parallel", measured)
     assert everything["frequency"] == pytest.approx(1)
     assert everything["coverage"] == pytest.approx(1)
-    four = choices.properties(chosen / "seed_0/inits/four-parallel", statistics)
+    four = choices.properties(chosen / "seed_0/inits/four-parallel", measured)
     counts = np.stack([layer["selected_count"] for layer in statistics.layers.values()])
     assert four["frequency"] == pytest.approx(float((np.sort(counts)[:, -4:].sum(1) / counts.sum(1)).mean())), "sf keeps the most frequent"
     assert 0 < four["coverage"] < 1

@@ -21,5 +21,5 @@ beside swept 1/2
 beside swept 2/2
 finish
 beside searched experts select=[]
-beside searched neurons reconstruct="{epochs: 24, lr: 6e-3}"
+beside searched neurons reconstruct="$reconstruction"
 finish

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM
 
 from launch.beyond.section import Row, Section, evaluated, runs
 from launch.report import markdown
+from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.spectrum import effective_rank
 from megatron_moe2dense.surgery.plan import ConversionPlan
+from megatron_moe2dense.surgery.select import output_energy
+from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import CalibratedStats
 from megatron_moe2dense.surgery.types import NeuronPlan
 from megatron_moe2dense.tokens.config import TokensConfig
 from megatron_moe2dense.tokens.indexed import windows
 
-MOE = Path("examples/pico_moe/model/model.safetensors")
 HELD_OUT = "examples/pico_moe/tokens/heldout"
 PREDICTORS: dict[str, tuple[str, str]] = {
     "frequency": ("routed tokens", ".1%"),
@@ -42,29 +43,40 @@ def section(out: Path) -> Section | None:
     records, after = out / "choices.jsonl", runs(out, "seed_0/choices/*")
     if not records.exists():
         return None
-    before, statistics = evaluated(records), CalibratedStats.open(out / "seed_0/statistics")
+    before, measured = evaluated(records), measures(out / "seed_0/statistics")
     rows = []
     for folder, row in after:
         choice, refit = folder.name.rsplit("-", 1)
         of = {"choice": choice, "refit": refit, "before": before[folder.name]["kl"], **row}
-        rows.append(of | properties(out / "seed_0/inits" / folder.name, statistics))
+        rows.append(of | properties(out / "seed_0/inits" / folder.name, measured))
     rows.sort(key=lambda row: (row["refit"] == "reconstructed", row["kl"]))
     return Section(rows, _table(rows))
 
 
-def properties(model: Path, statistics: CalibratedStats) -> Row:
-    """Means over the layers of a dense model that convert wrote.
+def measures(statistics: Path) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Of all neurons [E, I] of the MoE that the statistics are of, by layer: selections of their expert, and their energy."""
+    opened = CalibratedStats.open(statistics)
+    source = MoeSource.open(opened.source["path"])
+    with CheckpointReader(source.index) as reader:
+        energies = {layer: output_energy(source, reader, layer, stats) for layer, stats in opened.layers.items()}
+    counts = {layer: stats["selected_count"][:, None] for layer, stats in opened.layers.items()}
+    return {layer: (np.broadcast_to(counts[layer], energy_EI.shape), energy_EI) for layer, energy_EI in energies.items()}
+
+
+def properties(model: Path, measured: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> Row:
+    """Means over the layers of a dense model that convert wrote. measured: `measures` of its MoE.
 
     frequency: share of the router's selections that fall on the chosen neurons' experts. coverage: of the gated activation energy times
     squared down-column norm. diversity: effective rank of the gated activations on held-out text. residual: relative error of the refit
     on its held-out windows.
     """
     plan = ConversionPlan.read(model / "plan.json")
-    shares = [_shares(layer.layer, _chosen(layer), statistics) for layer in plan.layers]
+    shares = [[float(_chosen(layer)(of_EI).sum() / of_EI.sum()) for of_EI in measured[layer.layer]] for layer in plan.layers]
+    frequency, coverage = np.mean(shares, axis=0).tolist()
     report = json.loads((model / "refit.json").read_text())["layers"]
     return {
-        "frequency": float(np.mean([frequency for frequency, _ in shares])),
-        "coverage": float(np.mean([coverage for _, coverage in shares])),
+        "frequency": frequency,
+        "coverage": coverage,
         "diversity": _diversity(model),
         "residual": float(
             np.mean([layer["held_out"] if layer.get("reconstructed") is None else layer["reconstructed"] for layer in report])
@@ -77,19 +89,6 @@ def _chosen(layer: object) -> Callable[[np.ndarray], np.ndarray]:
     if isinstance(layer, NeuronPlan):
         return lambda values_EI: values_EI[list(layer.experts), list(layer.neurons)]
     return lambda values_EI: values_EI[list(layer.experts)]  # type: ignore[attr-defined]
-
-
-def _shares(layer: int, chosen: Callable[[np.ndarray], np.ndarray], statistics: CalibratedStats) -> tuple[float, float]:
-    stats = statistics.layers[layer]
-    energy_EI = stats["neuron_energy"] * _column_squares(layer, len(stats["selected_count"]))
-    count_EI = np.broadcast_to(stats["selected_count"][:, None], energy_EI.shape)
-    return float(chosen(count_EI).sum() / count_EI.sum()), float(chosen(energy_EI).sum() / energy_EI.sum())
-
-
-def _column_squares(layer: int, experts: int) -> np.ndarray:
-    with safe_open(MOE, "pt") as weights:
-        names = [f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight" for expert in range(experts)]
-        return np.stack([weights.get_tensor(name).double().square().sum(0).numpy() for name in names])
 
 
 @torch.no_grad()

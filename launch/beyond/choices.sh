@@ -4,32 +4,25 @@
 # shellcheck source=launch/beyond/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-choice() { # name, options
-    local name=$1 dir=$out/seed_0
-    refitted 0 "$name-sequential" "${@:2}" refit.mode=sequential
-    distilled "$dir/choices/$name-sequential" student="$dir/inits/$name-sequential" train.steps=300
+choice() { # sequential or reconstructed, name, options
+    "$1" 0 "${@:2}"
+    distilled "$out/seed_0/choices/$2-$1" student="$out/seed_0/inits/$2-$1" train.steps=300
 }
 
-experts() { # name, options
-    choice "$1" statistics="$out/seed_0/statistics" "${@:2}"
-}
-
-reconstructed() { # name, options
-    local name=$1-reconstructed dir=$out/seed_0
-    refitted 0 "$name" "${@:2}" refit.mode=sequential refit.reconstruct="{epochs: 24, lr: 6e-3}"
-    distilled "$dir/choices/$name" student="$dir/inits/$name" train.steps=300
+experts() { # sequential or reconstructed, name, options
+    choice "$1" "$2" statistics="$out/seed_0/statistics" "${@:3}"
 }
 
 statistics 0
 neurons 0 energy
 neurons 0 ols
-for score in sf pp cp reap acp do_acp random; do beside experts $score score.method=$score; done
-beside experts mp score.method=mp scale.method=proportional
-beside experts d_optimal_mp score="{method: d_optimal, importance: mp}"
-beside experts merged score.method=sf keep=16 group="{method: weight_cluster, align: hungarian}"
-for method in energy ols; do beside choice $method plan="$out/seed_0/select_$method/plan.json"; done
-for score in do_acp random; do beside reconstructed $score statistics="$out/seed_0/statistics" score.method=$score; done
-for method in energy ols; do beside reconstructed $method plan="$out/seed_0/select_$method/plan.json"; done
+for score in sf pp cp reap acp do_acp random; do beside experts sequential $score score.method=$score; done
+beside experts sequential mp score.method=mp scale.method=proportional
+beside experts sequential d_optimal_mp score="{method: d_optimal, importance: mp}"
+beside experts sequential merged score.method=sf keep=16 group="{method: weight_cluster, align: hungarian}"
+for method in energy ols; do beside choice sequential $method plan="$out/seed_0/select_$method/plan.json"; done
+for score in do_acp random; do beside experts reconstructed $score score.method=$score; done
+for method in energy ols; do beside choice reconstructed $method plan="$out/seed_0/select_$method/plan.json"; done
 finish
 models=""
 for dir in "$out"/seed_0/choices/*; do models+="${models:+, }$(basename "$dir"): $out/seed_0/inits/$(basename "$dir")"; done

@@ -6,8 +6,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 refits() { # name, options
     convert 0 "$@"
     refitted 0 "$1-parallel" "${@:2}" refit.mode=parallel
-    refitted 0 "$1-sequential" "${@:2}" refit.mode=sequential
-    refitted 0 "$1-reconstructed" "${@:2}" refit.mode=sequential refit.reconstruct="{epochs: 24, lr: 6e-3}"
+    sequential 0 "$@"
+    reconstructed 0 "$@"
 }
 
 statistics 0

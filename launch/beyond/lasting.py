@@ -66,12 +66,12 @@ def _reached(rows: Sequence[Row]) -> str:
 
 
 def _shares(rows: Sequence[Row], key: tuple[str, str], baseline: tuple[str, str]) -> list[float]:
-    found = []
-    for goal in _of(rows, baseline):
-        last = goal["tokens"] == max(row["tokens"] for row in _of(rows, baseline))
+    goals, found = _of(rows, baseline), []
+    last = goals[-1]["tokens"]
+    for goal in (row for row in goals if row["tokens"] == last):
         own = [(row["tokens"], row["kl"]) for row in _of(rows, key) if row["seed"] == goal["seed"]]
-        tokens = tokens_to(own, goal["kl"]) if last else None
-        found += [tokens / goal["tokens"]] if tokens is not None else []
+        tokens = tokens_to(own, goal["kl"])
+        found += [tokens / last] if tokens is not None else []
     return found
 
 

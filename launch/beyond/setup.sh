@@ -42,6 +42,15 @@ refitted() { # seed, name, options, of refit too
     convert "$@" "${text[@]}"
 }
 
+sequential() { # seed, name, options
+    refitted "$1" "$2-sequential" "${@:3}" refit.mode=sequential
+}
+
+reconstruction="{epochs: 24, lr: 6e-3}"
+reconstructed() { # seed, name, options
+    refitted "$1" "$2-reconstructed" "${@:3}" refit.mode=sequential refit.reconstruct="$reconstruction"
+}
+
 reconstructed_neurons() { # seed: what the recipe begins with
     statistics "$1"
     neurons "$1" ols

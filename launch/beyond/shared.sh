@@ -22,7 +22,7 @@ with_shared() { # name, settings of refit
 beside with_shared planned
 for shared in fixed refitted; do
     for mode in parallel sequential; do beside with_shared $shared-$mode "${text[@]}" refit.shared=$shared refit.mode=$mode; done
-    beside with_shared $shared-reconstructed "${text[@]}" refit="{shared: $shared, mode: sequential, reconstruct: {epochs: 24, lr: 6e-3}}"
+    beside with_shared $shared-reconstructed "${text[@]}" refit="{shared: $shared, mode: sequential, reconstruct: $reconstruction}"
 done
 finish
 models="moe: $dir/moe, planned: $dir/inits/planned"

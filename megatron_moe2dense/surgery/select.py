@@ -51,7 +51,7 @@ def run(config: SelectConfig) -> None:
             CheckpointReader(source.index) as reader,
             ranks.output_directory(Path(config.output), "select", config.model_dump(mode="json"), **facts) as working,
         ):
-            ranked = {layer: _ranking(source, reader, layer, stats) for layer, stats in statistics.layers.items()}
+            ranked = {layer: _ranking(output_energy(source, reader, layer, stats)) for layer, stats in statistics.layers.items()}
             width = groups * source.dims.expert_width
             chosen = {layer: ranking[:width] for layer, ranking in ranked.items()}
             if config.data is not None:
@@ -74,15 +74,20 @@ def _inputs(config: SelectConfig) -> tuple[MoeSource, CalibratedStats, int]:
     return source, statistics, groups
 
 
-def _ranking(source: MoeSource, reader: CheckpointReader, layer: int, stats: LayerStats) -> np.ndarray:
-    """All neurons, expert * I + place, by gated energy times squared norm of the down column; ties go to the lower number."""
+def output_energy(source: MoeSource, reader: CheckpointReader, layer: int, stats: LayerStats) -> np.ndarray:
+    """Of all neurons, float64 [E, I]: gated activation energy times squared norm of the down column."""
     columns_EI = np.stack(
         [
             read_ffn(finite_tensors(reader), source.tensors.experts, layer, expert).down_DF.double().square().sum(0).numpy()
             for expert in range(source.dims.experts)
         ]
     )
-    return np.argsort(-(stats["neuron_energy"] * columns_EI).ravel(), kind="stable")
+    return stats["neuron_energy"] * columns_EI
+
+
+def _ranking(energy_EI: np.ndarray) -> np.ndarray:
+    """All neurons, expert * I + place, by their energy; ties go to the lower number."""
+    return np.argsort(-energy_EI.ravel(), kind="stable")
 
 
 @dataclass(frozen=True)

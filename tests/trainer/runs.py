@@ -46,7 +46,6 @@ def alone(root: Path, output: str, **settings: Any) -> dict[str, Any]:
         "teacher": None,
         "output": str(root / output),
         "data": {"path": str(root / "tokens"), "sequence_length": 16},
-        "schedule": {"style": "constant", "warmup": 0.0},
         "batch": {"micro": 2, "global": 4},
         "train": {"steps": 3},
         "dtype": "float32",

@@ -29,6 +29,8 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "PP2": ({"pipeline": 2}, "float32", "NaN"),
 }
 
+CONSTANT = {"style": "constant", "warmup": 0.0}
+
 pytestmark = pytest.mark.distributed
 
 
@@ -39,7 +41,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def poisoned(root: Path) -> dict[str, dict[str, Any]]:
-    cases = [(alone(root, name, parallel=parallel, dtype=dtype), poison) for name, (parallel, dtype, poison) in CASES.items()]
+    cases = [
+        (alone(root, name, schedule=CONSTANT, parallel=parallel, dtype=dtype), poison) for name, (parallel, dtype, poison) in CASES.items()
+    ]
     return dict(zip(CASES, launch(2, "tests.trainer.run_cases:poisoned_steps", cases), strict=True))
 
 
@@ -54,7 +58,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_leaves_weights_and_moments_of
 
 
 def run(root: Path, name: str, **train: Any) -> Path:
-    distill.run(build(DistillConfig, alone(root, name, train={"log_every": 1000, **train}), "the test"))
+    distill.run(build(DistillConfig, alone(root, name, schedule=CONSTANT, train={"log_every": 1000, **train}), "the test"))
     return root / name
 
 

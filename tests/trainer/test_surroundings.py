@@ -26,7 +26,7 @@ from megatron_moe2dense.trainer.cache import write as cache
 from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
 from megatron_moe2dense.trainer.config import DistillConfig, ExportConfig
 from tests.helpers.tiny_models import tiny_qwen3, write_tokens
-from tests.trainer.runs import TIMED
+from tests.trainer.runs import TIMED, alone
 
 STEPS, LENGTH = 6, 16
 
@@ -41,16 +41,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(root: Path, output: str, **settings: Any) -> dict[str, Any]:
-    return {
-        "student": str(root / "student"),
-        "teacher": None,
-        "output": str(root / output),
-        "data": {"path": str(root / "tokens"), "sequence_length": LENGTH},
-        "batch": {"micro": 2, "global": 4},
-        "train": {"steps": STEPS, "save_every": 2},
-        "dtype": "float32",
-        **settings,
-    }
+    return alone(root, output, train={"steps": STEPS, "save_every": 2}, **settings)
 
 
 def run(settings: dict[str, Any]) -> Path:
