@@ -92,7 +92,7 @@ class Checkpointer:
         verify(path)
         wanted = self._state(chunks, optimizer, loading=True)
         check_shapes(path, wanted["model"])
-        with pickles.weights_only():
+        with pickles.as_data():
             layout = dist_checkpointing.load_common_state_dict(str(path))["layout"]
         self._check_layout(path, layout, moe=chunks[0].config.num_moe_experts is not None)
         same_layout = layout == self._layout
@@ -100,7 +100,7 @@ class Checkpointer:
             wanted["random"] = _random_states()
         else:
             logger.info("%s was written in another parallel layout: random states start anew", path)
-        with pickles.weights_only():
+        with pickles.as_data():
             state: Any = dist_checkpointing.load(wanted, str(path))
         _fill(chunks, state)
         optimizer.load_state_dict(state["optimizer"])
@@ -115,7 +115,7 @@ def load_weights(path: Path, chunks: list[HeadlessGPT], groups: Groups) -> None:
     verify(path)
     weights = _weights(chunks, {"dp_cp_group": groups.collection.dp_cp})
     check_shapes(path, weights)
-    with pickles.weights_only():
+    with pickles.as_data():
         state = dist_checkpointing.load({"model": weights}, str(path))
     _fill(chunks, state)
 
@@ -137,7 +137,8 @@ def verify(path: Path) -> None:
 
 def check_shapes(path: Path, weights: dict[str, Any]) -> None:
     """UserError when the checkpoint is one of another model than these weights belong to."""
-    saved = dist_checkpointing.load_tensors_metadata(str(path))
+    with pickles.as_data():
+        saved = dist_checkpointing.load_tensors_metadata(str(path))
     with together():
         for tensor in nested_values(weights):
             found: Any = saved.get(tensor.key) if isinstance(tensor, ShardedTensor) else tensor

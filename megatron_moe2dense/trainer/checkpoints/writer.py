@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import disk_errors
 from megatron_moe2dense.trainer.agreement import together
-from megatron_moe2dense.trainer.checkpoints import seal
+from megatron_moe2dense.trainer.checkpoints import pickles, seal
 from megatron_moe2dense.trainer.runtime import upstream
 
 _NAME = re.compile(r"step_(\d{8})")
@@ -117,6 +117,7 @@ class Writer:
         dist.gather_object(own, everyone)
         with together(), disk_errors(final):
             if everyone is not None:
+                pickles.make_portable(partial)
                 seal.write(partial, {name: found for digests in everyone for name, found in digests.items()})
                 partial.rename(final)
                 for path in complete(self._directory)[: -self._keep]:
