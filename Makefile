@@ -1,8 +1,8 @@
-# Every target sets up .venv itself when it is missing or setup.py has changed. PYTHON names the Python 3.11 to use.
-PYTHON ?= python3.11
+# Every target sets up .venv itself when it is missing or setup.py has changed. PYTHON names the interpreter; without it the newest of
+# Python 3.11 to 3.13 that there is.
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench format chaos parity versions study-smoke
+.PHONY: quickstart test lint bench format chaos parity versions pythons python study-smoke
 
 quickstart: .venv/.installed-train-plot  ## a trained MoE becomes a distilled dense model, in out/quickstart
 	launch/quickstart_cpu.sh
@@ -17,6 +17,9 @@ chaos: .venv/.installed-dev  ## every stage killed at random moments and in ever
 
 versions: .venv/.installed-dev  ## the trainer's parity and checkpoint tests against other versions of Megatron-Core, unpacked in out/versions
 	launch/versions.sh
+
+pythons:  ## the two commands under every interpreter there is, and runs that change between them, in out/pythons
+	launch/pythons.sh
 
 parity: .venv/.installed-dev  ## table: every layout of the trainer against stock transformers in one process
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.trainer.parity
@@ -42,10 +45,12 @@ format: .venv/.installed-dev
 bench: .venv/.installed-dev  ## one line a figure: name value unit goal
 	@set -e; for script in benchmarks/*.py; do OMP_NUM_THREADS=1 $(BIN)/python "$$script"; done
 
+python:
+	@PYTHON='$(PYTHON)' launch/venv.sh
+
 # --no-compile: bytecode of the few modules that are imported is made then, not that of all 12,000 files.
 # A GPU machine's own torch build goes in first (docs/operations.md); one that is already there is kept.
-.venv/.torch:
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+.venv/.torch: | python
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q --no-compile torch==2.13.0
 	touch $@
 

@@ -9,10 +9,12 @@ VERSION = next(
     line.split('"')[1] for line in (HERE / "megatron_moe2dense/__init__.py").read_text().splitlines() if line.startswith("__version__")
 )
 
+# The newest that the interpreter may have, of those that `make versions` proves: 0.17 and later ask for Python 3.12.
+MEGATRON = ["megatron-core==0.16.1; python_version < '3.12'", "megatron-core==0.19.2; python_version >= '3.12'"]
 EXTRAS = {
     # transformer-engine and NVIDIA Apex are no pip requirements: see docker/README.md for GPU machines.
-    "train": ["megatron-core==0.16.1", "psutil", "einops", "tensorboard"],
-    # The range that `make versions` covers, for machines that bring another one (0.17 and later ask for Python 3.12).
+    "train": [*MEGATRON, "psutil", "einops", "tensorboard"],
+    # For machines that bring one of their own.
     "train-unpinned": ["megatron-core>=0.16.1,<0.20", "psutil", "einops", "tensorboard"],
     "eval": ["lm-eval==0.4.13", "accelerate", "datasets==5.2.0"],
     "plot": ["matplotlib>=3.8"],
@@ -31,7 +33,8 @@ setup(
     long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
+    classifiers=["Programming Language :: Python :: 3", *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13))],
     packages=find_packages(include=["megatron_moe2dense", "megatron_moe2dense.*"]),
     install_requires=[
         "torch>=2.6",

@@ -70,7 +70,7 @@ class _Portable(pickle.Pickler):
 
 
 def read(file: IO[bytes]) -> Metadata:
-    """The description of a checkpoint's tensors and files; pickle.UnpicklingError when it is anything else, and nothing it names is called."""
+    """The description of a checkpoint's tensors and files; pickle.UnpicklingError when it is anything else. Nothing it names is called."""
     found = _Descriptions(file).load()
     if not isinstance(found, Metadata):
         raise pickle.UnpicklingError(f"it is a {type(found).__name__}")
@@ -106,7 +106,7 @@ def as_data() -> Iterator[None]:
     them; UserError when a file holds anything else."""
     before = os.environ.get(_WEIGHTS_ONLY)
     os.environ[_WEIGHTS_ONLY] = "1"
-    setattr(filesystem, "pickle", SimpleNamespace(load=read))  # all that the reader takes of it
+    filesystem.pickle = SimpleNamespace(load=read)  # type: ignore[assignment] - all that the reader takes of it
     try:
         yield
     except (pickle.UnpicklingError, CheckpointException) as error:
@@ -120,7 +120,7 @@ def as_data() -> Iterator[None]:
             "do not load it: take the checkpoint from the run that wrote it",
         ) from None
     finally:
-        setattr(filesystem, "pickle", pickle)
+        filesystem.pickle = pickle
         if before is None:
             del os.environ[_WEIGHTS_ONLY]
         else:
