@@ -1,7 +1,7 @@
-"""A run that is begun under one interpreter, and resumed and exported under another: `launch/pythons.sh` calls it in an environment of each.
+"""A run that one interpreter begins, and another resumes and exports: `launch/pythons.sh` calls it in an environment of each.
 
 python -m tests.trainer.exchange begin DIR     four steps with a checkpoint every two, and its export
-python -m tests.trainer.exchange go_on DIR     from its second step, here, in a copy; the same curve and weights, and the same export of its end
+python -m tests.trainer.exchange go_on DIR     its end exported here, to the same bytes; from its second step on to the same curve and weights
 """
 
 from __future__ import annotations
