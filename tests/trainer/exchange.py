@@ -1,7 +1,7 @@
 """A run that one interpreter begins, and another resumes and exports: `launch/pythons.sh` calls it in an environment of each.
 
 python -m tests.trainer.exchange begin DIR     four steps with a checkpoint every two, and its export
-python -m tests.trainer.exchange go_on DIR     its end exported here, to the same bytes; from its second step on to the same curve and weights
+python -m tests.trainer.exchange go_on DIR     its end exported here to the same bytes; from step 2 on to the same curve and weights
 """
 
 from __future__ import annotations
