@@ -12,43 +12,76 @@ import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_AND_TEXT
 
-from tests.families.tiny_configs import EXPERTS, tiny_config
+from tests.families.tiny_configs import EXPERTS, text_config
+from tests.families.tiny_towers import wrapper_config
 
 EXPERTS_CLASS = re.compile(r"^class \w+(Experts|MoE)\(nn\.Module\)", re.MULTILINE)
-
-
-def stock_class_name(model_type: str) -> str:
-    """The class of the type that is a plain causal language model, "" where transformers has none.
-
-    Mistral4ForCausalLM is listed among the classes for images and text alone, so both lists are read.
-    """
-    names = (table.get(model_type, "") for table in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
-    return next((name for name in names if isinstance(name, str) and name.endswith("ForCausalLM")), "")
-
-
-def stock_class(model_type: str) -> type[PreTrainedModel]:
-    return getattr(transformers, stock_class_name(model_type))
 
 
 @cache
 def moe_types() -> tuple[str, ...]:
     """Types with a stock causal language model whose file defines experts; read without importing it, as most of 180 define none.
 
-    Left out: types without such a class (encoder-decoders among them), and wrappers, which have a text config inside, whose text types
-    are listed themselves.
+    Left out: types without such a class (encoder-decoders among them), and wrappers.
     """
-    names = {model_type: stock_class_name(model_type) for model_type in CONFIG_MAPPING_NAMES}
-    defining = [model_type for model_type, name in names.items() if name and EXPERTS_CLASS.search(source_of(name))]
-    return tuple(model_type for model_type in defining if "text_config" not in CONFIG_MAPPING[model_type].sub_configs)
+    names = {model_type: _causal_name(model_type) for model_type in CONFIG_MAPPING_NAMES}
+    return tuple(model_type for model_type, name in names.items() if name and defines_experts(name) and not is_wrapper(model_type))
+
+
+@cache
+def wrapper_types() -> tuple[str, ...]:
+    """Types of models for text and images (and sound) whose text model has experts.
+
+    Left out: block diffusion models, which are not causal.
+    """
+    names = {
+        model_type: name for model_type, name in IMAGE_AND_TEXT.items() if isinstance(name, str) and model_type in CONFIG_MAPPING_NAMES
+    }
+    return tuple(
+        model_type
+        for model_type, name in names.items()
+        if not name.endswith("ForBlockDiffusion")
+        and is_wrapper(model_type)
+        and (defines_experts(name) or CONFIG_MAPPING[model_type].sub_configs_defaults["text_config"].model_type in moe_types())
+    )
+
+
+def is_wrapper(model_type: str) -> bool:
+    """Whether a text config stands inside the type's config."""
+    return "text_config" in CONFIG_MAPPING[model_type].sub_configs
+
+
+def stock_class(model_type: str) -> type[PreTrainedModel]:
+    return getattr(transformers, IMAGE_AND_TEXT[model_type] if is_wrapper(model_type) else _causal_name(model_type))
+
+
+def tiny_config(model_type: str, **changed: Any) -> PreTrainedConfig:
+    """A config of the type with small sizes, in float32; `changed` are other values of keys of (its) text config."""
+    return (wrapper_config if is_wrapper(model_type) else text_config)(model_type, **changed)
+
+
+def _causal_name(model_type: str) -> str:
+    """The class that is a plain causal language model, "" where transformers has none.
+
+    Mistral4ForCausalLM is listed among the classes for images and text alone, so both lists are read.
+    """
+    names = (table.get(model_type, "") for table in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, IMAGE_AND_TEXT))
+    return next((name for name in names if isinstance(name, str) and name.endswith("ForCausalLM")), "")
+
+
+def defines_experts(class_name: str) -> bool:
+    return EXPERTS_CLASS.search(source_of(class_name)) is not None
 
 
 def source_of(class_name: str) -> str:
@@ -61,14 +94,17 @@ def source_of(class_name: str) -> str:
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """By name, what holds the weights of all routed experts of a layer: the innermost modules of a class ...Experts or ...MoE."""
+    """By name, what holds the weights of all routed experts of a layer: the innermost modules of a class ...Experts or ...MoE.
+
+    Experts of images alone are left out.
+    """
     named = {name: module for name, module in model.named_modules() if _holds_experts(name, module)}
     return {name: module for name, module in named.items() if not any(other.startswith(f"{name}.") for other in named)}
 
 
 def _holds_experts(name: str, module: nn.Module) -> bool:
     # By name too: Inkling's shared experts are a module of that kind, GraniteMoeSharedExperts are the routed ones of that type.
-    return type(module).__name__.endswith(("Experts", "MoE")) and not name.endswith("shared_experts")
+    return type(module).__name__.endswith(("Experts", "MoE")) and not name.endswith("shared_experts") and "vision" not in name
 
 
 def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
@@ -118,5 +154,5 @@ def as_in_memory(source: Path, folder: Path) -> Path:
 if __name__ == "__main__":
     from tests.families.every_table import table
 
-    for line in table(sys.argv[1:] or list(moe_types())):
+    for line in table(sys.argv[1:] or [*moe_types(), *wrapper_types()]):
         print(line)

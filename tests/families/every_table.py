@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,6 +19,7 @@ from tests.families.every import experts_modules, tiny_checkpoint, tiny_model
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "mlp_only_layers", "first_k_dense_replace", "num_dense_layers")
+TOKENS = torch.arange(3, 27).view(2, 12)
 LAYER = re.compile(r"^.*?\.(?:layers|blocks)\.(\d+)\.")
 
 
@@ -33,7 +36,7 @@ def table(model_types: list[str]) -> Iterator[str]:
         yield f"   layers {kinds}; experts in {sorted({_layer(name)[1] for name in names})}"
         for name in (name for name in names if name.startswith(prefix)):
             yield f"   experts {prefix}|{name.removeprefix(prefix)}: {_experts(model.get_submodule(name))}"
-        yield f"   router logits: {'; '.join(_recorders(model)) or 'not recorded'}"
+        yield from (f"   router logits: {line}" for line in _routers(model))
         yield f"   class: {_shapes(in_memory, prefix)}"
         yield f"   disk:  {_shapes(on_disk)}"
         yield ""
@@ -63,19 +66,39 @@ def _experts(module: nn.Module) -> str:
     return f"{kind.__name__}{inspect.signature(kind.forward)} {' '.join(flags)}"
 
 
-def _recorders(model: PreTrainedModel) -> list[str]:
-    """The class and the index of its output that transformers records as router logits, and the first module of that class."""
-    recorders: list[str] = []
-    for part in model.modules():
-        recorded = (getattr(part, "_can_record_outputs", None) or {}).get("router_logits", [])
-        for each in recorded if isinstance(recorded, list) else [recorded]:
-            recorder = each if isinstance(each, OutputRecorder) else OutputRecorder(each)
-            kind = recorder.target_class
-            place = next((name for name, module in model.named_modules() if type(module) is kind), "no module")
-            text = f"{kind.__name__} output {recorder.index} {recorder.layer_name or ''} at {place}"
-            if text not in recorders:
-                recorders.append(text)
-    return recorders
+def _routers(model: PreTrainedModel) -> Iterator[str]:
+    """Each class whose output transformers records as router logits: which output, where, what goes in and comes out."""
+    recorders = {id(each): each for part in model.modules() for each in _recorded(part)}
+    for recorder in {each.target_class: each for each in recorders.values()}.values():
+        routers = {name: module for name, module in model.named_modules() if type(module) is recorder.target_class}
+        if not routers:
+            continue
+        calls: list[tuple[Any, ...]] = []
+        hook = list(routers.values())[-1].register_forward_hook(lambda *call, calls=calls: calls.append(call[1:]), with_kwargs=True)
+        with torch.no_grad():
+            model(input_ids=TOKENS, use_cache=False)
+        hook.remove()
+        arguments, named, outputs = calls[0]
+        recorded = outputs[recorder.index] if isinstance(outputs, tuple) else outputs
+        kind = "probabilities, not logits" if torch.allclose(recorded.sum(-1), torch.ones(())) else "logits"
+        yield (
+            f"{recorder.target_class.__name__} output {recorder.index} ({kind}) at {next(iter(routers))}, {len(routers)} such modules:"
+            f" {_signature([*arguments, *named.values()])} -> {_signature(outputs)}"
+        )
+
+
+def _recorded(part: nn.Module) -> list[OutputRecorder]:
+    recorded = (getattr(part, "_can_record_outputs", None) or {}).get("router_logits", [])
+    return [
+        each if isinstance(each, OutputRecorder) else OutputRecorder(each)
+        for each in (recorded if isinstance(recorded, list) else [recorded])
+    ]
+
+
+def _signature(values: Any) -> str:
+    """Shapes: 24 tokens are 2 sequences of 12, 8 experts, 2 of them active, hidden size 64."""
+    values = values if isinstance(values, (tuple, list)) else [values]
+    return ", ".join(f"{list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__ for value in values)
 
 
 def _shapes(tensors: dict[str, list[int]], prefix: str = "") -> str:

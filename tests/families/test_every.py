@@ -10,12 +10,22 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.families.every import as_in_memory, experts_modules, moe_types, source_of, stock_class, tiny_checkpoint, tiny_model
+from tests.families.every import (
+    IMAGE_AND_TEXT,
+    as_in_memory,
+    experts_modules,
+    moe_types,
+    source_of,
+    stock_class,
+    tiny_checkpoint,
+    tiny_model,
+    wrapper_types,
+)
 
 TOKENS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", params=moe_types())
+@pytest.fixture(scope="module", params=moe_types() + wrapper_types())
 def model_type(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -47,13 +57,14 @@ def _equal(model: PreTrainedModel, other: PreTrainedModel) -> bool:
     return saved.keys() == loaded.keys() and all(tensor.equal(loaded[name]) for name, tensor in saved.items())
 
 
-def test_fifty_types_and_all_that_use_the_experts_interface_are_found():
-    found = moe_types()
-    assert len(found) >= 50
-    own_text_types = {stock_class(model_type) for model_type in found}
-    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        if name.endswith("ForCausalLM") and "@use_experts_implementation" in source_of(name):
-            assert name in {each.__name__ for each in own_text_types}
+def test_all_types_that_use_the_experts_interface_are_found():
+    assert len(moe_types()) >= 50
+    assert len(wrapper_types()) >= 20
+    assert not set(moe_types()) & set(wrapper_types())
+    found = {stock_class(model_type).__name__ for model_type in moe_types() + wrapper_types()}
+    listed = {name for name in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *IMAGE_AND_TEXT.values()) if isinstance(name, str)}
+    using = {name for name in listed if "@use_experts_implementation" in source_of(name)}
+    assert using - found == {name for name in using if name.endswith("ForBlockDiffusion")}
 
 
 def test_the_checkpoint_loads_in_the_stock_class(model_type: str, model: PreTrainedModel, checkpoint: Path, logits: torch.Tensor):
@@ -97,7 +108,8 @@ def test_no_choice_hangs_on_a_rounding(model: PreTrainedModel, logits: torch.Ten
     weight.data *= 1 + 1e-6 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     moved = _logits(model)
     weight.data.copy_(original)
-    assert (moved - logits).abs().max() < 1e-4 * logits.abs().max()
+    # Another expert moves logits by percents; a gated delta rule multiplies the change by some hundred, without any choice.
+    assert (moved - logits).abs().max() < 1e-3 * logits.abs().max()
 
 
 def test_the_same_seed_gives_the_same_weights(model_type: str, checkpoint: Path, tmp_path: Path):

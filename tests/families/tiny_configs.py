@@ -70,7 +70,10 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), 0),
 }
 # A class that has none of these has them switched off: they stay off.
-OFF = ("n_group", "topk_group", "q_lora_rank", "sliding_window", "num_key_value_heads", "pad_token_id", "bos_token_id", "eos_token_id")
+OFF = (
+    *("n_group", "topk_group", "q_lora_rank", "qk_rope_head_dim", "sliding_window", "num_key_value_heads"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+)
 SLIDING = ["sliding_attention", "full_attention"] * 2
 DENSE_FIRST = ["dense", "sparse", "sparse", "sparse"]
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32.0, "beta_slow": 1.0}
@@ -85,6 +88,7 @@ OWN: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": EXPERTS, "moe_top_k": ACTIVE},
     },
+    "deepseek_ocr2_text": {"mlp_layer_types": DENSE_FIRST},
     "deepseek_v4": {"partial_rotary_factor": 0.5, "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
     "doge": {"is_moe": True, "num_experts": 16},  # product keys: the number is a square
     "dots3_note_text": {  # sliding layers have sizes of their own, which the default config does not show under these names
@@ -96,6 +100,10 @@ OWN: dict[str, dict[str, Any]] = {
         "swa_head_dim": 16,
         "swa_v_head_dim": 16,
     },
+    "ernie4_5_vl_moe_text": {  # widths of the experts for text and for images
+        "moe_intermediate_size": [24, 16],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
+    },
     "gemma4_text": {  # its default is the dense model
         "enable_moe_block": True,
         "hidden_size_per_layer_input": 0,
@@ -104,6 +112,10 @@ OWN: dict[str, dict[str, Any]] = {
         "num_global_key_value_heads": 1,
     },
     "glm4_moe": {"use_qk_norm": True},
+    "glm4v_moe_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+    },
+    "glm5_next_text": {"index_kpool": 2},
     "glm_moe_dsa": {"indexer_types": ["full", "shared"] * 2},
     "gpt_oss": {"rope_parameters": YARN, "swiglu_limit": 0.3},  # low enough to clamp something
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
@@ -123,6 +135,7 @@ OWN: dict[str, dict[str, Any]] = {
         "rotary_dim": 8,
     },
     "mistral4": {"rope_parameters": {**YARN, "type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
+    "muse_spark_text": {"moe_hidden_size": 32},
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe"], "n_groups": 2},
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
     "qwen4_exp_text": {
@@ -140,6 +153,15 @@ OWN: dict[str, dict[str, Any]] = {
         "split_ngram_parts": 2,
         "eos_token_id": 2,
     },
+    "step3p5": {
+        "layer_types": SLIDING,
+        "sliding_window": 8,
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in SLIDING},
+        "num_sliding_attention_heads": 2,
+        "share_expert_dim": 40,
+        "swiglu_limits": [None, 0.3, 0.3, None],
+        "swiglu_limits_shared": [None, None, 0.3, None],
+    },
     "zaya": {
         "num_experts_per_tok": 1,
         "router_hidden_size": 16,  # the class refuses more than one
@@ -149,21 +171,25 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(model_type: str, **changed: Any) -> PreTrainedConfig:
+def text_config(model_type: str, **changed: Any) -> PreTrainedConfig:
     """4 layers, hidden size 64, 8 experts, 2 of them active, in float32; every kind of layer that the type's default config has."""
     config_class = CONFIG_MAPPING[model_type]
+    return config_class(**{**_sizes(config_class), **OWN.get(model_type, {}), "dtype": "float32", **changed})
+
+
+def _sizes(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     stock = config_class()
     stock.allow_global_per_layer_attribute_access = True  # what layers override is read as well
     default = {field.name: getattr(stock, field.name) for field in fields(config_class)}  # without aliases and derived keys
-    options = {name: value for name, value in SIZES.items() if name in default and not (name in OFF and default[name] in (None, 0, 1))}
+    sizes = {name: value for name, value in SIZES.items() if name in default and not (name in OFF and default[name] in (None, 0, 1))}
     if "kv_lora_rank" in default:  # latent attention has no groups of heads
-        options["num_key_value_heads"] = SIZES["num_attention_heads"]
+        sizes["num_key_value_heads"] = SIZES["num_attention_heads"]
     if "head_dim" in default and default["head_dim"] == default.get("qk_rope_head_dim"):
-        options["head_dim"] = SIZES["qk_rope_head_dim"]
+        sizes["head_dim"] = SIZES["qk_rope_head_dim"]
     for name, kinds in default.items():
         if isinstance(kinds, list) and len(kinds) == default.get("num_hidden_layers") and isinstance(kinds[0], str):
-            options[name] = _every_kind(list(dict.fromkeys(kinds)), once=name == "mlp_layer_types")
-    return config_class(**{**options, **OWN.get(model_type, {}), "dtype": "float32", **changed})
+            sizes[name] = _every_kind(list(dict.fromkeys(kinds)), once=name == "mlp_layer_types")
+    return sizes
 
 
 def _every_kind(kinds: list[str], once: bool) -> list[str]:
