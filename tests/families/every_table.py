@@ -20,14 +20,14 @@ from tests.families.every import experts_modules, tiny_checkpoint, tiny_model
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "mlp_only_layers", "first_k_dense_replace", "num_dense_layers")
 TOKENS = torch.arange(3, 27).view(2, 12)
-LAYER = re.compile(r"^.*?\.(?:layers|blocks)\.(\d+)\.")
+LAYER = re.compile(r"^(?:.*?\.)?(?:layers|blocks)\.(\d+)\.")
 
 
 def table(model_types: list[str]) -> Iterator[str]:
     """A block of lines for each type; shapes are those of the tiny model."""
     for model_type in model_types:
         model = tiny_model(model_type)
-        names, config = list(experts_modules(model)), model.config.to_dict()
+        names, config = list(experts_modules(model)), model.config.get_text_config().to_dict()
         prefix, number = _layer(names[-1])
         kinds = ", ".join(f"{key}={config[key]}" for key in KINDS if config.get(key)) or "all alike"
         in_memory = {name: [*value.shape] for name, value in model.state_dict().items() if name.startswith(prefix)}

@@ -69,7 +69,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), 0),
 }
-# A class that has none of these has them switched off: they stay off.
+# A class whose default for one of these is nothing, 0 or 1 has it switched off: it stays off.
 OFF = (
     *("n_group", "topk_group", "q_lora_rank", "qk_rope_head_dim", "sliding_window", "num_key_value_heads"),
     *("pad_token_id", "bos_token_id", "eos_token_id"),
@@ -117,7 +117,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "glm5_next_text": {"index_kpool": 2},
     "glm_moe_dsa": {"indexer_types": ["full", "shared"] * 2},
-    "gpt_oss": {"rope_parameters": YARN, "swiglu_limit": 0.3},  # low enough to clamp something
+    "gpt_oss": {"rope_parameters": {**YARN, "truncate": False}, "swiglu_limit": 0.3},  # low enough to clamp something
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "inkling2_text": {"n_layers_per_attn_res_block": 2},
     "inkling_text": {"mlp_layer_types": DENSE_FIRST, "logits_mup_width_multiplier": 2.0},
@@ -135,6 +135,7 @@ OWN: dict[str, dict[str, Any]] = {
         "rotary_dim": 8,
     },
     "mistral4": {"rope_parameters": {**YARN, "type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
+    "mistral_large4_text": {"rope_parameters": {**YARN, "attention_factor": 1.0}, "indexer_types": ["full", "shared"] * 2},
     "muse_spark_text": {"moe_hidden_size": 32},
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe"], "n_groups": 2},
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
@@ -163,8 +164,8 @@ OWN: dict[str, dict[str, Any]] = {
         "swiglu_limits_shared": [None, None, 0.3, None],
     },
     "zaya": {
-        "num_experts_per_tok": 1,
-        "router_hidden_size": 16,  # the class refuses more than one
+        "num_experts_per_tok": 1,  # the class refuses more
+        "router_hidden_size": 16,
         "layer_types": ["hybrid", "hybrid_sliding"] * 2,
         "sliding_window": 8,
     },
