@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +16,12 @@ from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.progress import progress
 from megatron_moe2dense.surgery.config import CalibrateConfig
-from megatron_moe2dense.surgery.experts import MoeWeights
+from megatron_moe2dense.surgery.experts import Experts
 from megatron_moe2dense.surgery.hidden import HiddenStates
 from megatron_moe2dense.surgery.observe import Observer, chunk_tokens, runs_every_expert
 from megatron_moe2dense.surgery.ranks import Ranks, joined
 from megatron_moe2dense.surgery.resume import Resume
+from megatron_moe2dense.surgery.routing import Routing
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import (
     SHARED_GATE_STATISTICS,
@@ -92,7 +94,6 @@ def run(config: CalibrateConfig) -> None:
 
 def calibrate(source: MoeSource, windows_BS: np.ndarray, names: tuple[str, ...], compute: Compute, job: Job) -> dict[int, LayerStats]:
     """The statistics `names` of every MoE layer, by layer number, over the windows of all ranks; `windows_BS` are this one's."""
-    observer = Observer(source, (*names, *_of_shared_gate(source)))
     resume = job.resume
     finished = [layer for layer in source.layers if layer < resume.start]
     sums = {layer: resume.sums(layer) for layer in finished}
@@ -101,12 +102,8 @@ def calibrate(source: MoeSource, windows_BS: np.ndarray, names: tuple[str, ...],
         CheckpointReader(source.index) as reader,
         progress(None, "calibrate", unit="token", total=total, initial=windows_BS.size * len(finished), unit_scale=True) as bar,
     ):
-
-        def observe(_layer: int, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
-            bar.update(len(x_TD))
-            return observer.observe(x_TD, weights)
-
-        for hidden in StreamedModel(source, reader, compute).run(windows_BS, observe, resume.place, resume.start):
+        observer = _Counted(source, (*names, *_of_shared_gate(source)), bar)
+        for hidden in StreamedModel(source, reader, compute).run(windows_BS, observer, resume.place, resume.start):
             require_finite(hidden, source)
             if hidden.layer > resume.start:
                 done = hidden.layer - 1
@@ -114,6 +111,19 @@ def calibrate(source: MoeSource, windows_BS: np.ndarray, names: tuple[str, ...],
                     sums[done] = job.ranks.sum(observer.take())
                 resume.finish_layer(done, sums.get(done), hidden)
     return sums
+
+
+class _Counted(Observer):
+    """Shows how far it came."""
+
+    def __init__(self, source: MoeSource, names: Iterable[str], bar: Any):
+        super().__init__(source, names)
+        self._bar = bar
+
+    def routed(self, layer: int, x_TD: torch.Tensor, routing: Routing, experts: Experts) -> torch.Tensor:
+        """Of one batch."""
+        self._bar.update(len(x_TD))
+        return super().routed(layer, x_TD, routing, experts)
 
 
 def require_finite(hidden: HiddenStates, source: StreamSource) -> None:
@@ -154,7 +164,7 @@ def data_facts(windows_BS: np.ndarray) -> dict[str, Any]:
 
 def _of_shared_gate(source: MoeSource) -> dict[str, Statistic]:
     """The statistics that are collected whatever the config says: convert needs them."""
-    return SHARED_GATE_STATISTICS if source.tensors.shared_gate is not None else {}
+    return SHARED_GATE_STATISTICS if source.stock.moe[source.layers[0]].shared_gate is not None else {}
 
 
 def dry_run(config: CalibrateConfig) -> dict[str, Any]:
@@ -165,7 +175,9 @@ def dry_run(config: CalibrateConfig) -> dict[str, Any]:
     compute, dims, names = chosen_compute(config, ranks), source.dims, chosen_statistics(config.statistics)
     run_experts = dims.experts if runs_every_expert(names) else dims.active
     expert_params = 3 * dims.hidden_size * dims.expert_width
-    block = {name for layer in source.layers for name in source.block_names(layer)}
+    block = {
+        name for layer in source.layers for name in (*source.expert_names(layer), *source.router_names(layer), *source.shared_names(layer))
+    }
     rest = sum(int(np.prod(info.shape)) for name, info in source.index.tensors.items() if name not in block)
     per_token = 2 * rest + len(source.layers) * 2 * run_experts * expert_params
     per_token += len(source.layers) * 2 * 3 * dims.hidden_size * dims.shared_width
@@ -177,7 +189,7 @@ def dry_run(config: CalibrateConfig) -> dict[str, Any]:
     hidden = ranks.share(windows_BS, compute.batch).size * dims.hidden_size * element
     widest = max(2 * dims.expert_width, dims.hidden_size)
     return {
-        "source": {"family": source.spec.name, "layers": len(source.layers), "experts": dims.experts, "active": dims.active},
+        "source": {"family": source.family, "layers": len(source.layers), "experts": dims.experts, "active": dims.active},
         "data": data_facts(windows_BS),
         "compute": compute_facts(compute, ranks),
         "reads": {str(source.index.directory): source.index.nbytes, config.data.path: windows_BS.size * 2},

@@ -15,7 +15,6 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import MANIFEST, config_hash, read_manifest
 from megatron_moe2dense.surgery.config import ConvertConfig
 from megatron_moe2dense.surgery.layout import dense_size, dense_width, making_bytes
-from megatron_moe2dense.surgery.packing import finite_tensors, read_ffn
 from megatron_moe2dense.surgery.plan import ConversionPlan, Methods, make_plan
 from megatron_moe2dense.surgery.ranks import Ranks, joined
 from megatron_moe2dense.surgery.refit.planned import Place, cost, fit_planned, with_refit
@@ -113,8 +112,9 @@ def flat_weights(source: MoeSource, reader: CheckpointReader, layer: int) -> Fla
     """Reads one layer's experts for the grouping methods that look at weights."""
 
     def read(expert: int) -> np.ndarray:
-        ffn = read_ffn(finite_tensors(reader), source.tensors.experts, layer, expert)
-        return torch.cat([part.float().flatten() for part in (ffn.gate_FD, ffn.up_FD, ffn.down_DF)]).numpy()
+        ffn = source.expert(source.reader(reader), layer, expert)
+        parts = [part for part in (ffn.gate_FD, ffn.up_FD, ffn.down_DF) if part is not None]
+        return torch.cat([part.float().flatten() for part in parts]).numpy()
 
     return read
 

@@ -5,22 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.families.ffn import Ffn
 from megatron_moe2dense.surgery.dense_block import mapped, placed
-from megatron_moe2dense.surgery.densify import merged, stacked
+from megatron_moe2dense.surgery.densify import PLAIN, Units, merged, stacked
 from megatron_moe2dense.surgery.hidden import HiddenPlace
 from megatron_moe2dense.surgery.observe import Observer
-from megatron_moe2dense.surgery.packing import finite_tensors, read_ffn
 from megatron_moe2dense.surgery.refit.store import FittedLayers
 from megatron_moe2dense.surgery.source import MoeSource
-from megatron_moe2dense.surgery.stream import Compute, StreamedModel
-from megatron_moe2dense.surgery.types import DenseFfn, LayerPlan, NeuronPlan
+from megatron_moe2dense.surgery.stream import Call, Compute, StreamedModel
+from megatron_moe2dense.surgery.types import LayerPlan, NeuronPlan
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,9 @@ class _DenseLayer:
     plan: LayerPlan | NeuronPlan
     fits: FittedLayers | None
 
-    def ffn(self, slices: Sequence[DenseFfn], shared: DenseFfn | None) -> DenseFfn:
+    def ffn(self, slices: Sequence[Ffn], shared: Ffn | None, units: Units) -> Ffn:
         """From the slices that the plan's `merged` gives, on their device."""
-        ffn = stacked(self.plan, slices, shared)
+        ffn = stacked(self.plan, slices, shared, units)
         return ffn if self.fits is None else self.fits[self.plan.layer].applied(ffn)
 
 
@@ -94,49 +93,49 @@ class DenseStream(StreamedModel):
 
     def head(self) -> Head:
         """Final norm and output matrix, on the compute device."""
-        source, norm = self._checkpoint, self._base.norm
-        norm.load_state_dict(self._read(f"{self._prefix}norm.", list(norm.state_dict())), assign=True)
-        name = f"{self._prefix}embed_tokens.weight" if source.dims.tied_embeddings else "lm_head.weight"
-        source.index.require([name])
-        return Head(norm, self._reader.finite(name).to(self._like))
+        norm, model = self._norm, self._stock.model
+        path = next(name for name, module in model.named_modules() if module is norm)
+        self._load(norm, self._read(f"{path}.", list(norm.state_dict())))
+        head = model.get_output_embeddings() if not self._checkpoint.dims.tied_embeddings else model.get_input_embeddings()
+        name = next(name for name, module in model.named_modules() if module is head)
+        return Head(norm, self._disk.tensor(f"{name}.weight", self._tensor).to(self._like))
 
     @torch.no_grad()
     def teacher_states(self, windows_NS: np.ndarray) -> torch.Tensor:
         """The MoE's hidden states after its last layer, [N, S, D], on the CPU. Every weight of the model is read and checked."""
-        observer = Observer(self._checkpoint, ())
-        *_, last = self.run(windows_NS, lambda _layer, x_TD, weights: observer.observe(x_TD, weights))
+        *_, last = self.run(windows_NS, Observer(self._checkpoint, ()))
         return torch.cat(list(last))
 
     @torch.no_grad()
     def dense_states(self, windows_NS: np.ndarray, models: Sequence[DenseModel]) -> list[torch.Tensor]:
         """The dense models' hidden states after the last layer, [N, S, D] each, on the CPU; equal models have the same tensor."""
-        hidden, arguments = self._embed(windows_NS, HiddenPlace(), 0)
+        hidden, calls = self._embed(windows_NS, HiddenPlace(), 0)
         states = _States([torch.cat(list(hidden))], [0] * len(models))
         del hidden
         by_layer = [{plan.layer: _DenseLayer(plan, model.fits) for plan in model.layers} for model in models]
         for number, layer in enumerate(self._layers):
-            calls = {batch: found[number] for batch, found in arguments.items()}
+            here = [found[number] for found in calls]
             if number not in self._checkpoint.layers:
                 self._assemble_with(number, None)
                 for state_NSD in states.distinct:
-                    self._advance(layer, calls, state_NSD, state_NSD)
+                    self._advance(layer, here, state_NSD, state_NSD)
             else:
-                states = self._moe_layer(number, calls, states, [layers[number] for layers in by_layer])
-            self._release(number, layer)
+                states = self._moe_layer(number, here, states, [layers[number] for layers in by_layer])
+            self._release(number)
         return [states.distinct[state] for state in states.of_plan]
 
-    def _moe_layer(self, number: int, calls: dict[int, dict[str, Any]], states: _States, layers: Sequence[_DenseLayer]) -> _States:
+    def _moe_layer(self, number: int, calls: Sequence[Call], states: _States, layers: Sequence[_DenseLayer]) -> _States:
         layer = self._layers[number]
-        block = self._dense_block()
+        block = self._dense_block(number)
         self._assemble_with(number, block)
         after = _States([], [-1] * len(layers))
         shared = self._shared(number)
-        experts: dict[int, DenseFfn] = {}
+        experts: dict[int, Ffn] = {}
         key, slices = None, []
         for dense, starts in states.branch(layers).items():
             if dense.plan.unscaled != key:
                 key, slices = dense.plan.unscaled, list(merged(dense.plan, lambda expert: self._expert(number, expert, experts)))
-            block.ffn = placed(dense.ffn(slices, shared), self._like)
+            block.ffn = placed(dense.ffn(slices, shared, self._units), self._like)
             for state, members in starts.items():
                 x_NSD, y_NSD = states.distinct[state], states.target(state)
                 self._advance(layer, calls, x_NSD, y_NSD)
@@ -145,22 +144,25 @@ class DenseStream(StreamedModel):
                 after.distinct.append(y_NSD)
         return after
 
-    def _advance(self, layer: nn.Module, calls: dict[int, dict[str, Any]], x_NSD: torch.Tensor, y_NSD: torch.Tensor) -> None:
+    def _advance(self, layer: nn.Module, calls: Sequence[Call], x_NSD: torch.Tensor, y_NSD: torch.Tensor) -> None:
         """A layer over all windows of one state; y may be x."""
         batch = self._compute.batch
-        for start in range(0, len(x_NSD), batch):
-            x_BSD = x_NSD[start : start + batch].to(self._compute.device)
-            y_NSD[start : start + batch].copy_(layer(x_BSD, **calls[len(x_BSD)]))
+        for i, start in enumerate(range(0, len(x_NSD), batch)):
+            y_NSD[start : start + batch].copy_(calls[i].run(layer, x_NSD[start : start + batch].to(self._compute.device)))
 
-    def _expert(self, layer: int, expert: int, known: dict[int, DenseFfn]) -> DenseFfn:
+    def _expert(self, layer: int, expert: int, known: dict[int, Ffn]) -> Ffn:
         """An expert of the layer on the compute device, in the source's dtype, read once a pass."""
         if expert not in known:
-            known[expert] = self._to_device(read_ffn(finite_tensors(self._reader), self._checkpoint.tensors.experts, layer, expert))
+            known[expert] = self._to_device(self._checkpoint.expert(self._tensor, layer, expert))
         return known[expert]
 
-    def _shared(self, layer: int) -> DenseFfn | None:
-        tensors = self._checkpoint.tensors.shared
-        return None if tensors is None else self._to_device(read_ffn(finite_tensors(self._reader), tensors, layer))
+    def _shared(self, layer: int) -> Ffn | None:
+        found = self._checkpoint.shared(self._tensor, layer) if self._checkpoint.seam == "block" else None
+        return None if found is None else self._to_device(found)
 
-    def _to_device(self, ffn: DenseFfn) -> DenseFfn:
+    @property
+    def _units(self) -> Units:
+        return self._checkpoint.units if self._checkpoint.seam == "block" else PLAIN
+
+    def _to_device(self, ffn: Ffn) -> Ffn:
         return mapped(ffn, lambda tensor: tensor.to(self._compute.device))

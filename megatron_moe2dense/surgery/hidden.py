@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,14 @@ class HiddenStates:
     `advance` when all are put.
 
     Args:
-        shape: N windows, S tokens, D channels. batch: windows of one batch.
+        shape: N windows, S tokens, D channels (or several streams of D). batch: windows of one batch.
         layer: where they stand. At a layer above 0 the file of an earlier run is taken up.
     """
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, batch: int, place: HiddenPlace, layer: int = 0):
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, batch: int, place: HiddenPlace, layer: int = 0):
         self._shape, self._dtype, self._batch, self._place = shape, dtype, batch, place
         self.layer = layer
-        self.nbytes = shape[0] * shape[1] * shape[2] * dtype.itemsize
+        self.nbytes = prod(shape) * dtype.itemsize
         self.spills = place.directory is not None and place.budget is not None and self.nbytes > place.budget
         self._now = self._map(place.path(layer)) if layer else None
         if not self.spills:

@@ -12,9 +12,10 @@ from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.mxfp4 import stored_values
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.table import render
-from megatron_moe2dense.families import family_of
+from megatron_moe2dense.families.stock import Stock
+from megatron_moe2dense.families.table import EXCEPTIONS, FamilyException
 from megatron_moe2dense.surgery.config import InspectConfig
-from megatron_moe2dense.surgery.layout import dense_size, dense_width
+from megatron_moe2dense.surgery.layout import dense_of, dense_size, dense_width
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.types import check_keep
 
@@ -42,20 +43,20 @@ def dry_run(config: InspectConfig) -> dict[str, Any]:
 def inspect(config: InspectConfig) -> dict[str, Any]:
     """All facts. Parameters are counts, bytes as stored."""
     index = CheckpointIndex.open(config.source)
-    spec = family_of(index.config, str(index.directory / "config.json"))
-    source = MoeSource.open(config.source) if spec.moe_layers(index.config) else None
+    stock = Stock.read(index.directory)
+    source = MoeSource.open(config.source) if stock.moe or EXCEPTIONS.get(stock.name, FamilyException()).refused else None
     parameters, nbytes = _parts(index, source)
     facts = {
         "source": str(index.directory),
-        "family": spec.name,
-        "dims": dataclasses.asdict(spec.dims(index.config)),
+        "family": stock.name,
+        "dims": dataclasses.asdict(stock.dims if source is None else source.dims),
         "parameters": {"total": sum(parameters.values()), **parameters},
         "bytes": {"total": index.nbytes, **nbytes},
         "fingerprint": index.fingerprint(),
     }
     if source is None:
         if config.keep is not None:
-            raise UserError(f"keep={config.keep} for a dense {spec.name} model", "a MoE model", "drop --keep")
+            raise UserError(f"keep={config.keep} for a dense {stock.name} model", "a MoE model", "drop --keep")
         return {**facts, "gpus_for_weights": {"this model": gpus_for_weights(index.nbytes)}}
     moe = _moe_facts(config, source, parameters)
     fits = {"this model": gpus_for_weights(index.nbytes), "dense": gpus_for_weights(moe["dense"]["bytes"])}
@@ -77,7 +78,8 @@ def _moe_facts(config: InspectConfig, source: MoeSource, parameters: dict[str, i
         "moe_layers": list(source.layers),
         "active_parameters": sum(parameters.values()) - idle,
         "dense": {
-            "family": source.spec.dense_target,
+            "family": dense_of(source, keep).stock.name,
+            "form": source.form.kind,
             "keep": keep,
             "intermediate_size": dense_width(source, keep),
             "parameters": dense_parameters,
@@ -100,11 +102,11 @@ def _parts(index: CheckpointIndex, source: MoeSource | None) -> tuple[dict[str, 
 
 
 def _block_parts(source: MoeSource) -> dict[str, str]:
-    dims, tensors, parts = source.dims, source.tensors, {}
+    parts: dict[str, str] = {}
     for layer in source.layers:
-        parts |= dict.fromkeys(tensors.router_shapes(layer, dims.hidden_size, dims.experts), "router")
-        parts |= dict.fromkeys(tensors.shared_shapes(layer, dims.hidden_size, dims.shared_width), "shared experts")
-        parts |= dict.fromkeys(tensors.experts.shapes(layer, dims.hidden_size, dims.expert_width, dims.experts), "experts")
+        parts |= dict.fromkeys(source.router_names(layer), "router")
+        parts |= dict.fromkeys(source.shared_names(layer), "shared experts")
+        parts |= dict.fromkeys(source.expert_names(layer), "experts")
     return parts
 
 

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES
 from megatron_moe2dense.checkpoint.shards import TensorSpec
-from megatron_moe2dense.families import FAMILIES
-from megatron_moe2dense.surgery.densify import densify, pad_width
-from megatron_moe2dense.surgery.packing import ReadTensor, read_ffn, write_ffn
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families.dense import Dense
+from megatron_moe2dense.families.disk import Disk, ReadTensor, plain_names, revert
+from megatron_moe2dense.families.ffn import Ffn
+from megatron_moe2dense.surgery.densify import PLAIN, densify, neurons_of, pad_width, rescaled, side_by_side
 from megatron_moe2dense.surgery.plan import ConversionPlan
+from megatron_moe2dense.surgery.refit.layer import LayerFit
 from megatron_moe2dense.surgery.source import MoeSource
-from megatron_moe2dense.surgery.types import DenseFfn, LayerPlan, NeuronPlan
+from megatron_moe2dense.surgery.types import LayerPlan, NeuronPlan
 
 
 @dataclass(frozen=True)
 class Step:
     """A part of the checkpoint that is written together: a layer, or (None) what belongs to no layer.
 
-    copied: tensors taken over byte for byte. made: tensors of the dense FFN.
+    copied: tensors taken over byte for byte, by the name that they have in the source. made: tensors of the dense FFN.
     """
 
     layer: int | None
-    copied: tuple[TensorSpec, ...]
+    copied: Mapping[str, TensorSpec]
     made: tuple[TensorSpec, ...]
 
     @property
@@ -32,42 +37,118 @@ class Step:
         """Bytes of the dense FFN."""
         return sum(spec.nbytes for spec in self.made)
 
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """Everything that is written."""
+        return (*self.copied.values(), *self.made)
+
+
+def dense_of(source: MoeSource, groups: int) -> Dense:
+    """The dense class with room for `groups` experts and the shared ones."""
+    return source.form.of(groups * source.dims.expert_width + (source.dims.shared_width if source.form.absorbs_shared else 0))
+
 
 def dense_width(source: MoeSource, groups: int) -> int:
-    """F of the result: G * I and the shared experts, or the width of the family's own dense layers where that is larger (the rest is
-    zero)."""
-    dims = source.dims
-    has_dense_layers = len(source.layers) < dims.layers
-    return max(groups * dims.expert_width + dims.shared_width, dims.dense_width if has_dense_layers else 0)
+    """Neurons of the MoE layers of the result: G * I and the shared experts, more where the class has one width for all layers or its
+    kernels want multiples (the rest is zero)."""
+    return dense_of(source, groups).width(source.layers[0])
+
+
+@cache
+def _dense_steps(source: MoeSource, groups: int) -> tuple[Step, ...]:
+    dense, layers = dense_of(source, groups), range(source.dims.layers)
+    made = {layer: _made(source, dense, layer, groups) for layer in layers}
+    gone = {name for layer in dense.slots for name in replaced(source, layer)} | {*source.beyond_layers()}
+    of_layer: dict[int | None, dict[str, TensorSpec]] = {None: {}, **{layer: {} for layer in layers}}
+    for name, new in _copied(source, dense, gone).items():
+        info = source.index.tensors[name]
+        of_layer[_layer_of(source, name)][name] = TensorSpec(new, info.dtype, info.shape)
+    steps = [Step(None, of_layer[None], ()), *(Step(layer, of_layer[layer], made[layer]) for layer in layers)]
+    _require_taken(source, dense, [spec for step in steps for spec in step.specs])
+    return tuple(steps)
 
 
 def dense_steps(source: MoeSource, groups: int) -> list[Step]:
-    """The whole dense checkpoint of `groups` slices. Shapes come from running the conversion itself on meta tensors."""
-    layers, width = range(source.dims.layers), dense_width(source, groups)
-    gone = {name for layer in layers for name in replaced(source, layer)} | {*source.beyond_layers()}
-    of_layer: dict[int | None, list[TensorSpec]] = {None: [], **{layer: [] for layer in layers}}
-    prefixes = {source.layer_prefix(layer): layer for layer in layers}
-    stem = source.layer_prefix(0).removesuffix("0.")
-    for name, info in source.index.tensors.items():
-        if name not in gone:
-            prefix = stem + name.removeprefix(stem).partition(".")[0] + "."
-            of_layer[prefixes.get(prefix)].append(TensorSpec(name, info.dtype, info.shape))
-    steps = [Step(None, tuple(of_layer[None]), ())]
-    for layer in layers:
+    """The whole dense checkpoint of `groups` slices. Shapes come from running the conversion itself on meta tensors.
+
+    Raises:
+        UserError: the dense class would not take it as it is.
+    """
+    return list(_dense_steps(source, groups))
+
+
+def _made(source: MoeSource, dense: Dense, layer: int, groups: int) -> tuple[TensorSpec, ...]:
+    if layer not in dense.slots:
+        tensors = stored_added(dense, layer, torch.empty(0, dtype=_dtype(source, layer), device="meta"))
+    else:
         plan = _placeholder(layer, groups) if layer in source.layers else None
-        made = stored_ffn(source, layer, layer_ffn(source, _meta_tensors(source), layer, plan), width)
-        specs = tuple(TensorSpec.of(name, tensor) for name, tensor in made.items())
-        steps.append(Step(layer, tuple(of_layer[layer]), specs))
-    return steps
+        tensors = stored_ffn(dense, layer, layer_ffn(source, _meta_tensors(source), layer, plan))
+    return tuple(TensorSpec.of(name, tensor) for name, tensor in tensors.items())
+
+
+def _dtype(source: MoeSource, layer: int) -> torch.dtype:
+    """The type in which a layer's first tensor is stored."""
+    name = next(iter(source.stored(layer, list(source.stock.layer_shapes[layer]))))
+    return TORCH_DTYPES[source.index.tensors[name].dtype]
+
+
+def _layer_of(source: MoeSource, name: str) -> int | None:
+    target = source.disk.where(name)[0]
+    head, _, number = target.removeprefix(f"{source.stock.prefix}.").partition(".")
+    return (
+        int(head) if target.startswith(f"{source.stock.prefix}.") and number and head.isdigit() and int(head) < source.dims.layers else None
+    )
+
+
+def _copied(source: MoeSource, dense: Dense, gone: set[str]) -> dict[str, str]:
+    """Names in the source and in the result of all tensors that are neither made nor left out: the source's own where the dense class
+    takes it for the same thing, else that under which the class saves it."""
+    names = [name for name in source.index.tensors if name not in gone]
+    taken = Disk(dense.stock, {name: source.index.tensors[name].shape for name in names})
+    found = {}
+    for name in names:
+        target, pattern = source.disk.where(name)
+        if name in source.disk.unknown or taken.where(name) == (target, pattern):
+            found[name] = name
+            continue
+        renamed = plain_names(dense.stock, [target]).get(target)
+        if pattern or renamed is None:
+            raise UserError(
+                f"{source.index.directory}: {name}, which {dense.stock.name} stores in another form",
+                "tensors outside the MoE blocks that the dense class stores alike",
+                "save the checkpoint with transformers' save_pretrained first",
+            )
+        found[name] = renamed
+    return found
+
+
+def _require_taken(source: MoeSource, dense: Dense, specs: list[TensorSpec]) -> None:
+    """UserError when the dense class lacks a tensor of the result, or wants one that it has not, or another shape."""
+    shapes = {spec.name: spec.shape for spec in specs}
+    taken = Disk(dense.stock, shapes)
+    known = set(source.disk.unknown)
+    wrong = [f"{name} is not known" for name in taken.unknown if name not in known]
+    wrong += [f"{name} is missing" for name in taken.missing]
+    wrong += [
+        f"{name} is {list(taken.shape(name))} instead of {list(shape)}"
+        for name, shape in dense.stock.shapes.items()
+        if name not in taken.missing and taken.names_of(name) and taken.shape(name) != shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{source.index.directory} as {dense.stock.name}: {wrong[0]} ({len(wrong)} such tensors)",
+            "a dense class that takes every tensor of the result",
+            "this source can not be converted; please report its config.json",
+        )
 
 
 def _meta_tensors(source: MoeSource) -> ReadTensor:
     """Reads shapes and dtypes without data."""
 
-    def read(name: str, entry: int | None) -> torch.Tensor:
-        source.index.require([name])
-        info = source.index.tensors[name]
-        return torch.empty(info.shape if entry is None else info.shape[1:], dtype=TORCH_DTYPES[info.dtype], device="meta")
+    def read(name: str, rows: slice | None) -> torch.Tensor:
+        shape = source.values.shapes[name]
+        dtype = torch.bfloat16 if name in source.values.encoded else TORCH_DTYPES[source.index.tensors[name].dtype]
+        return torch.empty(shape if rows is None else (rows.stop - rows.start, *shape[1:]), dtype=dtype, device="meta")
 
     return read
 
@@ -80,31 +161,69 @@ def _placeholder(layer: int, groups: int) -> LayerPlan:
 
 def dense_size(source: MoeSource, groups: int) -> tuple[int, int]:
     """Parameters and bytes of the dense result with `groups` slices."""
-    specs = [spec for step in dense_steps(source, groups) for spec in (*step.copied, *step.made)]
+    specs = [spec for step in dense_steps(source, groups) for spec in step.specs]
     return sum(spec.parameters for spec in specs), sum(spec.nbytes for spec in specs)
 
 
 def replaced(source: MoeSource, layer: int) -> list[str]:
-    """The tensors of a layer that its dense FFN takes the place of."""
-    return source.block_names(layer) if layer in source.layers else source.spec.ffn.names(layer)
+    """The tensors of a layer, by name in the files, that its dense FFN takes the place of."""
+    form, stock = source.form, source.stock
+    names = [name for name in stock.layer_shapes[layer] if stock.in_model(layer, name) in form.replaced | form.of_dense_layers]
+    return source.stored(layer, names)
 
 
-def layer_ffn(source: MoeSource, read: ReadTensor, layer: int, plan: LayerPlan | NeuronPlan | None) -> DenseFfn:
-    """The dense FFN of a layer. plan: None for a layer without experts."""
-    tensors = source.tensors
+def seam_ffn(source: MoeSource, read: ReadTensor, layer: int, plan: LayerPlan | NeuronPlan) -> Ffn:
+    """What a plan puts in the place of a MoE layer's block, or of the experts in it (`source.seam`)."""
+    shared = source.shared(read, layer) if source.seam == "block" else None
+    units = source.units if source.seam == "block" else PLAIN
+    return densify(plan, lambda expert: source.expert(read, layer, expert), shared, units)
+
+
+def layer_ffn(source: MoeSource, read: ReadTensor, layer: int, plan: LayerPlan | NeuronPlan | None, fit: LayerFit | None = None) -> Ffn:
+    """The dense FFN of a layer as it is written. plan: None for a layer without experts. fit: of what stands in the seam."""
     if plan is None:
-        return read_ffn(read, source.spec.ffn, layer)
-    shared = None if tensors.shared is None else read_ffn(read, tensors.shared, layer)
-    return densify(plan, lambda expert: read_ffn(read, tensors.experts, layer, expert), shared)
+        return source.ffn(read, layer, source.form.dense_place(layer))
+    ffn = seam_ffn(source, read, layer, plan)
+    ffn = ffn if fit is None else fit.applied(ffn)
+    if source.seam == "block":
+        return ffn
+    parts = [rescaled(ffn, source.units.routed)]
+    if (shared := source.shared(read, layer)) is not None:
+        parts.append(rescaled(shared, plan.shared_scale * source.units.shared))
+    if source.form.exception.into is not None:
+        parts.append(source.ffn(read, layer, source.stock.ffns(layer)[source.form.exception.into]))
+    return parts[0] if len(parts) == 1 else side_by_side(parts)
 
 
-def stored_ffn(source: MoeSource, layer: int, ffn: DenseFfn, width: int) -> dict[str, torch.Tensor]:
-    """A layer's FFN, made `width` wide, as the dense family stores it."""
-    assert source.spec.dense_target is not None, "a MoE family names its dense target"
-    target, ffn = FAMILIES[source.spec.dense_target], pad_width(ffn, width)
-    like = ffn.gate_FD
-    added = {name.format(layer=layer): like.new_zeros(shape) for name, shape in source.spec.added(source.index.config).items()}
-    return {**dict(write_ffn(target.ffn, layer, ffn)), **added}
+def stored_ffn(dense: Dense, layer: int, ffn: Ffn) -> dict[str, torch.Tensor]:
+    """A layer's FFN in the places of the dense class, and what the class has beside it, by name in the files."""
+    shapes, start = dense.stock.layer_shapes[layer], 0
+    tensors: dict[str, torch.Tensor] = {}
+    stacks: dict[str, list[torch.Tensor]] = {}
+    for slot in dense.slots[layer]:
+        width, _ = slot.place.sizes(shapes)
+        part = pad_width(rescaled(neurons_of(ffn, start, min(start + width, len(ffn.up_FD))), 1.0 / slot.factor), width)
+        start += width
+        for name, tensor in slot.place.write(part):
+            whole = dense.stock.in_model(layer, name)
+            if slot.expert is None:
+                tensors[whole] = tensor.contiguous()
+            else:
+                stacks.setdefault(whole, []).append(tensor)
+    for name, parts in stacks.items():
+        flat = next(slot.place.flat for slot in dense.slots[layer])
+        tensors[name] = torch.cat(parts).contiguous() if flat else torch.stack(parts).contiguous()
+    return revert(dense.stock, {**tensors, **_added(dense, layer, ffn.up_FD)})
+
+
+def stored_added(dense: Dense, layer: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the dense class has beside the FFNs of a layer and the MoE lacks, by name in the files; like: of its type and device."""
+    return revert(dense.stock, _added(dense, layer, like))
+
+
+def _added(dense: Dense, layer: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    inside = dense.stock.in_model(layer, "")
+    return {name: value.to(like) for name, value in dense.added.items() if name.startswith(inside)}
 
 
 def making_bytes(source: MoeSource, plan: ConversionPlan) -> int:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from megatron_moe2dense.surgery.experts import MoeWeights
-from megatron_moe2dense.surgery.routing import Routing, route
+from megatron_moe2dense.surgery.experts import Experts
+from megatron_moe2dense.surgery.routing import Routing
+from megatron_moe2dense.surgery.seam import MoeWatcher
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import SHARED_GATE_STATISTICS, STATISTICS, LayerStats
 
@@ -33,13 +34,9 @@ class Observation:
     out_ETD: memory for the latter, which the next chunk may use again.
     """
 
-    def __init__(
-        self, x_TD: torch.Tensor, routing: Routing, weights: MoeWeights, names: Iterable[str], out_ETD: torch.Tensor | None = None
-    ):
+    def __init__(self, x_TD: torch.Tensor, routing: Routing, experts: Experts, names: Iterable[str], out_ETD: torch.Tensor | None = None):
         self._names = tuple(names)
-        experts = weights.experts
         self._x_TD, self._experts = x_TD, experts
-        self._s_TD, self._shared_gate_T1 = (None, None) if weights.shared is None else weights.shared.outputs(x_TD)
         self._routing = routing
         self._selected_TE = torch.zeros_like(routing.probs_TE, dtype=torch.float64).scatter_(1, routing.experts_TA, 1.0)
         self._probs_TE = routing.probs_TE.double()
@@ -52,12 +49,9 @@ class Observation:
             self._f_TAD = experts.selected_outputs(x_TD, routing)
 
     def output(self) -> torch.Tensor:
-        """y_TD = sum over the selected experts of gate times output, and the shared experts: what the stock block returns."""
+        """The sum over the selected experts of gate times output, [T, D]."""
         gates_TA1 = self._routing.gates_TA.to(self._f_TAD.dtype)[..., None]
-        y_TD = (gates_TA1 * self._f_TAD).sum(1)
-        if self._s_TD is None:
-            return y_TD
-        return y_TD + (self._s_TD if self._shared_gate_T1 is None else self._shared_gate_T1 * self._s_TD)
+        return (gates_TA1 * self._f_TAD).sum(1)
 
     def sums(self) -> dict[str, torch.Tensor]:
         """The chosen statistics of this chunk, float64."""
@@ -121,31 +115,22 @@ class Observation:
         """g_e(t)^2 h_ei(t)^2, h what goes into the down projection."""
         return self._experts.gated_energies(self._x_TD, self._routing)
 
-    def shared_square_sum(self) -> torch.Tensor:
-        """||s(t)||_2^2."""
-        return self._shared_squares_T().sum()[None]
-
-    def shared_gated_square_sum(self) -> torch.Tensor:
-        """h(t) ||s(t)||_2^2."""
-        assert self._shared_gate_T1 is not None, "collected where the shared experts have a gate"
-        return (self._shared_gate_T1[:, 0].double() * self._shared_squares_T()).sum()[None]
-
-    def _shared_squares_T(self) -> torch.Tensor:
-        assert self._s_TD is not None, "collected where there are shared experts"
-        return self._s_TD.to(torch.promote_types(self._s_TD.dtype, torch.float32)).square().sum(1, dtype=torch.float64)
-
     def _every_expert(self) -> torch.Tensor:
         assert self._f_ETD is not None, "a statistic of every expert is marked so in the table"
         return self._f_ETD
 
 
-_SUMS: dict[str, Callable[[Observation], torch.Tensor]] = {
-    name: getattr(Observation, name) for name in (*STATISTICS, *SHARED_GATE_STATISTICS)
-}
+_SUMS: dict[str, Callable[[Observation], torch.Tensor]] = {name: getattr(Observation, name) for name in STATISTICS}
 
 
-class Observer:
-    """Runs MoE blocks on batches of tokens, chunk by chunk, and adds up their statistics until they are taken.
+def _shared_sums(s_TD: torch.Tensor, gate_T1: torch.Tensor) -> dict[str, torch.Tensor]:
+    """||s(t)||_2^2 and h(t) ||s(t)||_2^2 of shared experts with a gate of their own."""
+    squares_T = s_TD.to(torch.promote_types(s_TD.dtype, torch.float32)).square().sum(1, dtype=torch.float64)
+    return {"shared_square_sum": squares_T.sum()[None], "shared_gated_square_sum": (gate_T1[:, 0].double() * squares_T).sum()[None]}
+
+
+class Observer(MoeWatcher):
+    """Runs experts on batches of tokens, chunk by chunk, and adds up their statistics until they are taken.
 
     Args:
         source: the model. names: the statistics.
@@ -153,27 +138,42 @@ class Observer:
 
     def __init__(self, source: MoeSource, names: Iterable[str]):
         self._source, self._names = source, tuple(names)
+        self._of_shared = [name for name in self._names if name in SHARED_GATE_STATISTICS]
         self._sums: dict[str, torch.Tensor] = {}
         self._out_ETD: torch.Tensor | None = None
 
-    def observe(self, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
-        """The block's output, [T, D]."""
-        dims = self._source.dims
-        chunk = chunk_tokens(dims.experts, max(2 * dims.expert_width, dims.hidden_size), x_TD.device)
+    def routed(self, layer: int, x_TD: torch.Tensor, routing: Routing, experts: Experts) -> torch.Tensor:
+        """The routed experts' part of the block's output, [T, D]."""
+        del layer
+        chunk, names = self._chunk(x_TD), [name for name in self._names if name not in self._of_shared]
         y_TD = torch.empty_like(x_TD)
-        for chunk_TD, output_TD in zip(x_TD.split(chunk), y_TD.split(chunk), strict=True):
-            routing = route(chunk_TD, weights.router, self._source.router, dims.active)
-            observation = Observation(chunk_TD, routing, weights, self._names, self._memory(chunk_TD))
-            for name, value in observation.sums().items():
-                self._sums[name] = self._sums[name].add_(value) if name in self._sums else value
+        for chunk_TD, part, output_TD in zip(x_TD.split(chunk), routing.split(chunk), y_TD.split(chunk), strict=True):
+            observation = Observation(chunk_TD, part, experts, names, self._memory(chunk_TD))
+            self._add(observation.sums())
             output_TD.copy_(observation.output())
         return y_TD
 
+    def shared(self, layer: int, s_TD: torch.Tensor, gate_T1: torch.Tensor) -> None:
+        """Sums of a sigmoid gate, where they are asked for."""
+        del layer
+        if self._of_shared:
+            chunk = self._chunk(s_TD)
+            for part_TD, part_T1 in zip(s_TD.split(chunk), gate_T1.split(chunk), strict=True):
+                self._add(_shared_sums(part_TD, part_T1))
+
     def take(self) -> LayerStats:
         """The sums since the last call."""
-        stats = LayerStats({name: value.cpu().numpy() for name, value in self._sums.items()})
+        stats = LayerStats({name: self._sums[name].cpu().numpy() for name in self._names if name in self._sums})
         self._sums = {}
         return stats
+
+    def _add(self, found: dict[str, torch.Tensor]) -> None:
+        for name, value in found.items():
+            self._sums[name] = self._sums[name].add_(value) if name in self._sums else value
+
+    def _chunk(self, x_TD: torch.Tensor) -> int:
+        dims = self._source.dims
+        return chunk_tokens(dims.experts, max(2 * dims.expert_width, dims.hidden_size), x_TD.device)
 
     def _memory(self, chunk_TD: torch.Tensor) -> torch.Tensor | None:
         """The same memory for every chunk: asking the system for new pages each time costs more than the arithmetic on them."""
@@ -181,5 +181,5 @@ class Observer:
             return None
         dims, tokens = self._source.dims, len(chunk_TD)
         if self._out_ETD is None or self._out_ETD.shape[1] != tokens:
-            self._out_ETD = chunk_TD.new_empty(dims.experts, tokens, dims.hidden_size)
+            self._out_ETD = chunk_TD.new_empty(dims.experts, tokens, chunk_TD.shape[1])
         return self._out_ETD

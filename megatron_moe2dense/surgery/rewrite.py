@@ -10,15 +10,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from megatron_moe2dense.checkpoint import mxfp4
 from megatron_moe2dense.checkpoint.assets import copy_assets
-from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from megatron_moe2dense.checkpoint.shards import SHARD_BYTES, ShardWriter, shards_of
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import write_json
 from megatron_moe2dense.common.progress import progress
-from megatron_moe2dense.surgery.layout import Step, dense_steps, dense_width, layer_ffn, making_bytes, replaced, stored_ffn
-from megatron_moe2dense.surgery.packing import stored_tensors
+from megatron_moe2dense.surgery.layout import Step, dense_of, dense_steps, layer_ffn, making_bytes, replaced, stored_added, stored_ffn
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.refit.store import FittedLayers
 from megatron_moe2dense.surgery.source import MoeSource
@@ -42,7 +43,7 @@ class DenseOutput:
     def prepare(self, source: MoeSource, queue_bytes: int) -> ShardWriter:
         """Lay out the files and find out how far an earlier run came."""
         self.steps = dense_steps(source, self.plan.groups)
-        shards = shards_of([spec for step in self.steps for spec in (*step.copied, *step.made)], self.shard_bytes)
+        shards = shards_of([spec for step in self.steps for spec in step.specs], self.shard_bytes)
         self.written = Written.find(self.directory, [source.fingerprint, self.plan.hash()], shards, len(self.steps))
         return ShardWriter(self.directory, shards, queue_bytes)
 
@@ -101,7 +102,7 @@ def _check(source: MoeSource, reader: CheckpointReader, pool: ThreadPoolExecutor
 
 
 def _check_tensor(source: MoeSource, reader: CheckpointReader, name: str) -> None:
-    if source.tensors.experts.mxfp4 and name.endswith("_scales"):
+    if any(name == scales for _, scales in source.values.encoded.values()):
         mxfp4.require_numbers(reader.tensor(name), name)
     else:
         reader.check(name)
@@ -109,21 +110,24 @@ def _check_tensor(source: MoeSource, reader: CheckpointReader, name: str) -> Non
 
 def _write_step(source: MoeSource, reader: CheckpointReader, output: DenseOutput, writer: ShardWriter, number: int) -> None:
     step, plans = output.steps[number], {layer.layer: layer for layer in output.plan.layers}
-    for spec in step.copied:
-        for offset, data in reader.chunks(spec.name, _CHUNK):
+    for name, spec in step.copied.items():
+        for offset, data in reader.chunks(name, _CHUNK):
             writer.write_bytes(spec.name, offset, data)
-    if step.layer is not None:
-        ffn = layer_ffn(source, stored_tensors(reader), step.layer, plans.get(step.layer))
-        if output.fits is not None and step.layer in plans:
-            ffn = output.fits[step.layer].applied(ffn)
-        for name, tensor in stored_ffn(source, step.layer, ffn, dense_width(source, output.plan.groups)).items():
+    dense = dense_of(source, output.plan.groups)
+    if step.layer is not None and step.layer in dense.slots:
+        fit = output.fits[step.layer] if output.fits is not None and step.layer in plans else None
+        ffn = layer_ffn(source, source.reader(reader, finite=False), step.layer, plans.get(step.layer), fit)
+        for name, tensor in stored_ffn(dense, step.layer, ffn).items():
+            writer.write(name, tensor)
+    elif step.layer is not None and step.made:
+        like = torch.empty(0, dtype=TORCH_DTYPES[step.made[0].dtype])
+        for name, tensor in stored_added(dense, step.layer, like).items():
             writer.write(name, tensor)
     writer.mark(output.written.reached(number + 1))
 
 
 def _write_rest(source: MoeSource, output: DenseOutput) -> None:
-    assert source.spec.dense_config is not None, "a MoE family gives its dense config"
-    write_json(output.directory / "config.json", source.spec.dense_config(source.index.config, dense_width(source, output.plan.groups)))
+    write_json(output.directory / "config.json", dense_of(source, output.plan.groups).config(source.index.config))
     copy_assets(source.index.directory, output.directory)
     output.plan.write(output.directory / PLAN_FILE)
     if output.fits is not None:

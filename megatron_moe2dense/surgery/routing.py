@@ -1,21 +1,10 @@
-"""The router's forward pass from a family's Router data: which experts a token gets, with which weights."""
+"""What a router decided, as its stock block hands it to the experts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-
-from megatron_moe2dense.families import GroupLimit, Router
-
-
-@dataclass(frozen=True)
-class RouterWeights:
-    """weight_ED: the router matrix. bias_E: added to the logits. correction_E: added to the scores in the selection only."""
-
-    weight_ED: torch.Tensor
-    bias_E: torch.Tensor | None = None
-    correction_E: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -26,27 +15,7 @@ class Routing:
     gates_TA: torch.Tensor
     probs_TE: torch.Tensor
 
-
-def route(x_TD: torch.Tensor, weights: RouterWeights, router: Router, active: int) -> Routing:
-    """Route tokens, in float32 at least (as the stock models do from the logits on)."""
-    dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    logits_TE = x_TD.to(dtype) @ weights.weight_ED.to(dtype).T
-    if weights.bias_E is not None:
-        logits_TE = logits_TE + weights.bias_E.to(dtype)
-    probs_TE = logits_TE.softmax(-1) if router.score == "softmax" else logits_TE.sigmoid()
-    choice_TE = probs_TE if weights.correction_E is None else probs_TE + weights.correction_E.to(dtype)
-    if router.limit is not None:
-        choice_TE = _limited(choice_TE, router.limit)
-    experts_TA = choice_TE.topk(active, dim=-1).indices
-    chosen_TA = probs_TE.gather(1, experts_TA)
-    if router.renormalize:
-        chosen_TA = chosen_TA / chosen_TA.sum(-1, keepdim=True)
-    return Routing(experts_TA, chosen_TA * router.scaling, probs_TE)
-
-
-def _limited(choice_TE: torch.Tensor, limit: GroupLimit) -> torch.Tensor:
-    """-inf for experts outside the best blocks of experts."""
-    blocks_TGB = choice_TE.unflatten(-1, (limit.groups, -1))
-    rank_TG = blocks_TGB.amax(-1) if limit.rank_by == "best" else blocks_TGB.topk(2, dim=-1).values.sum(-1)
-    outside_TG = torch.ones_like(rank_TG, dtype=torch.bool).scatter_(1, rank_TG.topk(limit.used, dim=-1).indices, False)
-    return blocks_TGB.masked_fill(outside_TG[..., None], float("-inf")).flatten(1)
+    def split(self, tokens: int) -> list[Routing]:
+        """Of chunks of so many tokens."""
+        parts = zip(self.experts_TA.split(tokens), self.gates_TA.split(tokens), self.probs_TE.split(tokens), strict=True)
+        return [Routing(*part) for part in parts]

@@ -20,15 +20,15 @@ from megatron_moe2dense.common.progress import progress
 from megatron_moe2dense.surgery.calibrate import Job, TextPass, chosen_compute, compute_facts, data_facts, require_finite
 from megatron_moe2dense.surgery.config import SelectConfig
 from megatron_moe2dense.surgery.convert import require_same_source
-from megatron_moe2dense.surgery.experts import MoeWeights
+from megatron_moe2dense.surgery.experts import Experts
 from megatron_moe2dense.surgery.neurons import NeuronSelector, selectors
 from megatron_moe2dense.surgery.observe import Observer
-from megatron_moe2dense.surgery.packing import finite_tensors, read_ffn
 from megatron_moe2dense.surgery.plan import ConversionPlan, shared_scale
 from megatron_moe2dense.surgery.ranks import Ranks, joined
 from megatron_moe2dense.surgery.refit.normal import Sums
 from megatron_moe2dense.surgery.resume import Resume
 from megatron_moe2dense.surgery.rewrite import PLAN_FILE
+from megatron_moe2dense.surgery.routing import Routing
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import CalibratedStats, LayerStats
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
@@ -78,7 +78,7 @@ def output_energy(source: MoeSource, reader: CheckpointReader, layer: int, stats
     """Of all neurons, float64 [E, I]: gated activation energy times squared norm of the down column."""
     columns_EI = np.stack(
         [
-            read_ffn(finite_tensors(reader), source.tensors.experts, layer, expert).down_DF.double().square().sum(0).numpy()
+            source.expert(source.reader(reader), layer, expert).down_DF.double().square().sum(0).numpy()
             for expert in range(source.dims.experts)
         ]
     )
@@ -120,18 +120,10 @@ class _Pass:
         return found
 
     def _layers(self, windows_NS: np.ndarray, compute: Compute, job: Job) -> dict[int, np.ndarray]:
-        observer, resume = Observer(self.source, ()), job.resume
+        resume = job.resume
         found = {layer: resume.sums(layer)["neurons"].astype(int) for layer in self.source.layers if layer < resume.start}
         at: dict[int, Sums] = {}
-
-        def observe(layer: int, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
-            y_TD = observer.observe(x_TD, weights)
-            if layer not in at:
-                at[layer] = Sums.zeros(len(self.candidates[layer]) + self._free, x_TD.shape[1], x_TD.device)
-            at[layer].add(*self._equations(layer, x_TD, y_TD, weights))
-            return y_TD
-
-        states = StreamedModel(self.source, self.reader, compute).run(windows_NS, observe, resume.place, resume.start)
+        states = StreamedModel(self.source, self.reader, compute).run(windows_NS, _Equations(self, at), resume.place, resume.start)
         for hidden in progress(states, "select", unit="layer", total=self.source.dims.layers):
             require_finite(hidden, self.source)
             done = hidden.layer - 1
@@ -140,28 +132,37 @@ class _Pass:
             stats = None
             if done in at:
                 sums = at.pop(done).over(job.ranks)
-                places_F = self.selector.choose(sums, self.width, self._free).cpu().numpy()
+                places_F = self.selector.choose(sums, self.width, self.free).cpu().numpy()
                 found[done] = self.candidates[done][places_F]
                 stats = LayerStats({"tokens": np.array([float(sums.tokens)]), "neurons": found[done].astype(float)})
             resume.finish_layer(done, stats, hidden)
         return found
 
     @property
-    def _free(self) -> int:
+    def free(self) -> int:
         """Columns beside the neurons: a constant where experts have a down bias."""
-        return int(self.source.tensors.experts.down_bias is not None)
+        return int(self.source.stock.moe[self.source.layers[0]].experts.down_bias is not None)
 
-    def _equations(self, layer: int, x_TD: torch.Tensor, y_TD: torch.Tensor, weights: MoeWeights) -> tuple[torch.Tensor, torch.Tensor]:
-        """Activations of the candidates, and what the routed experts gave."""
-        candidates_C = torch.from_numpy(self.candidates[layer]).to(x_TD.device)
-        width = self.source.dims.expert_width
-        h_TC = weights.experts.activations(x_TD, candidates_C // width, candidates_C % width)
-        if self._free:
+
+class _Equations(Observer):
+    """Adds up the normal equations of the candidates' activations and of what the routed experts gave, by layer."""
+
+    def __init__(self, job: _Pass, at: dict[int, Sums]):
+        super().__init__(job.source, ())
+        self._job, self._at = job, at
+
+    def routed(self, layer: int, x_TD: torch.Tensor, routing: Routing, experts: Experts) -> torch.Tensor:
+        """Of one batch."""
+        y_TD, free = super().routed(layer, x_TD, routing, experts), self._job.free
+        chosen = self._job.candidates[layer]
+        candidates_C, width = torch.from_numpy(chosen).to(x_TD.device), self._job.source.dims.expert_width
+        h_TC = experts.activations(x_TD, candidates_C // width, candidates_C % width)
+        if free:
             h_TC = torch.cat((h_TC, h_TC.new_ones(len(h_TC), 1)), dim=1)
-        if weights.shared is not None:
-            s_TD, gate_T1 = weights.shared.outputs(x_TD)
-            y_TD = y_TD - (s_TD if gate_T1 is None else gate_T1 * s_TD)
-        return h_TC, y_TD
+        if layer not in self._at:
+            self._at[layer] = Sums.zeros(len(chosen) + free, x_TD.shape[1], x_TD.device)
+        self._at[layer].add(h_TC, y_TD)
+        return y_TD
 
 
 def _plan(config: SelectConfig, source: MoeSource, chosen: dict[int, tuple[LayerStats, np.ndarray]], groups: int) -> ConversionPlan:
@@ -179,7 +180,7 @@ def _plan(config: SelectConfig, source: MoeSource, chosen: dict[int, tuple[Layer
     ]
     origin = {"path": str(source.index.directory), "fingerprint": source.fingerprint}
     methods: dict[str, Any] = {"score": None, "group": None, "scale": None, "select": selectors.dump(config.select)}
-    return ConversionPlan(origin, source.spec.name, groups, groups, layers=tuple(layers), **methods)
+    return ConversionPlan(origin, source.family, groups, groups, layers=tuple(layers), **methods)
 
 
 def dry_run(config: SelectConfig) -> dict[str, Any]:

@@ -1,43 +1,56 @@
-"""A MoE checkpoint as the surgery sees it: family data beside the opened index, every tensor's presence and shape checked."""
+"""A MoE checkpoint as the surgery sees it: the stock class and what it says, beside the opened files; every tensor accounted for."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.checkpoint.values import Values
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families import Dims, FamilySpec, MoeTensors, Router, moe_family_of
+from megatron_moe2dense.families.dense import DenseForm
+from megatron_moe2dense.families.disk import Disk, ReadTensor
+from megatron_moe2dense.families.ffn import Ffn, FfnPlace, Gating, gating_of
+from megatron_moe2dense.families.probe import BlockFacts, probe
+from megatron_moe2dense.families.spec import Dims
+from megatron_moe2dense.families.stock import MoePlace, Shape, Stock
+from megatron_moe2dense.families.table import EXCEPTIONS, FamilyException
+from megatron_moe2dense.surgery.densify import Units
+
+_PLAIN = ("BF16", "F16", "F32", "F64")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MoeSource:
-    """An opened MoE checkpoint. tensors: where its MoE blocks stand. layers: numbers of the layers with experts."""
+    """An opened MoE checkpoint. stock: its class. values, disk: its tensors, by name in the files and in the class."""
 
     index: CheckpointIndex
-    spec: FamilySpec
-    dims: Dims
-    router: Router
-    tensors: MoeTensors
-    layers: tuple[int, ...]
+    stock: Stock
+    values: Values
+    disk: Disk
+    facts_of_block: BlockFacts
 
     @classmethod
     def open(cls, directory: str | Path) -> MoeSource:
-        """Read headers and check the tensors of the MoE blocks against config.json.
+        """Read headers and check the tensors against what the stock class holds.
 
         Raises:
-            UserError: no supported MoE, damaged files, tensors missing, unknown or of another shape.
+            UserError: no MoE with an exact dense form, damaged files, tensors missing, unknown or of another shape.
         """
         index = CheckpointIndex.open(directory)
-        spec = moe_family_of(index.config, str(index.directory / "config.json"))
-        assert spec.router is not None, "a family with experts has a router"
-        layers = spec.moe_layers(index.config)
-        tensors = _layout(index, spec, layers[0])
-        source = cls(index, spec, spec.dims(index.config), spec.router(index.config), tensors, layers)
-        for layer in source.layers:
-            source._check_layer(layer)
+        stock = Stock.read(index.directory)
+        if EXCEPTIONS.get(stock.name, FamilyException()).refused:
+            DenseForm(stock)  # says so
+        if not stock.moe:
+            raise UserError(f"{index.directory}/config.json: {stock.name} has no layer of experts", "a MoE", "point to the MoE checkpoint")
+        values = Values(index)
+        source = cls(index, stock, values, Disk(stock, values.shapes), probe(stock, stock.moe[max(stock.moe)]))
+        source._check()
         return source
 
     @cached_property
@@ -45,71 +58,188 @@ class MoeSource:
         """Hash that tells these weights from others (CheckpointIndex.fingerprint)."""
         return self.index.fingerprint()
 
+    @property
+    def family(self) -> str:
+        """The model_type of its class."""
+        return self.stock.name
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with experts."""
+        return tuple(self.stock.moe)
+
+    @cached_property
+    def form(self) -> DenseForm:
+        """What it becomes. UserError when no stock class holds it exactly."""
+        return DenseForm(self.stock)
+
+    @cached_property
+    def seam(self) -> Literal["block", "experts"]:
+        """What a dense FFN takes the place of: the block, or, where that does more than add shared experts, the experts in it."""
+        facts = self.facts_of_block
+        whole = bool(self._first.block) and facts.routed_factor is not None
+        return "block" if whole and self.form.exception.into is None and not (self._first.shared and self.form.has_shared) else "experts"
+
+    @property
+    def _first(self) -> MoePlace:
+        return next(iter(self.stock.moe.values()))
+
+    @cached_property
+    def dims(self) -> Dims:
+        """Sizes: of the first MoE layer, and of config.json where classes agree on the key."""
+        config, place = self.stock.config, self._first
+        width, _ = place.experts.sizes(self.stock.layer_shapes[place.layer])
+        return replace(
+            self.stock.dims,
+            experts=place.experts.experts,
+            active=self.facts_of_block.active,
+            expert_width=width,
+            shared_width=sum(shared.sizes(self.stock.layer_shapes[place.layer])[0] for shared in place.shared),
+            dense_width=max(
+                (self._dense_width(layer) for layer in range(len(self.stock.layers)) if layer not in self.stock.moe), default=0
+            ),
+            tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        )
+
+    def _dense_width(self, layer: int) -> int:
+        shapes = self.stock.layer_shapes[layer]
+        return max((place.sizes(shapes)[0] for place in self.stock.ffns(layer).values()), default=0)
+
     def facts(self) -> dict[str, Any]:
         """What manifests and plans record of the source."""
         return {
             "path": str(self.index.directory),
             "fingerprint": self.fingerprint,
-            "family": self.spec.name,
+            "family": self.family,
             "experts": self.dims.experts,
             "active": self.dims.active,
         }
 
-    def layer_prefix(self, layer: int) -> str:
-        """What the names of all tensors of a layer begin with."""
-        return self.tensors.block.partition("{layer}.")[0] + f"{layer}."
+    def reader(self, reader: CheckpointReader, finite: bool = True) -> ReadTensor:
+        """Reads the files' tensors as numbers."""
+        return self.values.reader(reader, finite)
 
-    def block_prefix(self, layer: int) -> str:
-        """What the names of all tensors of the layer's MoE block begin with."""
-        return self.tensors.block.format(layer=layer)
+    def ffn(self, read: ReadTensor, layer: int, place: FfnPlace, expert: int | None = None) -> Ffn:
+        """One FFN of a layer, in the dtype it is stored in (MXFP4: bfloat16)."""
+        shapes = self.stock.layer_shapes[layer]
 
-    def block_names(self, layer: int) -> list[str]:
-        """All tensors of the layer's MoE block."""
-        return list(self.block_shapes(layer))
+        def tensor(name: str) -> torch.Tensor:
+            whole = self.stock.in_model(layer, name)
+            if expert is None:
+                return self.disk.tensor(whole, read)
+            if place.flat:
+                width, _ = place.sizes(shapes)
+                return self.disk.tensor(whole, read, slice(expert * width, (expert + 1) * width))
+            return self.disk.tensor(whole, read, slice(expert, expert + 1))[0]
 
-    def block_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """All tensors of the layer's MoE block, with the shapes that config.json implies."""
-        dims, tensors = self.dims, self.tensors
-        return {
-            **tensors.router_shapes(layer, dims.hidden_size, dims.experts),
-            **tensors.experts.shapes(layer, dims.hidden_size, dims.expert_width, dims.experts),
-            **tensors.shared_shapes(layer, dims.hidden_size, dims.shared_width),
-        }
+        return place.read(tensor)
+
+    def expert(self, read: ReadTensor, layer: int, expert: int) -> Ffn:
+        """One expert of a MoE layer."""
+        return self.ffn(read, layer, self.stock.moe[layer].experts, expert)
+
+    def shared(self, read: ReadTensor, layer: int) -> Ffn | None:
+        """The shared experts of a MoE layer, as one FFN, where they become neurons of the dense one; else None."""
+        places = self.stock.moe[layer].shared
+        if not places or not self.form.absorbs_shared:
+            return None
+        assert len(places) == 1, "stock classes hold shared experts as one FFN"
+        return self.ffn(read, layer, places[0])
+
+    @cached_property
+    def units(self) -> Units:
+        """The factors of the block."""
+        facts = self.facts_of_block
+        return Units(1.0 if facts.routed_factor is None else facts.routed_factor, facts.shared_factor)
+
+    def gating(self, layer: int | None = None) -> Gating:
+        """Of the experts of a layer, the first MoE layer by default."""
+        place = self._first if layer is None else self.stock.moe[layer]
+        return gating_of(self.stock.layers[place.layer].get_submodule(place.experts.path), place.experts)
+
+    def stored(self, layer: int, names: tuple[str, ...] | list[str]) -> list[str]:
+        """The tensors in the files that hold parameters of a layer (names in the layer)."""
+        on_disk = [each for name in names for each in self.disk.names_of(self.stock.in_model(layer, name))]
+        return [part for name in dict.fromkeys(on_disk) for part in self.values.stored(name)]
+
+    def expert_names(self, layer: int) -> list[str]:
+        """The tensors in the files that hold the experts of a MoE layer."""
+        return self.stored(layer, self.stock.moe[layer].experts.names)
+
+    def shared_names(self, layer: int) -> list[str]:
+        """The tensors in the files that hold the shared experts of a MoE layer and their gate."""
+        place = self.stock.moe[layer]
+        gate = [] if place.shared_gate is None else [place.shared_gate]
+        return self.stored(layer, [*(name for shared in place.shared for name in shared.names), *gate])
+
+    def router_names(self, layer: int) -> list[str]:
+        """The tensors in the files that route in a MoE layer."""
+        place, shapes = self.stock.moe[layer], self.stock.layer_shapes[layer]
+        known = {*place.experts.names, *(name for shared in place.shared for name in shared.names), place.shared_gate}
+        inside = f"{place.block}." if place.block else f"{place.router}."
+        return self.stored(layer, [name for name in shapes if name.startswith(inside) and name not in known])
 
     def beyond_layers(self) -> list[str]:
         """Tensors of layers the stock model does not run (multi-token prediction): no part of the dense result."""
-        stem = self.layer_prefix(0).removesuffix("0.")
-        numbers = {name: name.removeprefix(stem).partition(".")[0] for name in self.index.tensors if name.startswith(stem)}
-        return [name for name, number in numbers.items() if int(number) >= self.dims.layers]
+        found = []
+        for name in self.disk.unknown:
+            head, _, rest = name.partition(f"{self.stock.prefix.rpartition('.')[2]}.")
+            number = rest.partition(".")[0]
+            if head and number.isdigit() and int(number) >= len(self.stock.layers):
+                found += self.values.stored(name)
+        return found
 
-    def _require_plain(self, name: str) -> None:
-        dtype = self.index.tensors[name].dtype
-        if dtype not in ("BF16", "F16", "F32", "F64") and not self.tensors.experts.mxfp4:
-            raise UserError(
-                f"{self.index.directory}: {name} is quantised ({dtype})",
-                "weights in bfloat16, float16 or float32 (or GPT-OSS's MXFP4)",
-                "dequantise the checkpoint first",
+    def _check(self) -> None:
+        """UserError for a tensor of a MoE block that is absent, of another shape, quantised or unknown, and for one absent elsewhere."""
+        expected = self._expected_in_blocks()
+        for name, shape in expected.items():
+            self._require(name, shape)
+        self.index.require(part for name in self.disk.missing for part in self._disk_names(name))
+        known = set(expected)
+        for layer in self.layers:
+            prefixes = tuple({name.rpartition(f".{layer}.")[0] + f".{layer}." for name in expected if f".{layer}." in name})
+            unknown = sorted(
+                name for name in self.disk.unknown if name.startswith(prefixes) and self._in_block(name, layer) and name not in known
             )
+            if unknown:
+                raise UserError(
+                    f"{self.index.directory}: {unknown[0]} ({len(unknown)} such tensors in layer {layer})",
+                    f"only router, {self.dims.experts} experts and shared experts in a MoE block of {self.family}, as config.json says",
+                    "check that config.json and the weights are of the same model",
+                )
 
-    def _check_layer(self, layer: int) -> None:
-        known = self.block_shapes(layer)
-        for name, shape in known.items():
+    def _in_block(self, name: str, layer: int) -> bool:
+        block = self.stock.moe[layer].block or self.stock.moe[layer].experts.path
+        return f".{layer}.{block}." in name or f".{layer}.block_sparse_moe." in name
+
+    def _expected_in_blocks(self) -> dict[str, Shape]:
+        """Names on disk and shapes of all tensors of MoE blocks, in the layout that the files have."""
+        found: dict[str, Shape] = {}
+        for layer, place in self.stock.moe.items():
+            inside = f"{place.block}." if place.block else f"{place.experts.path}."
+            for name, shape in self.stock.layer_shapes[layer].items():
+                if name.startswith(inside):
+                    found |= self._expected(self.stock.in_model(layer, name), shape)
+        return found
+
+    def _expected(self, name: str, shape: Shape) -> dict[str, Shape]:
+        """What the files should have for a tensor of the class: under the class's name, or as the class saves it."""
+        if self.disk.is_plain(name):
+            return {self.disk.names_of(name)[0]: shape}
+        return self.disk.saved(name, shape)
+
+    def _disk_names(self, name: str) -> list[str]:
+        return list(self._expected(name, self.stock.shapes[name]))
+
+    def _require(self, name: str, shape: Shape) -> None:
+        if name in self.values.encoded:
+            self.index.require(self.values.encoded[name])
+        else:
             self.index.require_shape(name, shape)
-            self._require_plain(name)
-        prefix = self.block_prefix(layer)
-        unknown = sorted(name for name in self.index.tensors if name.startswith(prefix) and name not in known)
-        if unknown:
-            raise UserError(
-                f"{self.index.directory}: {unknown[0]} ({len(unknown)} such tensors in layer {layer})",
-                f"only router, {self.dims.experts} experts and shared experts in a MoE block of {self.spec.name}, as config.json says",
-                "check that config.json and the weights are of the same model",
-            )
-
-
-def _layout(index: CheckpointIndex, spec: FamilySpec, layer: int) -> MoeTensors:
-    """The family's layout whose router and first expert are there; the first one (whose absence is then told) when none is."""
-    for tensors in spec.moe:
-        names = [tensors.router.format(layer=layer), *tensors.experts.names(layer)]
-        if all(name in index.tensors for name in names):
-            return tensors
-    return spec.moe[0]
+            dtype = self.index.tensors[name].dtype
+            if dtype not in _PLAIN and not (dtype in ("I64", "I32", "BOOL") and name.endswith("tid2eid")):
+                raise UserError(
+                    f"{self.index.directory}: {name} is quantised ({dtype})",
+                    "weights in bfloat16, float16 or float32 (or GPT-OSS's MXFP4)",
+                    "dequantise the checkpoint first",
+                )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,9 +13,6 @@ from megatron_moe2dense.common.config import key
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.registry import Method
 from megatron_moe2dense.surgery.stats import LayerStats
-
-if TYPE_CHECKING:
-    import torch
 
 # expert number -> its weights [gate; up; down] flattened to one float32 vector, read when called
 FlatWeights = Callable[[int], np.ndarray]
@@ -78,19 +75,6 @@ class NeuronPlan:
     def unscaled(self) -> tuple[Any, ...]:
         """What its slices depend on before they are scaled."""
         return self.experts, self.neurons
-
-
-@dataclass(frozen=True)
-class DenseFfn:
-    """A gated FFN, an expert as well as the dense result: gate_FD, up_FD, down_DF and biases where the family has them, in the
-    dtype of the source."""
-
-    gate_FD: torch.Tensor
-    up_FD: torch.Tensor
-    down_DF: torch.Tensor
-    gate_bias_F: torch.Tensor | None = None
-    up_bias_F: torch.Tensor | None = None
-    down_bias_D: torch.Tensor | None = None
 
 
 class Scorer(Method):

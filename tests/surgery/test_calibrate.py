@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_refused(moe: Path, statistics: Path, tokens: str, 
     assert "did you mean 'batch_tokens'" in user_error("calibrate", *arguments, "batch_token=3")
     assert "device" in user_error("calibrate", *arguments, "device=abacus")
     assert "finished output" in user_error("calibrate", *calibration(moe, tokens, statistics))
-    assert "dense family" in user_error("calibrate", *calibration(tiny_qwen3(tmp_path / "dense"), tokens, tmp_path / "stats"))
+    assert "has no layer of experts" in user_error("calibrate", *calibration(tiny_qwen3(tmp_path / "dense"), tokens, tmp_path / "stats"))
     foreign = write_tokens(tmp_path / "foreign", np.full(SEQUENCE, 300), 1000)
     assert "300" in user_error("calibrate", *calibration(moe, foreign, tmp_path / "stats"))
 

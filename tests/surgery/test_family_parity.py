@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.families import FAMILIES
-from megatron_moe2dense.surgery.experts import MoeWeights
-from megatron_moe2dense.surgery.observe import Observation
-from megatron_moe2dense.surgery.routing import Routing, route
+from megatron_moe2dense.surgery.experts import Experts
+from megatron_moe2dense.surgery.observe import Observer
+from megatron_moe2dense.surgery.routing import Routing
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
 from tests.helpers.tiny_models import as_mxfp4, tiny
@@ -38,14 +38,14 @@ def streamed(path: Path, statistic: str) -> tuple[list[torch.Tensor], dict[int, 
     """Hidden states before layer 0 and after each layer, [3, 24, D], and the routing of each MoE layer by batch."""
     source, routings = MoeSource.open(path), {}
 
-    def forward(layer: int, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
-        routing = route(x_TD, weights.router, source.router, source.dims.active)
-        routings.setdefault(layer, []).append(routing)
-        return Observation(x_TD, routing, weights, [statistic]).output()
+    class Watcher(Observer):
+        def routed(self, layer: int, x_TD: torch.Tensor, routing: Routing, experts: Experts) -> torch.Tensor:
+            routings.setdefault(layer, []).append(routing)
+            return super().routed(layer, x_TD, routing, experts)
 
     with CheckpointReader(source.index) as reader:
         model = StreamedModel(source, reader, Compute(torch.device("cpu"), torch.float32, 2))
-        return [torch.cat(list(hidden)) for hidden in model.run(WINDOWS, forward)], routings
+        return [torch.cat(list(hidden)) for hidden in model.run(WINDOWS, Watcher(source, [statistic]))], routings
 
 
 def stock_forward(path: Path) -> tuple[Any, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
@@ -85,8 +85,8 @@ def test_hidden_states_and_routing_equal_the_stock_model(family: str, config: di
 def test_experts_fused_on_disk_are_the_same_model(family: str, tmp_path: Path):
     published = tiny(family, tmp_path / "published")
     fused = tiny(family, tmp_path / "fused", save_original_format=False)
-    assert MoeSource.open(fused).tensors.experts.stacked
-    assert not MoeSource.open(published).tensors.experts.stacked
+    assert len(MoeSource.open(fused).expert_names(1)) == 2
+    assert len(MoeSource.open(published).expert_names(1)) == 3 * MoeSource.open(published).dims.experts
     for one, other in zip(streamed(published, "gram")[0], streamed(fused, "gram")[0], strict=True):
         assert torch.equal(one, other)
 
@@ -94,7 +94,7 @@ def test_experts_fused_on_disk_are_the_same_model(family: str, tmp_path: Path):
 @torch.no_grad()
 def test_mxfp4_experts_are_the_model_of_their_values(tmp_path: Path):
     plain, packed = as_mxfp4(tiny("gpt_oss", tmp_path / "plain", intermediate_size=64), tmp_path / "packed")
-    assert MoeSource.open(packed).tensors.experts.mxfp4
+    assert MoeSource.open(packed).values.encoded
     expected, _ = stock_forward(plain)
     values, blocks = streamed(plain, "gram")[0], streamed(packed, "gram")[0]
     for one, other, theirs in zip(values[:-1], blocks[:-1], expected.hidden_states[:-1], strict=True):

@@ -12,34 +12,35 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_moe2dense.cli import main
+from megatron_moe2dense.families.ffn import Ffn
 from megatron_moe2dense.surgery.align import aligned, matching, reorder
 from megatron_moe2dense.surgery.densify import densify
-from megatron_moe2dense.surgery.types import DenseFfn, LayerPlan
+from megatron_moe2dense.surgery.types import LayerPlan
 
 D, WIDTH = 12, 20
 
 
-def expert(seed: int, dtype: torch.dtype = torch.bfloat16, biases: bool = True) -> DenseFfn:
+def expert(seed: int, dtype: torch.dtype = torch.bfloat16, biases: bool = True) -> Ffn:
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    ffn = DenseFfn(random(WIDTH, D), random(WIDTH, D), random(D, WIDTH))
+    ffn = Ffn(random(WIDTH, D), random(WIDTH, D), random(D, WIDTH))
     return replace(ffn, gate_bias_F=random(WIDTH), up_bias_F=random(WIDTH), down_bias_D=random(D)) if biases else ffn
 
 
-def shuffled(ffn: DenseFfn, seed: int) -> DenseFfn:
+def shuffled(ffn: Ffn, seed: int) -> Ffn:
     return reorder(ffn, torch.randperm(WIDTH, generator=torch.Generator().manual_seed(seed)))
 
 
-def merged(experts: list[DenseFfn], weights: tuple[float, ...], align: str, scale: float = 1.0) -> DenseFfn:
+def merged(experts: list[Ffn], weights: tuple[float, ...], align: str, scale: float = 1.0) -> Ffn:
     plan = LayerPlan(0, tuple(range(len(experts))), (0,) * len(experts), weights, (scale,), align=align)  # type: ignore[arg-type]
     return densify(plan, experts.__getitem__)
 
 
-def same(one: DenseFfn, other: DenseFfn) -> bool:
-    pairs = [(getattr(one, field.name), getattr(other, field.name)) for field in fields(DenseFfn)]
+def same(one: Ffn, other: Ffn) -> bool:
+    pairs = [(getattr(one, field.name), getattr(other, field.name)) for field in fields(Ffn)]
     return all((a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)) for a, b in pairs)
 
 
@@ -66,7 +67,7 @@ def test_a_group_of_one_is_copied_bit_for_bit(align: str):
 def test_alignment_does_not_change_what_an_expert_computes():
     x = torch.randn(7, D, dtype=torch.float64)
 
-    def run(ffn: DenseFfn) -> torch.Tensor:
+    def run(ffn: Ffn) -> torch.Tensor:
         hidden = torch.nn.functional.silu(x @ ffn.gate_FD.T + ffn.gate_bias_F) * (x @ ffn.up_FD.T + ffn.up_bias_F)
         return hidden @ ffn.down_DF.T + ffn.down_bias_D
 
@@ -78,10 +79,10 @@ def test_alignment_does_not_change_what_an_expert_computes():
 
 def test_matching_is_the_best_of_all_permutations_of_normalised_neurons():
     small = [
-        DenseFfn(*(part[:5] for part in (e.gate_FD, e.up_FD)), e.down_DF[:, :5]) for e in (expert(1, biases=False), expert(2, biases=False))
+        Ffn(*(part[:5] for part in (e.gate_FD, e.up_FD)), e.down_DF[:, :5]) for e in (expert(1, biases=False), expert(2, biases=False))
     ]
 
-    def neurons(ffn: DenseFfn) -> torch.Tensor:
+    def neurons(ffn: Ffn) -> torch.Tensor:
         rows = torch.stack([torch.cat([ffn.gate_FD[i], ffn.up_FD[i], ffn.down_DF[:, i]]) for i in range(5)]).double()
         return rows / rows.norm(dim=1, keepdim=True)
 

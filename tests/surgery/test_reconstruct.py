@@ -15,12 +15,12 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from megatron_moe2dense.cli import main
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families.ffn import Ffn
 from megatron_moe2dense.surgery.config import ReconstructConfig
 from megatron_moe2dense.surgery.hidden import HiddenPlace, HiddenStates
 from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.layer import FitReport, LayerFit
 from megatron_moe2dense.surgery.refit.reconstruct import LayerText, Reconstruction
-from megatron_moe2dense.surgery.types import DenseFfn
 from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny, write_tokens
 from tests.surgery.conftest import SEQUENCE, calibration
@@ -55,8 +55,8 @@ def mlp(seed: int) -> Qwen3MLP:
     return stock
 
 
-def ffn_of(stock: Qwen3MLP) -> DenseFfn:
-    return DenseFfn(*(layer.weight.detach().clone() for layer in (stock.gate_proj, stock.up_proj, stock.down_proj)))
+def ffn_of(stock: Qwen3MLP) -> Ffn:
+    return Ffn(*(layer.weight.detach().clone() for layer in (stock.gate_proj, stock.up_proj, stock.down_proj)))
 
 
 def reconstruction(settings: ReconstructConfig, fixed: int = 0, ranks: Ranks = Ranks()) -> Reconstruction:  # noqa: B008 - frozen

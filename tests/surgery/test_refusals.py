@@ -127,7 +127,5 @@ def test_tensors_that_do_not_belong_to_the_config(tmp_path: Path, user_error: Re
 def test_inspect_of_what_is_no_supported_moe(moe: Path, tmp_path: Path, user_error: Refused):
     assert "drop --keep" in user_error("inspect", str(tiny_qwen3(tmp_path / "dense")), "--keep", "2")
     assert "keep=9" in user_error("inspect", str(moe), "--keep", "9")
-    (tmp_path / "dense/config.json").write_text('{"model_type": "qwen9"}')
+    (tmp_path / "dense/config.json").write_text('{"model_type": "qwen33"}')
     assert "did you mean 'qwen3'" in user_error("inspect", str(tmp_path / "dense"))
-    (tmp_path / "dense/config.json").write_text('{"model_type": "qwen3", "hidden_size": 64}')
-    assert "num_attention_heads" in user_error("inspect", str(tmp_path / "dense"))

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
-from megatron_moe2dense.surgery.experts import MoeWeights
-from megatron_moe2dense.surgery.observe import Observation
-from megatron_moe2dense.surgery.routing import route
+from megatron_moe2dense.surgery.experts import Experts
+from megatron_moe2dense.surgery.observe import Observer
+from megatron_moe2dense.surgery.routing import Routing
+from megatron_moe2dense.surgery.seam import MoeWatcher
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
 from tests.helpers.tiny_models import tiny_qwen3_moe
@@ -25,12 +26,9 @@ def streamed(path: Path, statistic: str) -> list[torch.Tensor]:
     """Hidden states before layer 0 and after each layer, [5, 24, D], with batches of two windows."""
     source = MoeSource.open(path)
 
-    def forward(layer: int, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
-        return Observation(x_TD, route(x_TD, weights.router, source.router, source.dims.active), weights, [statistic]).output()
-
     with CheckpointReader(source.index) as reader:
         model = StreamedModel(source, reader, Compute(torch.device("cpu"), torch.float32, 2))
-        return [torch.cat(list(hidden)) for hidden in model.run(WINDOWS, forward)]
+        return [torch.cat(list(hidden)) for hidden in model.run(WINDOWS, Observer(source, [statistic]))]
 
 
 @pytest.mark.parametrize(
@@ -52,15 +50,18 @@ def test_streamed_hidden_states_and_logits_equal_the_stock_model(config: dict[st
 
 
 def test_only_one_layer_is_in_memory(tmp_path: Path):
-    source = MoeSource.open(tiny_qwen3_moe(tmp_path / "moe"))
+    source, seen = MoeSource.open(tiny_qwen3_moe(tmp_path / "moe")), []
 
-    def forward(layer: int, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
-        resident = {name.split(".")[1] for name, p in model._base.named_parameters() if name.startswith("layers") and not p.is_meta}
-        resident |= {str(i) for i, other in enumerate(model._layers) if any(not p.is_meta for p in other.parameters())}
-        assert resident == {str(layer)}
-        return x_TD
+    class Watcher(MoeWatcher):
+        def routed(self, layer: int, x_TD: torch.Tensor, _routing: Routing, _experts: Experts) -> torch.Tensor:
+            resident = {i for i, other in enumerate(model.layers) if any(not p.is_meta for p in other.parameters())}
+            assert resident == {layer}
+            assert all(p.is_meta for p in model.layers[layer].mlp.experts.parameters()), "the experts are those that are watched"
+            seen.append(layer)
+            return x_TD
 
     with CheckpointReader(source.index) as reader:
         model = StreamedModel(source, reader, Compute(torch.device("cpu"), torch.float32, 5))
-        assert len(list(model.run(WINDOWS, forward))) == 5
-    assert not [name for layer in model._layers for name, module in layer.named_modules() if hasattr(module, "_experts")]
+        assert len(list(model.run(WINDOWS, Watcher()))) == 5
+    assert seen == [0, 1, 2, 3]
+    assert not [module for layer in model.layers for module in layer.modules() if "forward" in vars(module)], "stock modules are back"

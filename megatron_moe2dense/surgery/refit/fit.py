@@ -14,20 +14,17 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import AutoConfig
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.progress import progress
+from megatron_moe2dense.families.ffn import Ffn, Gating
 from megatron_moe2dense.surgery.calibrate import require_finite
 from megatron_moe2dense.surgery.config import RefitConfig
 from megatron_moe2dense.surgery.dense_block import mapped, placed
-from megatron_moe2dense.surgery.experts import Gating, MoeWeights, gating
 from megatron_moe2dense.surgery.hidden import HiddenPlace, HiddenStates
-from megatron_moe2dense.surgery.layout import layer_ffn
+from megatron_moe2dense.surgery.layout import seam_ffn
 from megatron_moe2dense.surgery.observe import Observer
-from megatron_moe2dense.surgery.packing import finite_tensors
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.layer import FitReport, LayerFit, LayerSums
@@ -35,7 +32,6 @@ from megatron_moe2dense.surgery.refit.reconstruct import LayerText, Reconstructi
 from megatron_moe2dense.surgery.refit.store import FittedLayers
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
-from megatron_moe2dense.surgery.types import DenseFfn
 
 
 def held_out(windows: int) -> torch.Tensor:
@@ -50,25 +46,30 @@ def held_out(windows: int) -> torch.Tensor:
 def parallel(refits: Sequence[Refit]) -> None:
     """Every layer from the teacher's own inputs and outputs; one pass for all refits, which have text and compute in common."""
     first = refits[0]
-    observer, batches = Observer(first.source, ()), Counter[int]()
     at: dict[int, list[_Layer]] = {}
-
-    def observe(layer: int, x_TD: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
-        y_TD = observer.observe(x_TD, weights)
-        if layer not in at:
-            at[layer] = [refit.begun(layer, len(refits)) for refit in refits if layer not in refit.fits]
-        shape = -1, first.windows_NS.shape[1], x_TD.shape[1]
-        for begun in at[layer]:
-            begun.add(batches[layer], x_TD.view(shape), y_TD.view(shape))
-        batches[layer] += 1
-        return y_TD
-
-    states = StreamedModel(first.source, first.reader, first.compute).run(first.share[0], observe, first.place("teacher"))
+    states = StreamedModel(first.source, first.reader, first.compute).run(first.share[0], _Inputs(refits, at), first.place("teacher"))
     for hidden in progress(states, "refit", unit="layer", total=first.source.dims.layers):
         require_finite(hidden, first.source)
         hidden.forget_others()
         done = [begun.finish() for begun in at.pop(hidden.layer - 1, [])]
         _say([report for report in done if report is not None])
+
+
+class _Inputs(Observer):
+    """Hands what goes into the MoE blocks, and comes out of them, to the refits of each layer."""
+
+    def __init__(self, refits: Sequence[Refit], at: dict[int, list[_Layer]]):
+        super().__init__(refits[0].source, ())
+        self._refits, self._at, self._batches = refits, at, Counter[int]()
+
+    def passed(self, layer: int, x_TD: torch.Tensor, y_TD: torch.Tensor) -> None:
+        """Of one batch."""
+        if layer not in self._at:
+            self._at[layer] = [refit.begun(layer, len(self._refits)) for refit in self._refits if layer not in refit.fits]
+        shape = -1, self._refits[0].windows_NS.shape[1], x_TD.shape[1]
+        for begun in self._at[layer]:
+            begun.add(self._batches[layer], x_TD.view(shape), y_TD.view(shape))
+        self._batches[layer] += 1
 
 
 def _say(reports: Sequence[FitReport]) -> None:
@@ -102,10 +103,7 @@ class Refit:
     @torch.no_grad()
     def sequential(self) -> None:
         """Layer after layer, each from what the student's layers before it really give."""
-        observer = Observer(self.source, ())
-        teacher = StreamedModel(self.source, self.reader, self.compute).run(
-            self.share[0], lambda _layer, x_TD, weights: observer.observe(x_TD, weights), self.place("teacher")
-        )
+        teacher = StreamedModel(self.source, self.reader, self.compute).run(self.share[0], Observer(self.source, ()), self.place("teacher"))
         student = _Student(self.source, self.reader, self.compute)
         student.begin(self.share[0], self.place("student"))
         next(teacher)
@@ -124,16 +122,16 @@ class Refit:
                 _say([report] if report is not None else [])
             student.advance(layer, self.placed(self.fits[layer].applied(self.planned(layer))))
 
-    def planned(self, layer: int) -> DenseFfn:
+    def planned(self, layer: int) -> Ffn:
         """A layer's dense FFN without the refit."""
         plan = next(plan for plan in self.plan.layers if plan.layer == layer)
-        return layer_ffn(self.source, finite_tensors(self.reader), layer, plan)
+        return seam_ffn(self.source, self.source.reader(self.reader), layer, plan)
 
     def begun(self, layer: int, together: int = 1) -> _Layer:
         """Nothing added yet. together: how many refits share the memory."""
         ffn = self.planned(layer)
         routed = self.plan.groups * self.source.dims.expert_width
-        fixed = len(ffn.gate_FD) - routed if self.config.shared == "fixed" else 0
+        fixed = len(ffn.up_FD) - routed if self.config.shared == "fixed" else 0
         text = self._layer_text(together) if self.config.reconstruct is not None else None
         return _Layer(self, layer, fixed, ffn, LayerSums(self.gating, self.placed(ffn), fixed), text)
 
@@ -145,14 +143,14 @@ class Refit:
         )
         return LayerText(inputs, targets, self.share[1])
 
-    def placed(self, ffn: DenseFfn) -> DenseFfn:
+    def placed(self, ffn: Ffn) -> Ffn:
         """On the compute device, in its type."""
         return placed(ffn, torch.empty(0, dtype=self.compute.dtype, device=self.compute.device))
 
     @cached_property
     def gating(self) -> Gating:
         """The source's."""
-        return gating(self.source, AutoConfig.from_pretrained(self.source.index.directory, trust_remote_code=False))
+        return self.source.gating()
 
     @cached_property
     def share(self) -> tuple[np.ndarray, torch.Tensor]:
@@ -179,7 +177,7 @@ class _Layer:
     refit: Refit
     number: int
     fixed: int
-    ffn: DenseFfn
+    ffn: Ffn
     sums: LayerSums
     text: LayerText | None
 
@@ -194,7 +192,7 @@ class _Layer:
         sums, first = self.sums.over(refit.ranks), refit.ranks.rank == 0
         if first or self.text is not None:
             ridge = None if refit.config.ridge == "auto" else refit.config.ridge
-            fit = self._reconstructed(*sums.fit(self.number, ridge, self.ffn.gate_FD.dtype))
+            fit = self._reconstructed(*sums.fit(self.number, ridge, self.ffn.up_FD.dtype))
             if first:
                 refit.fits.put(fit)
                 report = fit.report
@@ -211,52 +209,46 @@ class _Layer:
         return found or replace(whole, report=replace(whole.report, reconstructed=whole.report.held_out))
 
 
-class _Tap(nn.Module):
+class _Tap:
     """In the place of the MoE block: keeps its input and adds nothing to the residual stream."""
 
-    def __init__(self, returns_scores: bool):
-        super().__init__()
-        self._returns_scores = returns_scores
+    def __init__(self) -> None:
         self.x_BSD: torch.Tensor | None = None
 
-    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
-        self.x_BSD, nothing_BSD = x_BSD, torch.zeros_like(x_BSD)
-        return (nothing_BSD, None) if self._returns_scores else nothing_BSD
+    def __call__(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        self.x_BSD = x_BSD
+        return torch.zeros_like(x_BSD)
 
 
 class _Student(StreamedModel):
     """The dense model in the making."""
 
-    def __init__(self, source: MoeSource, reader: CheckpointReader, compute: Compute):
-        super().__init__(source, reader, compute)
-        self._spec = source.spec
-
     def begin(self, windows_NS: np.ndarray, place: HiddenPlace) -> None:
         """The states before layer 0."""
-        self._hidden, self._arguments = self._embed(windows_NS, place, 0)
+        self._hidden, self._calls = self._embed(windows_NS, place, 0)
 
     def before_ffn(self, layer: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batch by batch the input of the FFN, and the residual stream its output is added to, [B, S, D] each."""
-        tap = _Tap(self._spec.returns_scores)
+        tap = _Tap()
         self._assemble_with(layer, tap)
-        for x_BSD in self._hidden:
-            residual_BSD = self._forward(layer, x_BSD)
+        for i, x_BSD in enumerate(self._hidden):
+            residual_BSD = self._forward(layer, i, x_BSD)
             assert tap.x_BSD is not None, "every stock layer calls its MLP"
             yield tap.x_BSD, residual_BSD
-        self._release(layer, self._layers[layer])
+        self._release(layer)
 
-    def advance(self, layer: int, ffn: DenseFfn | None) -> None:
+    def advance(self, layer: int, ffn: Ffn | None) -> None:
         """The states after the layer; ffn: None for a layer without experts."""
         block = None
         if ffn is not None:
-            block = self._dense_block()
+            block = self._dense_block(layer)
             block.ffn = ffn
         self._assemble_with(layer, block)
         for i, x_BSD in enumerate(self._hidden):
-            self._hidden.put(i, self._forward(layer, x_BSD))
-        self._release(layer, self._layers[layer])
+            self._hidden.put(i, self._forward(layer, i, x_BSD))
+        self._release(layer)
         self._hidden.advance(layer + 1)
         self._hidden.forget_others()
 
-    def _forward(self, layer: int, x_BSD: torch.Tensor) -> torch.Tensor:
-        return self._layers[layer](x_BSD.to(self._compute.device), **self._arguments[len(x_BSD)][layer])
+    def _forward(self, layer: int, batch: int, x_BSD: torch.Tensor) -> torch.Tensor:
+        return self._calls[batch][layer].run(self._layers[layer], x_BSD.to(self._compute.device))

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from megatron_moe2dense.common.log import logger
+from megatron_moe2dense.families.ffn import Ffn, Gating
 from megatron_moe2dense.surgery.dense_block import neurons
-from megatron_moe2dense.surgery.experts import Gating
 from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.normal import Solution, Sums, best_ridge, solve
-from megatron_moe2dense.surgery.types import DenseFfn
 
 RIDGES = tuple(10.0**power for power in range(-7, 0))
 
@@ -58,12 +57,12 @@ class FitReport:
 
 @dataclass(frozen=True)
 class LayerFit:
-    """tensors: those of the DenseFfn that are others now, by its names, in the dtype of the source."""
+    """tensors: those of the Ffn that are others now, by its names, in the dtype of the source."""
 
     tensors: dict[str, torch.Tensor]
     report: FitReport
 
-    def applied(self, ffn: DenseFfn) -> DenseFfn:
+    def applied(self, ffn: Ffn) -> Ffn:
         """The FFN with them."""
         return replace(ffn, **self.tensors)
 
@@ -75,11 +74,11 @@ class LayerSums:
         ffn: the dense FFN on the compute device, in its type. fixed: the last so many neurons keep their down columns.
     """
 
-    def __init__(self, gating: Gating, ffn: DenseFfn, fixed: int):
+    def __init__(self, gating: Gating, ffn: Ffn, fixed: int):
         self._gating, self._ffn, self._fixed = gating, ffn, fixed
         self._free = int(ffn.down_bias_D is not None)
-        self._width = len(ffn.gate_FD) - fixed
-        sizes = self._width + self._free, len(ffn.down_DF), ffn.gate_FD.device
+        self._width = len(ffn.up_FD) - fixed
+        sizes = self._width + self._free, len(ffn.down_DF), ffn.up_FD.device
         self.train, self.held_out = Sums.zeros(*sizes), Sums.zeros(*sizes)
 
     def add(self, x_BSD: torch.Tensor, target_BSD: torch.Tensor, held_out_B: torch.Tensor) -> torch.Tensor:

@@ -134,8 +134,8 @@ def block(settings: RefitConfig, data: TokensConfig, source: MoeSource, ranks: R
     Raises:
         UserError: a setting without effect, text too short to judge on.
     """
-    if settings.shared == "refitted" and source.tensors.shared is None:
-        expected = f"no refit.shared for {source.spec.name}, which has no shared experts"
+    if settings.shared == "refitted" and not (source.dims.shared_width and source.seam == "block"):
+        expected = f"no refit.shared for {source.family}, where no shared experts become neurons"
         raise UserError("refit.shared=refitted", expected, "drop refit.shared")
     windows_NS = _text(data, source, settings)
     text = hashlib.sha256(f"{windows_NS.shape}".encode() + windows_NS.tobytes()).hexdigest()

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families.ffn import Ffn
 from megatron_moe2dense.surgery.config import ReconstructConfig
 from megatron_moe2dense.surgery.dense_block import neurons
 from megatron_moe2dense.surgery.experts import Gating
 from megatron_moe2dense.surgery.hidden import HiddenStates
 from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.layer import LayerFit
-from megatron_moe2dense.surgery.types import DenseFfn
 
 _WARMUP = 0.1  # share of the updates
 
@@ -53,7 +53,7 @@ class Reconstruction:
     """
 
     gating: Gating
-    ffn: DenseFfn
+    ffn: Ffn
     fixed: int
     settings: ReconstructConfig
     ranks: Ranks
@@ -65,7 +65,7 @@ class Reconstruction:
         Raises:
             UserError: on every rank, where one has no window to train on.
         """
-        width = len(self.ffn.gate_FD) - self.fixed
+        width = len(self.ffn.up_FD) - self.fixed
         free = {name: nn.Parameter(tensor.detach().float().clone()) for name, tensor in _free(start.applied(self.ffn), width).items()}
         windows = torch.nonzero(~text.held_out_N)[:, 0]
         own = max(1, self.settings.batch_tokens // text.inputs.length // self.ranks.world)
@@ -102,7 +102,7 @@ class Reconstruction:
         return (self._output(free, x_BSD) - target_BSD).square().mean()
 
     def _batch(self, text: LayerText, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self.ffn.gate_FD.device
+        device = self.ffn.up_FD.device
         return text.inputs.windows(windows).to(device).float(), text.targets.windows(windows).to(device).float()
 
     def _mean_square(self, text: LayerText) -> float:
@@ -114,7 +114,7 @@ class Reconstruction:
         return max(float(sums[0] / sums[1]), 1e-30)
 
     def _output(self, free: dict[str, nn.Parameter], x_BSD: torch.Tensor) -> torch.Tensor:
-        ffn = DenseFfn(**free)
+        ffn = Ffn(**{"gate_FD": None, **free})
         return nn.functional.linear(neurons(self.gating, ffn, x_BSD), ffn.down_DF, ffn.down_bias_D)
 
     @torch.no_grad()
@@ -143,14 +143,14 @@ def _axis(name: str) -> int:
     return 1 if name == "down_DF" else 0
 
 
-def _present(ffn: DenseFfn) -> Iterator[tuple[str, torch.Tensor]]:
-    for item in fields(DenseFfn):
+def _present(ffn: Ffn) -> Iterator[tuple[str, torch.Tensor]]:
+    for item in fields(Ffn):
         tensor = getattr(ffn, item.name)
         if tensor is not None:
             yield item.name, tensor
 
 
-def _free(ffn: DenseFfn, width: int) -> dict[str, torch.Tensor]:
+def _free(ffn: Ffn, width: int) -> dict[str, torch.Tensor]:
     """The first `width` neurons of all tensors."""
     return {name: tensor if name == "down_bias_D" else tensor.narrow(_axis(name), 0, width) for name, tensor in _present(ffn)}
 

@@ -120,7 +120,7 @@ def as_data() -> Iterator[None]:
             "do not load it: take the checkpoint from the run that wrote it",
         ) from None
     finally:
-        filesystem.pickle = pickle
+        filesystem.pickle = pickle  # type: ignore[attr-defined]
         if before is None:
             del os.environ[_WEIGHTS_ONLY]
         else:

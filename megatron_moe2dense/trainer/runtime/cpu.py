@@ -136,6 +136,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _give(module: types.ModuleType, proxy: _Proxy) -> None:
+    if module.__name__ == "megatron.core.jit":  # torch.compile: on a CPU it wants a C++ compiler and Python's headers, for small functions
+        module.disable_jit_fuser()  # type: ignore[attr-defined]
     if getattr(module, "torch", None) is torch:
         module.torch = proxy  # type: ignore[attr-defined]
 

@@ -1,0 +1,63 @@
+"""A checkpoint's tensors as numbers, by the name and shape of what they encode: MXFP4 blocks and scales under one name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from megatron_moe2dense.checkpoint import mxfp4
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.common.errors import UserError
+
+_BLOCKS, _SCALES = "_blocks", "_scales"
+
+
+class Values:
+    """Names and shapes of the numbers of a checkpoint.
+
+    Attributes:
+        shapes: of each tensor, decoded; encoded: those that are, by name, with the tensors that hold them.
+    """
+
+    def __init__(self, index: CheckpointIndex):
+        self.index = index
+        names = index.tensors
+        self.encoded = {
+            name.removesuffix(_BLOCKS): (name, name.removesuffix(_BLOCKS) + _SCALES)
+            for name in names
+            if name.endswith(_BLOCKS) and name.removesuffix(_BLOCKS) + _SCALES in names
+        }
+        parts = {part for pair in self.encoded.values() for part in pair}
+        self.shapes = {name: info.shape for name, info in names.items() if name not in parts}
+        for name, (blocks, _) in self.encoded.items():
+            *count, rows, groups, packed = names[blocks].shape
+            self.shapes[name] = (*count, groups * packed * 2, rows)  # stored [outputs, inputs], the class holds [inputs, outputs]
+
+    def stored(self, name: str) -> tuple[str, ...]:
+        """The tensors in the files that hold it."""
+        return self.encoded.get(name, (name,))
+
+    def reader(self, reader: CheckpointReader, finite: bool = True) -> Callable[[str, slice | None], torch.Tensor]:
+        """Reads a tensor, or rows of its first axis. finite: a NaN or infinite value is a UserError."""
+
+        def raw(name: str, rows: slice | None) -> torch.Tensor:
+            if rows is None:
+                return reader.finite(name) if finite else reader.tensor(name)
+            found = reader.rows(name, 0, rows.start, rows.stop)
+            if finite and found.is_floating_point() and not torch.isfinite(found).all():
+                raise UserError(
+                    f"{self.index.tensors[name].file}: {name} has NaN or infinite values in entry {rows.start}",
+                    "finite weights",
+                    "download the checkpoint again, or leave this expert out",
+                )
+            return found
+
+        def read(name: str, rows: slice | None) -> torch.Tensor:
+            if name not in self.encoded:
+                return raw(name, rows)
+            blocks, scales = (raw(part, rows) for part in self.encoded[name])
+            return mxfp4.decode(blocks, scales, name).transpose(-1, -2)
+
+        return read

@@ -1,0 +1,259 @@
+"""What a stock transformers class says of itself on the meta device: where its decoder layers, experts, routers and shared experts stand.
+Nothing of it is written down by hand; what has to be is in table.py."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from megatron_moe2dense.common.errors import UserError, did_you_mean
+from megatron_moe2dense.common.outputs import read_json
+from megatron_moe2dense.families.ffn import FfnPlace, experts_at, ffn_at
+from megatron_moe2dense.families.spec import Dims
+
+Shape = tuple[int, ...]
+_ROUTERS = ("gate", "router")
+
+
+@dataclass(frozen=True)
+class MoePlace:
+    """The MoE of one decoder layer; paths and names are those inside the layer.
+
+    Attributes:
+        block: the module that routes, calls the experts and adds the shared ones; "" where the layer does that itself.
+        router: its module. shared: FFNs of the block that every token goes through. shared_gate: whose sigmoid multiplies them.
+    """
+
+    layer: int
+    block: str
+    experts: FfnPlace
+    router: str
+    shared: tuple[FfnPlace, ...] = ()
+    shared_gate: str | None = None
+
+
+class Stock:
+    """A stock causal language model on the meta device.
+
+    Args:
+        config: of the class; with a text model inside, AutoModelForCausalLM takes that. dtype: of its parameters, float32 by default.
+
+    Attributes:
+        model: the whole class. config: what its class believes. layers: the decoder layers. prefix: of their parameters' names,
+            without the number.
+    """
+
+    def __init__(self, config: Any, dtype: torch.dtype | None = None):
+        with _quiet(), torch.device("meta"):
+            self.model: Any = _build(config, torch.float32 if dtype is None else dtype).eval()
+        self.config: Any = self.model.config
+        found = [(name, module) for name, module in self.model.named_modules() if _is_stack(module)]
+        assert found, f"{type(self.model).__name__} has no list of decoder layers"
+        self.prefix, self.layers = max(found, key=lambda item: len(item[1]))
+
+    @classmethod
+    def read(cls, directory: Any, dtype: torch.dtype | None = None) -> Stock:
+        """Of a checkpoint's config.json. UserError when transformers has no such class, or can not build it."""
+        try:
+            return cls(AutoConfig.from_pretrained(directory, trust_remote_code=False), dtype)
+        except (ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
+            _require_known(directory)
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{directory}/config.json: {reason}",
+                "the config of a causal language model that stock transformers has",
+                "check the config, or install a transformers that knows it",
+            ) from None
+
+    @property
+    def name(self) -> str:
+        """The model_type of the class that computes (of the text model inside a multimodal one)."""
+        return self.config.model_type
+
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """Every tensor of the state dict."""
+        return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+
+    @cached_property
+    def layer_shapes(self) -> list[dict[str, Shape]]:
+        """Of each decoder layer, by name in the layer."""
+        return [{name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()} for layer in self.layers]
+
+    @cached_property
+    def moe(self) -> dict[int, MoePlace]:
+        """The layers with experts."""
+        found = {number: _moe_of(number, layer) for number, layer in enumerate(self.layers)}
+        return {number: place for number, place in found.items() if place is not None}
+
+    @cached_property
+    def dims(self) -> Dims:
+        """Sizes that classes agree on how to call; those of experts are the MoE's to add."""
+        config = self.config
+        heads = _first_of(config, "num_attention_heads", "n_heads", default=0)
+        hidden = _first_of(config, "hidden_size", "d_model", default=0)
+        rope = getattr(config, "rope_parameters", None) or {}
+        return Dims(
+            hidden_size=hidden,
+            layers=len(self.layers),
+            heads=heads,
+            kv_heads=_first_of(config, "num_key_value_heads", default=heads),
+            head_dim=_head_dim(config, hidden, heads),
+            vocab_size=config.vocab_size,
+            max_positions=_first_of(config, "max_position_embeddings", "max_seq_len", default=0),
+            tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+            norm_eps=float(_first_of(config, "rms_norm_eps", "norm_eps", "layer_norm_epsilon", default=0.0)),
+            rope_theta=float(rope.get("rope_theta", 0.0) or 0.0) if isinstance(rope, dict) else 0.0,
+            dense_width=_first_of(config, "intermediate_size", default=0) or 0,
+        )
+
+    def in_model(self, layer: int, name: str) -> str:
+        """The name in the model's state dict of a parameter of a layer."""
+        return f"{self.prefix}.{layer}.{name}"
+
+    @property
+    def base_prefix(self) -> str:
+        """What the names of the base model's parameters begin with in the whole model's state dict."""
+        return f"{self.model.base_model_prefix}." if self.model.base_model is not self.model else ""
+
+    @property
+    def layers_in_base(self) -> str:
+        """What the names of the layers' parameters begin with in the base model's state dict."""
+        return self.prefix.removeprefix(self.base_prefix) + "."
+
+    def put(self, layers: nn.ModuleList) -> None:
+        """Other modules in the place of the decoder layers; `layers` stays what it was."""
+        outer, _, name = self.prefix.rpartition(".")
+        setattr(self.model.get_submodule(outer), name, layers)
+
+    def keeps(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The type in which the class computes with a parameter when the model is loaded in `dtype`: some stay in float32."""
+        strict = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
+        also = (getattr(self.model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
+        kept = any(re.search(rf"((^|\.){re.escape(part)}(\.|$))", name) for part in (*strict, *also))
+        return torch.promote_types(dtype, torch.float32) if kept else dtype
+
+    def make_buffers(self, module: nn.Module, device: torch.device) -> None:
+        """Buffers that no checkpoint holds (rotary frequencies, scales of embeddings), as the class makes them."""
+        for inner in module.modules():
+            gone = [name for name in inner._non_persistent_buffers_set if (found := inner._buffers.get(name)) is not None and found.is_meta]
+            for name in gone:
+                inner._buffers[name] = torch.empty_like(inner._buffers[name], device=device)  # type: ignore[arg-type]
+            if gone:
+                with torch.no_grad():
+                    self.model._init_weights(inner)
+
+    def ffns(self, layer: int) -> dict[str, FfnPlace]:
+        """FFNs of linear layers and stacks of experts in a layer, by path; the inner ones of a block, not the shared stacks."""
+        module, found = self.layers[layer], {}
+        for path, _ in module.named_modules():
+            if path and "attn" not in path and "attention" not in path:
+                place = experts_at(module, path) or ffn_at(module, path)
+                if place is not None:
+                    found[path] = place
+        return found
+
+
+def _require_known(directory: Any) -> None:
+    """UserError for a model_type that transformers does not know."""
+    found = read_json(Path(directory) / "config.json", "a config").get("model_type")
+    if found not in CONFIG_MAPPING_NAMES:
+        raise UserError(
+            f"{directory}/config.json: model_type {found!r}",
+            f"a type that transformers {transformers.__version__} has",
+            did_you_mean(str(found), CONFIG_MAPPING_NAMES) or "docs/families.md lists the MoE types",
+        )
+
+
+def _build(config: Any, dtype: torch.dtype) -> Any:
+    """By AutoModelForCausalLM or, for a class that it does not list, by the architecture that config.json names."""
+    if type(config) in AutoModelForCausalLM._model_mapping or not config.architectures:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    cls = getattr(transformers, config.architectures[0], None)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype) if cls is None else cls._from_config(config, dtype=dtype)
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """Whether a module is a list of decoder layers: several children that hold parameters of more than one module."""
+    return isinstance(module, nn.ModuleList) and len(module) > 0 and sum(1 for _ in module[0].modules()) > 4
+
+
+def _moe_of(number: int, layer: nn.Module) -> MoePlace | None:
+    for path, _ in layer.named_modules():
+        experts = experts_at(layer, path) if path else None
+        if experts is None:
+            continue
+        block = path.rpartition(".")[0]
+        if experts.flat:  # dbrx: a module of its own around the matrices
+            block = block.rpartition(".")[0]
+        router = next((name for name in (_joined(block, each) for each in _ROUTERS) if _has(layer, name)), None)
+        assert router is not None, f"layer {number}: {path} without a router beside it"
+        shared, shared_gate = _shared(layer, block, path)
+        return MoePlace(number, block, experts, router, shared, shared_gate)
+    return None
+
+
+def _shared(layer: nn.Module, block: str, experts: str) -> tuple[tuple[FfnPlace, ...], str | None]:
+    if not block:
+        return (), None
+    children = [_joined(block, name) for name, _ in layer.get_submodule(block).named_children()]
+    places = [ffn_at(layer, path) for path in children if path != experts]
+    gates = [f"{path}.weight" for path in children if re.search(r"shared_experts?_gate$", path)]
+    return tuple(place for place in places if place is not None), gates[0] if gates else None
+
+
+def _first_of(config: Any, *names: str, default: Any) -> Any:
+    """The first of these keys that the config has a value for."""
+    return next((value for name in names if (value := _value(config, name)) is not None), default)
+
+
+def _value(config: Any, name: str) -> Any:
+    """None for a key that is absent, or that layers have values of their own for."""
+    try:
+        return getattr(config, name, None)
+    except (AttributeError, ValueError, KeyError, RuntimeError):
+        return None
+
+
+def _head_dim(config: Any, hidden: int, heads: int) -> int:
+    """Of queries and keys; with and without rotary positions together."""
+    parts = [_value(config, name) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    if all(isinstance(part, int) for part in parts):
+        return sum(parts)  # type: ignore[arg-type]
+    return _first_of(config, "head_dim", default=hidden // heads if heads else 0)
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers warns of config keys while a model is built."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
