@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 from megatron_moe2dense import cli
@@ -68,9 +69,36 @@ def test_commands_in_the_documents_exist():
     assert not wrong, "\n".join(wrong)
 
 
-def test_links_in_the_documents_lead_somewhere():
-    links = [(file, link) for file in DOCUMENTS for link in re.findall(r"\]\(([^)#\s]+)", file.read_text()) if "://" not in link]
-    wrong = [f"{file.name}: {link} does not exist" for file, link in links if not (file.parent / link).exists()]
+def _anchors(document: Path) -> set[str]:
+    """GitHub's anchors of its headings: lower case, without punctuation, spaces as hyphens; a repeated one is numbered."""
+    text = re.sub(r"^ *```.*?^ *```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    found: Counter[str] = Counter()
+    for heading in re.findall(r"^#{1,6} +(.+)$", text, re.MULTILINE):
+        found[re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")] += 1
+    return {f"{name}-{number}" if number else name for name, times in found.items() for number in range(times)}
+
+
+def _leads_nowhere(document: Path, anchor: str) -> bool:
+    return not document.exists() or (bool(anchor) and anchor not in _anchors(document))
+
+
+def test_links_in_the_documents_lead_to_files_and_headings():
+    links = [(file, link) for file in DOCUMENTS for link in re.findall(r"\]\(([^)\s]+)\)", file.read_text()) if "://" not in link]
+    places = [(file, link, *link.partition("#")[::2]) for file, link in links]
+    wrong = [f"{file.name}: {link}" for file, link, path, anchor in places if _leads_nowhere(file.parent / path if path else file, anchor)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_references_to_the_documents_lead_to_headings():
+    """docs/method.md#statistics in code, scripts and YAML. A number of a section goes stale unseen."""
+    wrong, followed = [], 0
+    for file, text in _texts():
+        for document, anchor in re.findall(r"\b(docs/\w+\.md)\b(?:#([\w-]+))?", text):
+            followed += bool(anchor)
+            if _leads_nowhere(ROOT / document, anchor):
+                wrong.append(f"{file.relative_to(ROOT)}: {document}#{anchor}")
+        wrong += [f"{file.relative_to(ROOT)}: {found}" for found in re.findall(r"\w+\.md sections? \d|sections? \d+ of \w+\.md", text)]
+    assert followed > 20
     assert not wrong, "\n".join(wrong)
 
 
