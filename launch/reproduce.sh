@@ -6,14 +6,15 @@
 #   SOURCE    Hugging Face directory of the MoE, with its tokenizer; nothing is downloaded here
 #   TEXT      folder of parquet files: FineWeb-Edu sample-10BT
 #   OUT       everything is written here
-#   ROWS      rows to run: convert_<row>.yaml; random_ffn, the model of the row CONTROL with random FFNs; d2d, the pruned model DENSE
+#   ROWS      rows to run: <scoring>_k<K>; random_ffn, the model of the row CONTROL with random FFNs; d2d, the pruned model DENSE
+#   ACTIVE    groups of the dense FFN: the K of pure pruning; with more experts they are merged
 #   LAUNCHER  starts calibrate and distill: launch/node.sh, all GPUs of this node; launch/srun.sh, those of the job's nodes
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/resumable.sh
 source launch/resumable.sh
 
-: "${RECIPE:?is set by launch/reproduce_*.sh}" "${SOURCE:?}" "${TEXT:?}" "${OUT:?}" "${ROWS:?}"
+: "${RECIPE:?is set by launch/reproduce_*.sh}" "${ACTIVE:?}" "${SOURCE:?}" "${TEXT:?}" "${OUT:?}" "${ROWS:?}"
 configs=yaml_configs/$RECIPE
 tokens=$OUT/tokens
 read -ra rows <<< "$ROWS"
@@ -29,8 +30,11 @@ distill_row() { # row, student, settings
 }
 
 convert_row() { # row
-    unless_there "$OUT/$1/dense" moe2dense convert "$configs/convert_$1.yaml" source="$SOURCE" statistics="$OUT/statistics" \
-        output="$OUT/$1/dense"
+    local keep=${1##*_k} settings=()
+    # merged rows: weight clustering is the paper's for Qwen3 and (ours) for the others, uniform scaling (ours)
+    [[ $keep == "$ACTIVE" ]] || settings=(group.method=weight_cluster)
+    unless_there "$OUT/$1/dense" moe2dense convert "$configs/convert.yaml" source="$SOURCE" statistics="$OUT/statistics" \
+        output="$OUT/$1/dense" score.method="${1%_k*}" keep="$keep" "${settings[@]}"
 }
 
 unless_there "$tokens.json" moe2dense data "$configs/data.yaml" source="$TEXT" tokenizer="$SOURCE" output="$tokens"

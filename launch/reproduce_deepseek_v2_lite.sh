@@ -13,7 +13,7 @@
 #   SOURCE=models/DeepSeek-V2-Lite ROWS="do_acp_k6 sf_k6" launch/reproduce_deepseek_v2_lite.sh logging.tensorboard=true
 set -euo pipefail
 
-export RECIPE=deepseek_v2_lite
+export RECIPE=deepseek_v2_lite ACTIVE=6
 export SOURCE=${SOURCE:-models/DeepSeek-V2-Lite} TEXT=${TEXT:-data/fineweb-edu/sample/10BT} OUT=${OUT:-out/$RECIPE}
 export ROWS=${ROWS:-do_acp_k6 acp_k6 sf_k6 cp_k6 do_acp_k12 acp_k12 sf_k12 cp_k12}
 exec "$(dirname "${BASH_SOURCE[0]}")/reproduce.sh" "$@"

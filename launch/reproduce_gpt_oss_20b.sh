@@ -13,7 +13,7 @@
 #   SOURCE=models/gpt-oss-20b ROWS="do_acp_k4 sf_k4" launch/reproduce_gpt_oss_20b.sh logging.tensorboard=true
 set -euo pipefail
 
-export RECIPE=gpt_oss_20b
+export RECIPE=gpt_oss_20b ACTIVE=4
 export SOURCE=${SOURCE:-models/gpt-oss-20b} TEXT=${TEXT:-data/fineweb-edu/sample/10BT} OUT=${OUT:-out/$RECIPE}
 export ROWS=${ROWS:-do_acp_k4 acp_k4 sf_k4 cp_k4 do_acp_k8 acp_k8 sf_k8 cp_k8}
 exec "$(dirname "${BASH_SOURCE[0]}")/reproduce.sh" "$@"

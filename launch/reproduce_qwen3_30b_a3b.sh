@@ -13,7 +13,7 @@
 #   SOURCE=models/Qwen3-30B-A3B TEXT=data/fineweb-edu/sample/10BT launch/reproduce_qwen3_30b_a3b.sh logging.tensorboard=true
 set -euo pipefail
 
-export RECIPE=qwen3_30b_a3b CONTROL=do_acp_k8
+export RECIPE=qwen3_30b_a3b ACTIVE=8 CONTROL=do_acp_k8
 export SOURCE=${SOURCE:-models/Qwen3-30B-A3B} TEXT=${TEXT:-data/fineweb-edu/sample/10BT} OUT=${OUT:-out/$RECIPE}
 export DENSE=${DENSE:-models/Qwen3-32B} ROWS=${ROWS:-do_acp_k8 sf_k16 d2d random_ffn}
 exec "$(dirname "${BASH_SOURCE[0]}")/reproduce.sh" "$@"

@@ -45,9 +45,9 @@ build_dense_teacher() {
     $moe2dense export checkpoint="$out/dense_pretrain" output="$dense_teacher"
 }
 
-convert() { # name, seed
-    unless_there "$out/seed_$2/$1/dense" $moe2dense convert $configs/convert_"$1".yaml statistics="$out/seed_$2/statistics" \
-        output="$out/seed_$2/$1/dense"
+convert() { # scoring, seed, arguments of convert
+    unless_there "$out/seed_$2/$1/dense" $moe2dense convert $configs/convert.yaml statistics="$out/seed_$2/statistics" \
+        output="$out/seed_$2/$1/dense" score.method="$1" "${@:3}"
 }
 
 prune() { # seed
@@ -71,7 +71,7 @@ begin() { # seed: its statistics and students
     unless_there "$out/seed_$1/statistics" $moe2dense calibrate $configs/calibrate.yaml output="$out/seed_$1/statistics" \
         data.seed="$1" "${sample_settings[@]}"
     convert do_acp "$1"
-    convert sf "$1"
+    convert sf "$1" keep=8 group.method=weight_cluster  # K = 2 G, the paper's baseline of selection frequency
 }
 
 task=harness.tasks="[$out/task/continuation.yaml]"

@@ -48,8 +48,8 @@ class PresetTask:
     metric: str
 
 
-# Tasks and shots are the paper's (section 9 of method.md); it names no metrics. Those here are (ours): the length-normalised one where
-# lm-eval has it, the choice of the Open LLM Leaderboard for the same tasks.
+# Tasks and shots are the paper's; it names no metrics. Those here are (ours): the length-normalised one where lm-eval has it, the choice
+# of the Open LLM Leaderboard for the same tasks.
 PRESETS = {
     "paper": (
         PresetTask("winogrande", "winogrande", 5, "acc"),

@@ -1,6 +1,6 @@
 """Qwen2-MoE (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): softmax-routed experts beside a shared expert with a sigmoid gate of its own.
 
-A dense FFN has no gate per token: the shared expert gets the constant of docs/method.md section 3 instead.
+A dense FFN has no gate per token: the shared expert gets the constant of docs/method.md#groups-merging-scaling instead.
 """
 
 from __future__ import annotations

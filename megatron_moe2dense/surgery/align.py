@@ -1,5 +1,5 @@
 """Neuron alignment before merging (ours): the neurons of an expert have no order of their own, so those of the experts of a group
-are matched to those of its best expert first (method.md section 4, `align: hungarian`)."""
+are matched to those of its best expert first (docs/method.md#groups-merging-scaling, `align: hungarian`)."""
 
 from __future__ import annotations
 

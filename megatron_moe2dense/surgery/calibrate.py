@@ -1,4 +1,4 @@
-"""`moe2dense calibrate`: runs a MoE over calibration text, layer by layer, and writes the sums of method.md section 1."""
+"""`moe2dense calibrate`: runs a MoE over calibration text, layer by layer, and writes the sums of docs/method.md#statistics."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ def compared_scorers(own: Scorer, compare: bool | list[str], statistics: Calibra
     """What to compare, by label, and what is left out because its statistics were not collected.
 
     Args:
-        own: the ranking's own scorer, always among them. compare: True: the seven of method.md section 2 that the statistics allow;
-            a list of ids: exactly those.
+        own: the ranking's own scorer, always among them. compare: True: the seven of docs/method.md#scores-and-selection
+            that the statistics allow; a list of ids: exactly those.
 
     Raises:
         UserError: a listed method needs a statistic that was not collected.

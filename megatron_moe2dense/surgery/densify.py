@@ -1,5 +1,5 @@
-"""Experts and a layer's plan to one dense FFN (method.md sections 0, 4, 5): groups stacked along the neuron axis, the factor of
-each group folded into its down projection and bias, shared experts behind them."""
+"""Experts and a layer's plan to one dense FFN (docs/method.md#from-an-moe-layer-to-a-dense-ffn, docs/method.md#groups-merging-scaling):
+groups stacked along the neuron axis, the factor of each group folded into its down projection and bias, shared experts behind them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens through a MoE layer, in chunks: the block's output and the sums of method.md section 1, in float64."""
+"""Tokens through a MoE layer, in chunks: the block's output and the sums of docs/method.md#statistics, in float64."""
 
 from __future__ import annotations
 

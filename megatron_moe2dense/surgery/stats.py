@@ -1,4 +1,4 @@
-"""Calibration statistics (method.md section 1): a table of sums over tokens, per-layer containers that add, files. No torch."""
+"""Calibration statistics (docs/method.md#statistics): a table of sums over tokens, per-layer containers that add, files. No torch."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class NeuronPlan:
 
 
 class Scorer(Method):
-    """Ranks experts from the statistics of one layer (method.md section 2). Ties go to the lower expert number."""
+    """Ranks experts from the statistics of one layer (docs/method.md#scores-and-selection). Ties go to the lower expert number."""
 
     @abstractmethod
     def needs(self) -> tuple[str, ...]:
@@ -104,7 +104,7 @@ class PointwiseScorer(Scorer):
 
 
 class Grouper(Method):
-    """Joins K kept experts into G groups (method.md section 3). Deterministic; not called when K == G."""
+    """Joins K kept experts into G groups (docs/method.md#groups-merging-scaling). Deterministic; not called when K == G."""
 
     align: Align = key("none", "hungarian: match the neurons of a group's experts to those of its best one before they are merged")
 
@@ -118,7 +118,7 @@ class Grouper(Method):
 
 
 class Scaler(Method):
-    """The factor alpha_g folded into each group's down projection (method.md section 5)."""
+    """The factor alpha_g folded into each group's down projection (docs/method.md#groups-merging-scaling)."""
 
     @abstractmethod
     def needs(self) -> tuple[str, ...]:

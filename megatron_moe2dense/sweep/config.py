@@ -17,7 +17,8 @@ from megatron_moe2dense.surgery.scoring import METHODS, scorers
 from megatron_moe2dense.surgery.types import Grouper, Scaler, Scorer
 from megatron_moe2dense.tokens.config import TokensConfig
 
-GROUPINGS = ("weight_cluster", "output_cluster", "router_cluster", "anchor", "round_robin")  # the five of method.md section 3
+# The five of docs/method.md#groups-merging-scaling.
+GROUPINGS = ("weight_cluster", "output_cluster", "router_cluster", "anchor", "round_robin")
 SCALINGS = ("uniform", "proportional")
 
 

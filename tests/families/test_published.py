@@ -1,4 +1,4 @@
-"""The models of the paper, from their public configs: exact sizes of the dense results on meta tensors (method.md section 6)."""
+"""The models of the paper, from their public configs: exact sizes of the dense results on meta tensors (docs/method.md#families)."""
 
 from __future__ import annotations
 

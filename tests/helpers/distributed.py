@@ -1,10 +1,9 @@
-"""What processes that a test starts have in common: environment, ports, torchrun."""
+"""What processes that a test starts have in common: environment and ports."""
 
 from __future__ import annotations
 
 import os
 import socket
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,9 +20,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def torchrun(processes: int) -> list[str]:
-    """The start of a torchrun command on a free port."""
-    options = ["--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    return [sys.executable, "-m", "torch.distributed.run", *options]

@@ -2,14 +2,15 @@
 that the imports of each would cost.
 
 - `launch(2, "tests.trainer.cases:distill_all", arguments)` calls a function on every rank of a gloo group; rank 0's result.
-- `with Forks() as forks: job = forks.start(arguments, processes=2, fault=...)` runs a moe2dense command. A fault, `(function of
-  tests.trainer.faults, arguments)`, is called in every rank before it.
+- `job = forks().start(arguments, processes=2, fault=...)` runs a moe2dense command. A fault, `(function of tests.trainer.faults,
+  arguments)`, is called in every rank before it.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -20,7 +21,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tests.helpers.distributed import ROOT, environment, free_port
@@ -68,18 +68,16 @@ class Job:
 
 
 class Forks:
-    """Context manager around the process that forks."""
+    """The process that forks."""
 
     def __init__(self) -> None:
         self._jobs: list[Job] = []
-
-    def __enter__(self) -> Forks:
         self._folder = tempfile.TemporaryDirectory()
         command = [sys.executable, "-m", "tests.helpers.forks"]
         self._server = subprocess.Popen(command, env=environment(), cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """End it, and all ranks that are left."""
         for job in self._jobs:
             job.end()
         self._server.communicate()
@@ -121,16 +119,16 @@ class Forks:
 
 
 @functools.cache
-def _shared_forks() -> Forks:
-    """Of this process, to its end."""
-    forks = Forks().__enter__()
-    atexit.register(forks.__exit__, None, None, None)
-    return forks
+def forks() -> Forks:
+    """Of this process, to its end: its imports are paid once."""
+    started = Forks()
+    atexit.register(started.close)
+    return started
 
 
 def launch(processes: int, target: str, *arguments: Any) -> Any:
     """Call `module:function` with picklable arguments on every rank; a failing rank fails the test with its output."""
-    return _shared_forks().call(target, arguments, processes)
+    return forks().call(target, arguments, processes)
 
 
 def _rank(job: dict[str, Any], rank: int) -> None:
@@ -187,12 +185,28 @@ def _fork(job: dict[str, Any], rank: int) -> int:
         os._exit(code)
 
 
-def _serve() -> None:
-    import megatron_moe2dense.trainer.cache.write
-    import megatron_moe2dense.trainer.distill
-    import megatron_moe2dense.trainer.export
-    import megatron_moe2dense.trainer.proof.stock  # noqa: F401
+# What commands and transformers import when they run: a rank would pay for each again.
+_IMPORTED = (
+    "megatron_moe2dense.surgery.calibrate",
+    "megatron_moe2dense.surgery.convert",
+    "megatron_moe2dense.surgery.prune_dense.prune",
+    "megatron_moe2dense.trainer.cache.write",
+    "megatron_moe2dense.trainer.distill",
+    "megatron_moe2dense.trainer.export",
+    "megatron_moe2dense.trainer.proof.stock",
+    "megatron_moe2dense.trainer.runtime.cpu",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "transformers.generation.utils",
+    "transformers.models.qwen3.modeling_qwen3",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
+)
 
+
+def _serve() -> None:
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    gc.freeze()  # ranks need not look through all imports for cycles, nor copy them as they do
     answers = os.fdopen(os.dup(1), "w")
     ended: dict[int, int] = {}
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""The dense checkpoint: stock transformers loads it, and it holds exactly what method.md says."""
+"""The dense checkpoint: stock transformers loads it, and it holds exactly what docs/method.md#groups-merging-scaling says."""
 
 from __future__ import annotations
 

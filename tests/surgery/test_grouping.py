@@ -1,4 +1,4 @@
-"""What every registered grouping must hold, and the rules of method.md section 3."""
+"""What every registered grouping must hold, and the rules of docs/method.md#groups-merging-scaling."""
 
 from __future__ import annotations
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_moe2dense.cli import main
-from tests.helpers.distributed import ROOT, environment
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 from tests.surgery.conftest import calibration
+from tests.surgery.kills import assert_the_same_bytes_when_killed
 
 KILLS = int(os.environ.get("MOE2DENSE_KILLS", "5"))
 
@@ -31,32 +29,26 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def kill(arguments: list[str], *outputs: Path) -> None:
-    job = json.dumps({"arguments": arguments, "outputs": [str(output) for output in outputs], "kills": KILLS})
-    command = [sys.executable, "-m", "tests.surgery.kills", job]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout.splitlines()[-1])["kills"] == KILLS
-
-
 @pytest.mark.parametrize("memory_budget", ["8GiB", "1B"], ids=["in_memory", "on_disk"])
 def test_a_killed_calibration_ends_with_the_same_bytes(memory_budget: str, inputs: Path, tmp_path: Path):
     arguments = calibration(inputs / "moe", str(inputs / "tokens"), tmp_path / "statistics")
-    kill(["calibrate", *arguments, "batch_tokens=128", f"memory_budget={memory_budget}"], tmp_path / "statistics")
+    options = ["batch_tokens=128", f"memory_budget={memory_budget}"]
+    assert_the_same_bytes_when_killed(["calibrate", *arguments, *options], [tmp_path / "statistics"], KILLS)
 
 
 def test_a_killed_conversion_ends_with_the_same_bytes(inputs: Path, tmp_path: Path):
     arguments = [f"source={inputs / 'moe'}", f"statistics={inputs / 'statistics'}", f"output={tmp_path / 'dense'}", "shard_size=100KB"]
-    kill(["convert", *arguments], tmp_path / "dense")
+    assert_the_same_bytes_when_killed(["convert", *arguments], [tmp_path / "dense"], KILLS)
 
 
 def test_a_killed_conversion_to_several_outputs_ends_with_the_same_bytes(inputs: Path, tmp_path: Path):
     plans = {str(tmp_path / name): str(inputs / name / "plan.json") for name in ("a", "b")}
-    kill(["convert", f"source={inputs / 'moe'}", f"outputs={json.dumps(plans)}"], tmp_path / "a", tmp_path / "b")
+    command = ["convert", f"source={inputs / 'moe'}", f"outputs={json.dumps(plans)}"]
+    assert_the_same_bytes_when_killed(command, [Path(output) for output in plans], KILLS)
 
 
 def test_a_killed_pruning_ends_with_the_same_bytes(inputs: Path, tmp_path: Path):
     source = tiny_qwen3(tmp_path / "dense", dtype="bfloat16", num_hidden_layers=12)
     target = "target={hidden_size: 48, num_hidden_layers: 10, num_attention_heads: 2, intermediate_size: 96}"
     arguments = [*calibration(source, str(inputs / "tokens"), tmp_path / "pruned"), target, "batch_tokens=128", "shard_size=100KB"]
-    kill(["prune-dense", *arguments], tmp_path / "pruned")
+    assert_the_same_bytes_when_killed(["prune-dense", *arguments], [tmp_path / "pruned"], KILLS)

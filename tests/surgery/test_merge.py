@@ -1,4 +1,4 @@
-"""Merging the experts of a group, with and without alignment of their neurons (method.md section 4)."""
+"""Merging the experts of a group, with and without alignment of their neurons (docs/method.md#groups-merging-scaling)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every registered scaling must hold, and the formulas of method.md section 5."""
+"""What every registered scaling must hold, and the formulas of docs/method.md#groups-merging-scaling."""
 
 from __future__ import annotations
 

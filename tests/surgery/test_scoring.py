@@ -1,4 +1,4 @@
-"""What every registered score must hold, and the formulas of method.md section 2."""
+"""What every registered score must hold, and the formulas of docs/method.md#scores-and-selection."""
 
 from __future__ import annotations
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,6 @@ from megatron_moe2dense.trainer.cache.files import CacheReader
 from megatron_moe2dense.trainer.config import DistillConfig, ParallelConfig
 from megatron_moe2dense.trainer.groups import require_sequence
 from megatron_moe2dense.trainer.losses.targets import TopKTarget
-from tests.helpers.distributed import ROOT, environment
 from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 from tests.trainer.cache_cases import write_all
@@ -174,32 +169,6 @@ def test_a_cached_teacher_says_nothing_about_held_out_text(root: Path):
 
 
 MIXED: dict[str, dict[str, Any]] = {"top_k_kl": {"k": 5}, "cross_entropy": {}}
-
-
-def test_a_killed_writer_goes_on_and_ends_with_the_same_cache(root: Path):
-    settings = cache(root, "killed", shard_samples=1, micro_batch=1)
-    write_all([{**settings, "output": str(root / "caches/straight")}])
-    arguments = [f"{name}={json.dumps(value) if isinstance(value, dict) else value}" for name, value in settings.items()]
-    working = Path(settings["output"] + ".tmp")
-    command = [sys.executable, "-m", "megatron_moe2dense", "cache-teacher", *arguments]
-    job = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not list(working.glob("shard_*.safetensors")):
-        assert job.poll() is None, "the job ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
-    there = {path.name: path.stat().st_ino for path in working.glob("shard_*.safetensors")}
-    assert 0 < len(there) < SAMPLES
-    (working / "shard_00011.safetensors.tmp").write_bytes(b"half")
-    write_all([settings])
-    output = Path(settings["output"])
-    assert {name: (output / name).stat().st_ino for name in there} == there, "complete shards were written again"
-    found, straight = whole(output), whole(root / "caches/straight")
-    assert (found.log_p_TK - straight.log_p_TK).abs().max() < 1e-5
-    assert (found.tail_T - straight.tail_T).abs().max() < 1e-6
-    assert len(list(output.iterdir())) == SAMPLES + 1
 
 
 def test_a_blend_longer_than_the_run_serves_it(root: Path):

@@ -1,1 +1,2 @@
-"""A dense model to a smaller dense one (method.md section 6): importance from one calibration pass, then slices of every tensor."""
+"""A dense model to a smaller dense one (docs/method.md#the-dense-to-dense-baseline): importance from one calibration pass, then slices
+of every tensor."""

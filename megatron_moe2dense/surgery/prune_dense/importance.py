@@ -1,5 +1,5 @@
-"""What each layer, channel, head and neuron of a dense model carries on calibration text (method.md section 6, after Minitron,
-arXiv 2407.14679), as float64 sums over tokens; and which of them a smaller shape keeps."""
+"""What each layer, channel, head and neuron of a dense model carries on calibration text, as float64 sums over tokens; and which of them
+a smaller shape keeps (docs/method.md#the-dense-to-dense-baseline, after Minitron, arXiv 2407.14679)."""
 
 from __future__ import annotations
 

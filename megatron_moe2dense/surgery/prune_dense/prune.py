@@ -1,5 +1,5 @@
-"""`moe2dense prune-dense`: a dense checkpoint to a smaller one of the same family (method.md section 6), one layer in memory at a
-time: the dense-to-dense baseline."""
+"""`moe2dense prune-dense`: a dense checkpoint to a smaller one of the same family, one layer in memory at a time
+(docs/method.md#the-dense-to-dense-baseline)."""
 
 from __future__ import annotations
 

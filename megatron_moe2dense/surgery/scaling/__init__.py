@@ -8,5 +8,5 @@ scalers: Registry[Scaler] = Registry("scale", __name__)
 
 
 def mean_routing_weight(stats: LayerStats) -> float:
-    """m of method.md section 5: the mean total routing weight of a token; 1 when the router renormalises its top-k."""
+    """m of docs/method.md#groups-merging-scaling: the mean total routing weight of a token; 1 when the router renormalises its top-k."""
     return float(stats["gate_sum"].sum() / stats.tokens)

@@ -7,7 +7,7 @@ from megatron_moe2dense.surgery.stats import LayerStats
 from megatron_moe2dense.surgery.types import Scorer
 
 scorers: Registry[Scorer] = Registry("score", __name__)
-METHODS = ("sf", "pp", "mp", "cp", "reap", "acp", "do_acp")  # the seven of method.md section 2
+METHODS = ("sf", "pp", "mp", "cp", "reap", "acp", "do_acp")  # the seven of docs/method.md#scores-and-selection
 
 
 def ratio_where_selected(sum_E: np.ndarray, stats: LayerStats) -> np.ndarray:
