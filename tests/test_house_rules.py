@@ -16,7 +16,8 @@ from megatron_moe2dense.families import FAMILIES
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_moe2dense"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-SCRIPTS = sorted(file for folder in ("tests", "examples", "benchmarks", "docker", "launch") for file in (ROOT / folder).rglob("*.py"))
+FOLDERS = ("tests", "examples", "benchmarks", "docker", "launch", "studies")
+SCRIPTS = sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
 
 # Who may import whom inside the package, besides itself.
 GROUND = {"common", "checkpoint", "tokens", "families"}

@@ -13,7 +13,7 @@ from megatron_moe2dense import cli
 from megatron_moe2dense.common import config as configs
 
 ROOT = Path(__file__).resolve().parents[1]
-YAMLS = sorted((ROOT / "yaml_configs").rglob("*.yaml"))
+YAMLS = sorted(file for folder in ("yaml_configs", "studies") for file in (ROOT / folder).rglob("*.yaml"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/**/README.md"))]
 DOCUMENTS = [file for file in DOCUMENTS if not {".venv", "out", "node_modules"} & set(file.relative_to(ROOT).parts)]
 LARGEST_FILE = 10_000_000  # bytes
@@ -94,7 +94,7 @@ def test_every_make_target_sets_up_the_environment():
 
 
 def test_scripts_can_be_started():
-    scripts = [ROOT / ".ci/run", *sorted((ROOT / "launch").glob("*.sh"))]
+    scripts = [ROOT / ".ci/run", *sorted((ROOT / "launch").glob("*.sh")), *sorted((ROOT / "studies").rglob("*.sh"))]
     for script in scripts:
         assert script.stat().st_mode & 0o111, f"{script} is not executable"
         subprocess.run(["bash", "-n", script], check=True)
