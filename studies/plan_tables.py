@@ -13,15 +13,15 @@ from typing import Any
 import torch
 
 from megatron_moe2dense.families import family_of
+from megatron_moe2dense.operations.plan.config import HardwareConfig
+from megatron_moe2dense.operations.plan.hardware import Machine
+from megatron_moe2dense.operations.plan.job import Job
+from megatron_moe2dense.operations.plan.search import search
+from megatron_moe2dense.operations.plan.timing import step
 from megatron_moe2dense.plots.style import FAINT, PALETTE, log_axis, new_figure, style
 from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
 from megatron_moe2dense.trainer.losses import losses
 from megatron_moe2dense.trainer.model import Blueprint
-from megatron_moe2dense.trainer.plan.config import HardwareConfig
-from megatron_moe2dense.trainer.plan.hardware import Machine
-from megatron_moe2dense.trainer.plan.job import Job
-from megatron_moe2dense.trainer.plan.search import search
-from megatron_moe2dense.trainer.plan.timing import step
 from studies.report import markdown, put_between
 from tests.families.published import QWEN3_30B_A3B
 

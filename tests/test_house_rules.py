@@ -30,6 +30,7 @@ ARROWS = {
     "trainer": GROUND,
     "evals": GROUND,
     "plots": GROUND,
+    "operations": GROUND | {"trainer"},
     "cli": GROUND,  # commands are imported by name when they run
     "sweep": GROUND | {"surgery", "evals"},
     "__main__": {"cli"},
@@ -40,7 +41,7 @@ LIBRARIES = {
     "megatron": {"trainer"},
     # trainer/proof/stock.py alone: the teacher's forward is compared with transformers' before step 0
     "transformers": {"surgery", "evals", "trainer/proof/stock.py"},
-    "torch": {"checkpoint", "surgery", "trainer", "evals", "sweep"},
+    "torch": {"checkpoint", "surgery", "trainer", "operations", "evals", "sweep"},
     "matplotlib": {"plots"},
     "lm_eval": {"evals"},
     "wandb": {"trainer"},

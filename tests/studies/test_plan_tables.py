@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_moe2dense.trainer.plan.config import HardwareConfig
+from megatron_moe2dense.operations.plan.config import HardwareConfig
 from studies.plan_tables import HEADER, SCALE_HEADER, distillation, published, published_rows, scale_rows
 from studies.report import markdown
 from tests.helpers.distributed import ROOT

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_moe2dense.trainer.doctor.packages import Finding, version
+from megatron_moe2dense.operations.doctor.packages import Finding, version
 
 _QUERY = "name,memory.total,memory.free,compute_cap,driver_version"
 _MIB = 2**20

@@ -13,6 +13,8 @@ import torch
 
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.families import FAMILIES
+from megatron_moe2dense.operations.plan import communication, memory, parameters
+from megatron_moe2dense.operations.plan.job import Job, require_layout
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime
@@ -20,11 +22,9 @@ from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, Parall
 from megatron_moe2dense.trainer.losses import losses
 from megatron_moe2dense.trainer.model import Blueprint
 from megatron_moe2dense.trainer.pipeline import Split
-from megatron_moe2dense.trainer.plan import communication, memory, parameters
-from megatron_moe2dense.trainer.plan.job import Job, require_layout
 from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny, write_tokens
-from tests.trainer.plan.measured import step_of
+from tests.operations.plan.measured import step_of
 
 LENGTH = 32
 
@@ -122,7 +122,7 @@ def measured(root: Path) -> dict[str, list[dict[str, Any]]]:
     found = {name: step_of(raw(root, name)) for name, run in RUNS.items() if run.processes == 1}
     for processes in (2, 4):
         cases = {name: raw(root, name) for name, run in RUNS.items() if run.processes == processes}
-        found |= launch(processes, "tests.trainer.plan.measured:steps", cases)
+        found |= launch(processes, "tests.operations.plan.measured:steps", cases)
     return found
 
 

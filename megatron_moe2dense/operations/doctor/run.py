@@ -10,10 +10,10 @@ from typing import Any
 from megatron_moe2dense.common import config as configs
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.table import render
+from megatron_moe2dense.operations.doctor.config import DoctorConfig
+from megatron_moe2dense.operations.doctor.machine import gpus, machine, torch_on
+from megatron_moe2dense.operations.doctor.packages import Finding, packages
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.doctor.config import DoctorConfig
-from megatron_moe2dense.trainer.doctor.machine import gpus, machine, torch_on
-from megatron_moe2dense.trainer.doctor.packages import Finding, packages
 
 
 def run(config: DoctorConfig) -> None:
@@ -29,8 +29,8 @@ def run(config: DoctorConfig) -> None:
     if not _errors(findings):  # else importing torch or Megatron-Core may fail
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Megatron-Core's, of packages that are not installed: the report says so
-            from megatron_moe2dense.trainer.doctor.job import Place, judge
-            from megatron_moe2dense.trainer.doctor.used import used
+            from megatron_moe2dense.operations.doctor.job import Place, judge
+            from megatron_moe2dense.operations.doctor.used import used
 
         sections["found"] += torch_on(devices)
         sections["would be used"] = used(job)

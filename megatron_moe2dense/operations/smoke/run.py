@@ -16,12 +16,12 @@ import torch
 
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.outputs import read_json, write_json
+from megatron_moe2dense.operations.smoke.parity import Side, compare, kernels
+from megatron_moe2dense.operations.smoke.report import Row, exit_code, table
 from megatron_moe2dense.tokens.indexed import TokenFile
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import runtime
 from megatron_moe2dense.trainer.config import ParallelConfig
-from megatron_moe2dense.trainer.smoke.parity import Side, compare, kernels
-from megatron_moe2dense.trainer.smoke.report import Row, exit_code, table
 
 EXAMPLE = Path("examples/pico_moe")
 # FP8 products want sizes that divide by 16 on every rank; the example's 680 does not.

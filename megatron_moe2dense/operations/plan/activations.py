@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_moe2dense.operations.plan.job import Job, family_fields
 from megatron_moe2dense.trainer.model import Blueprint
-from megatron_moe2dense.trainer.plan.job import Job, family_fields
 
 _FLOAT, _INDEX = 4, 8
 

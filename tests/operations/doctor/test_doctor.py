@@ -12,11 +12,11 @@ import torch.distributed as dist
 from megatron_moe2dense import cli
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.operations.doctor import job, machine, run
+from megatron_moe2dense.operations.doctor.config import DoctorConfig
+from megatron_moe2dense.operations.doctor.job import Place, judge
+from megatron_moe2dense.operations.doctor.machine import Gpu
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.doctor import job, machine, run
-from megatron_moe2dense.trainer.doctor.config import DoctorConfig
-from megatron_moe2dense.trainer.doctor.job import Place, judge
-from megatron_moe2dense.trainer.doctor.machine import Gpu
 from tests.helpers.tiny_models import tiny, write_tokens
 
 GPU = Gpu("NVIDIA H100 80GB HBM3", 80 * 2**30, 79 * 2**30, (9, 0), "570.1")

@@ -33,7 +33,7 @@ plain = [place for place in sys.path if "-packages" not in place]
 result = {}
 for name, (folder, has_gpu) in cases.items():
     sys.path = [root, folder, *plain]
-    from megatron_moe2dense.trainer.doctor.packages import packages
+    from megatron_moe2dense.operations.doctor.packages import packages
     result[name] = {item.name: dataclasses.asdict(item) for item in packages(has_gpu)}
 assert not {"torch", "megatron", "transformer_engine", "apex"} & set(sys.modules)
 print(json.dumps(result))

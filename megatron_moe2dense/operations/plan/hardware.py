@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_moe2dense.trainer.plan.communication import Traffic
-from megatron_moe2dense.trainer.plan.config import HardwareConfig
-from megatron_moe2dense.trainer.plan.job import Job
+from megatron_moe2dense.operations.plan.communication import Traffic
+from megatron_moe2dense.operations.plan.config import HardwareConfig
+from megatron_moe2dense.operations.plan.job import Job
 from megatron_moe2dense.trainer.runtime.peaks import bf16_peak
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_moe2dense.operations.plan import communication
+from megatron_moe2dense.operations.plan.communication import Traffic
+from megatron_moe2dense.operations.plan.hardware import Machine
+from megatron_moe2dense.operations.plan.job import Job, Which
 from megatron_moe2dense.trainer.flops import forward_flops, training_flops
-from megatron_moe2dense.trainer.plan import communication
-from megatron_moe2dense.trainer.plan.communication import Traffic
-from megatron_moe2dense.trainer.plan.hardware import Machine
-from megatron_moe2dense.trainer.plan.job import Job, Which
 
 _BOTH: tuple[Which, ...] = ("student", "teacher")
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.operations.smoke.report import Row
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import weights
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.runtime import Runtime
-from megatron_moe2dense.trainer.smoke.report import Row
 
 # What two right implementations in bfloat16 may differ by (ours). On a CPU, bfloat16 against float32 through the local spec, the pico MoE
 # stays below a third of each; medians, since a token whose experts change by rounding moves few tensors far.

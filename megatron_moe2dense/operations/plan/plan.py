@@ -12,14 +12,14 @@ import torch
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import read_json, write_json
 from megatron_moe2dense.common.table import render
+from megatron_moe2dense.operations.plan import communication, timing
+from megatron_moe2dense.operations.plan.config import PlanConfig
+from megatron_moe2dense.operations.plan.hardware import Machine
+from megatron_moe2dense.operations.plan.job import Job
+from megatron_moe2dense.operations.plan.search import Verdict, judge, search
 from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
 from megatron_moe2dense.trainer.flops import training_flops
 from megatron_moe2dense.trainer.model import Blueprint
-from megatron_moe2dense.trainer.plan import communication, timing
-from megatron_moe2dense.trainer.plan.config import PlanConfig
-from megatron_moe2dense.trainer.plan.hardware import Machine
-from megatron_moe2dense.trainer.plan.job import Job
-from megatron_moe2dense.trainer.plan.search import Verdict, judge, search
 from megatron_moe2dense.trainer.teacher import active_experts, require_same_vocabulary
 
 _LAYOUT = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "recompute")

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.operations.plan import memory, timing
+from megatron_moe2dense.operations.plan.hardware import Machine
+from megatron_moe2dense.operations.plan.job import Job, require_layout
+from megatron_moe2dense.operations.plan.memory import Memory
+from megatron_moe2dense.operations.plan.timing import Step
 from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
-from megatron_moe2dense.trainer.plan import memory, timing
-from megatron_moe2dense.trainer.plan.hardware import Machine
-from megatron_moe2dense.trainer.plan.job import Job, require_layout
-from megatron_moe2dense.trainer.plan.memory import Memory
-from megatron_moe2dense.trainer.plan.timing import Step
 
 _STAGES, _CHUNKS, _MICRO = (1, 2, 4, 8, 16), (1, 2, 4), (1, 2, 4, 8)
 # Fewer tokens of a sequence on a rank make context parallelism a poor choice (ours).

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from megatron_moe2dense.operations.doctor.packages import Finding
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.doctor.packages import Finding
 from megatron_moe2dense.trainer.runtime import upstream
 
 

@@ -15,16 +15,16 @@ from megatron_moe2dense import cli
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import family_of
+from megatron_moe2dense.operations.plan import memory, plan, timing
+from megatron_moe2dense.operations.plan.activations import in_flight
+from megatron_moe2dense.operations.plan.communication import Traffic
+from megatron_moe2dense.operations.plan.config import PlanConfig
+from megatron_moe2dense.operations.plan.hardware import GPUS, Machine
+from megatron_moe2dense.operations.plan.job import require_layout
 from megatron_moe2dense.trainer.cache import write
 from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
 from megatron_moe2dense.trainer.data.config import StreamConfig
 from megatron_moe2dense.trainer.flops import forward_flops
-from megatron_moe2dense.trainer.plan import memory, plan, timing
-from megatron_moe2dense.trainer.plan.activations import in_flight
-from megatron_moe2dense.trainer.plan.communication import Traffic
-from megatron_moe2dense.trainer.plan.config import PlanConfig
-from megatron_moe2dense.trainer.plan.hardware import GPUS, Machine
-from megatron_moe2dense.trainer.plan.job import require_layout
 from tests.families.published import GPT_OSS_20B, QWEN3_30B_A3B
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_moe2dense.operations.plan.job import Job, Which, family_fields
 from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
 from megatron_moe2dense.trainer.losses import losses
 from megatron_moe2dense.trainer.model import Blueprint, padded_vocabulary
-from megatron_moe2dense.trainer.plan.job import Job, Which, family_fields
 
 # Megatron-Core 0.16, param_and_grad_buffer.py: with the distributed optimizer a parameter starts at a multiple of 64 elements, and a
 # bucket ends at one of lcm(ranks, 128).

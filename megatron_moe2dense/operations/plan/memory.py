@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from megatron_moe2dense.operations.plan import activations
+from megatron_moe2dense.operations.plan.job import Job
+from megatron_moe2dense.operations.plan.parameters import buffers, chunks
 from megatron_moe2dense.trainer.losses import LogitLoss, chunked
 from megatron_moe2dense.trainer.model import padded_vocabulary
-from megatron_moe2dense.trainer.plan import activations
-from megatron_moe2dense.trainer.plan.job import Job
-from megatron_moe2dense.trainer.plan.parameters import buffers, chunks
 
 # CUDA context, cuBLAS workspaces and NCCL's buffers of about six communicators: an allowance (ours), not a formula.
 ALLOWANCE = 2 * 1024**3

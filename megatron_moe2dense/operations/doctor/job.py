@@ -11,14 +11,15 @@ from typing import Any
 from megatron_moe2dense.checkpoint.assets import ASSETS
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.operations import dry_run
+from megatron_moe2dense.operations.doctor.machine import Gpu, free_disk, free_memory
+from megatron_moe2dense.operations.doctor.packages import Finding, version
+from megatron_moe2dense.operations.plan.job import fewest_processes
 from megatron_moe2dense.tokens.indexed import TokenFile
 from megatron_moe2dense.trainer import distill, runtime, teacher
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.doctor.machine import Gpu, free_disk, free_memory
-from megatron_moe2dense.trainer.doctor.packages import Finding, version
 from megatron_moe2dense.trainer.model import Blueprint
-from megatron_moe2dense.trainer.plan.job import fewest_processes
 from megatron_moe2dense.trainer.runtime import fp8
 
 
@@ -139,7 +140,7 @@ def _metrics(config: DistillConfig) -> str:
 
 def _room(config: DistillConfig, world: int, place: Place) -> Iterator[Finding]:
     """What `plan` says that the fullest process takes, against memory; the checkpoints that are kept against the disk."""
-    facts: dict[str, Any] = distill.dry_run(config, world)
+    facts: dict[str, Any] = dry_run.distill(config, world)
     stage, parts = max(facts["memory_per_process"].items(), key=lambda item: item[1]["total"])
     if place.gpus:
         have, what = min(gpu.free for gpu in place.gpus), "free on the fullest GPU"

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_moe2dense.operations.smoke import run
+from megatron_moe2dense.operations.smoke.parity import Side, compare, kernels
+from megatron_moe2dense.operations.smoke.report import Row, exit_code, table
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import runtime, weights
 from megatron_moe2dense.trainer.config import ParallelConfig
-from megatron_moe2dense.trainer.smoke import run
-from megatron_moe2dense.trainer.smoke.parity import Side, compare, kernels
-from megatron_moe2dense.trainer.smoke.report import Row, exit_code, table
 
 ROOT = Path(__file__).resolve().parents[2]
 
