@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from megatron_moe2dense.common.outputs import read_json
-from megatron_moe2dense.operations.plan import memory, parameters
+from megatron_moe2dense.operations.plan import memory
 from megatron_moe2dense.operations.plan.job import Job, fewest_processes
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.flops import forward_flops
+from megatron_moe2dense.trainer.outline import count_parameters
 
 
 def distill(config: DistillConfig, processes: int | None = None) -> dict[str, Any]:
@@ -33,14 +34,15 @@ def distill(config: DistillConfig, processes: int | None = None) -> dict[str, An
             continue
         content = read_json(Path(directory) / "config.json", "a Hugging Face directory with a config.json")
         blueprint = blueprints[name] = models.Blueprint.of(content, directory, getattr(torch, config.dtype))
-        total, active = models.count_parameters(blueprint)
+        total, active = count_parameters(blueprint)
         passes, nbytes = per_pass[name]
         facts[name] = {"directory": directory, "family": blueprint.family.name, "parameters": total, "active_parameters": active}
         experts = config.active_experts() if name == "teacher" else None
         facts["flops"] += int(passes * forward_flops(blueprint, config.data.sequence_length, experts) * tokens)
         facts["memory_bytes"][name] = nbytes * total
-        if name == "student" and config.optim.muon is not None:  # one moment in place of two
-            facts["memory_bytes"][name] -= 4 * parameters.matrices(blueprint)
+        if name == "student" and config.optim.muon is not None:  # one moment in place of two, of the layers' matrices
+            dims = blueprint.dims
+            facts["memory_bytes"][name] -= 4 * (total - dims.vocab_size * dims.hidden_size * (1 if dims.tied_embeddings else 2))
     facts["memory_per_process"] = _memory_per_process(config, blueprints, processes)
     files = [source.path for source in config.data.sources()]
     facts["reads"] = [path for path in (*files, config.data.validation, config.student, config.teacher, config.teacher_cache) if path]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from megatron_moe2dense.trainer.model import Blueprint, count_parameters
+from megatron_moe2dense.trainer.model import Blueprint
+from megatron_moe2dense.trainer.outline import count_parameters
 
 
 def forward_flops(blueprint: Blueprint, sequence_length: int, active: int | None = None) -> float:
@@ -18,10 +17,8 @@ def forward_flops(blueprint: Blueprint, sequence_length: int, active: int | None
         sequence_length: S. active: experts per token, when it is not the model's own number.
     """
     dims = blueprint.dims
-    if active is not None:
-        blueprint = replace(blueprint, dims=replace(dims, active=active))
     embedding = 0 if dims.tied_embeddings else dims.vocab_size * dims.hidden_size
-    matrices = count_parameters(blueprint)[1] - embedding
+    matrices = count_parameters(blueprint, active)[1] - embedding
     return 2.0 * matrices + 2.0 * dims.layers * dims.heads * dims.head_dim * (sequence_length + 1)
 
 

@@ -36,9 +36,9 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "quick_gelu": quick_gelu}
 VOCABULARY_MULTIPLE = 128
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blueprint:
-    """What a model is: its config.json, family and sizes, and its compute type."""
+    """What a model is: its config.json, family and sizes, and its compute type. Two are equal when they are one."""
 
     config: Mapping[str, Any]
     family: FamilySpec
@@ -123,7 +123,7 @@ def _pipeline_fields(split: Split, groups: Groups) -> dict[str, Any]:
 def _chunk(blueprint: Blueprint, config: TransformerConfig, groups: Groups, runtime: Runtime, number: int) -> HeadlessGPT:
     model = HeadlessGPT(
         config,
-        block_spec(config, runtime.transformer_engine, number),  # type: ignore[arg-type] - Megatron takes block submodules too
+        block_spec(config, runtime.transformer_engine, number, groups.stage),  # type: ignore[arg-type] - Megatron takes block submodules too
         padded_vocabulary(blueprint.dims.vocab_size),
         blueprint.dims.max_positions,
         pre_process=groups.is_first_stage and number == 0,
@@ -225,33 +225,6 @@ def recompute_fields(parallel: ParallelConfig, blueprint: Blueprint) -> dict[str
     if parallel.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return {"recompute_granularity": "selective", "recompute_modules": ["mlp", *(["moe"] if blueprint.dims.experts else [])]}
-
-
-def count_parameters(blueprint: Blueprint) -> tuple[int, int]:
-    """Parameters of the whole model and those active per token, in matrices (norms are left out), from its sizes."""
-    dims = blueprint.dims
-    moe_layers = len(blueprint.moe_layers)
-    attention = _attention_parameters(blueprint)
-    shared = moe_layers * 3 * dims.hidden_size * dims.shared_width
-    dense = (dims.layers - moe_layers) * 3 * dims.hidden_size * dims.dense_width
-    expert = moe_layers * 3 * dims.hidden_size * dims.expert_width
-    vocabulary = dims.vocab_size * dims.hidden_size * (1 if dims.tied_embeddings else 2)
-    rest = dims.layers * attention + dense + shared + vocabulary + moe_layers * dims.hidden_size * dims.experts
-    return rest + expert * dims.experts, rest + expert * dims.active
-
-
-def _attention_parameters(blueprint: Blueprint) -> int:
-    """In one layer; latent attention has low-rank projections of keys and values, and of queries where the model says so."""
-    dims = blueprint.dims
-    assert blueprint.family.megatron_config is not None, "Blueprint.of takes families with a Megatron table"
-    fields = blueprint.family.megatron_config(blueprint.config)
-    if not fields.get("multi_latent_attention"):
-        return dims.hidden_size * dims.head_dim * 2 * (dims.heads + dims.kv_heads)
-    q_rank, kv_rank, v_head = fields["q_lora_rank"], fields["kv_lora_rank"], fields["v_head_dim"]
-    queries = dims.heads * dims.head_dim
-    q = queries * dims.hidden_size if q_rank is None else q_rank * (dims.hidden_size + queries)
-    kv = dims.hidden_size * (kv_rank + fields["qk_pos_emb_head_dim"]) + kv_rank * dims.heads * (fields["qk_head_dim"] + v_head)
-    return q + kv + dims.heads * v_head * dims.hidden_size
 
 
 def require_division(dims: Dims, parallel: ParallelConfig) -> None:

@@ -151,12 +151,17 @@ def _frozen(parameters: Collection[Tensor]) -> Iterator[None]:
             parameter.requires_grad = True
 
 
+def is_matrix(name: str, axes: int) -> bool:
+    """Whether Muon takes the parameter of this name: the matrices of decoder layers."""
+    return axes == 2 and ".layers." in f".{name}"
+
+
 def _matrices(chunk: HeadlessGPT, blueprint: Blueprint, groups: Groups) -> Iterator[tuple[Tensor, Matrices]]:
     table, ranks = NameTable(blueprint.family, blueprint.dims), groups.collection.tp.size()
     dims = blueprint.dims
     own = dataclasses.replace(dims, heads=dims.heads // ranks, kv_heads=dims.kv_heads // ranks)
     for name, parameter in chunk.named_parameters():
-        if parameter.dim() == 2 and ".layers." in f".{name}":
+        if is_matrix(name, parameter.dim()):
             sharded = ranks > 1 and getattr(parameter, "tensor_model_parallel", False)
             yield parameter, Matrices(table.entry(name).rule.kind, own, parameter.partition_dim if sharded else None)  # type: ignore[attr-defined]
 

@@ -42,7 +42,7 @@ def placed(
     """
     local_experts = blueprint.dims.experts // groups.parallel.expert
     for chunk in chunks:
-        first_layer = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
+        first_layer = get_transformer_layer_offset(chunk.config, chunk.vp_stage, groups.stage)
         table = NameTable(blueprint.family, blueprint.dims, first_layer, groups.expert_rank * local_experts, present)
         for name, parameter in _stored(chunk):
             entry = table.entry(name)

@@ -14,7 +14,8 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES
 from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.model import Blueprint, count_parameters, transformer_fields
+from megatron_moe2dense.trainer.model import Blueprint, transformer_fields
+from megatron_moe2dense.trainer.outline import count_parameters
 from megatron_moe2dense.trainer.runtime import Runtime
 from tests.helpers.tiny_models import tiny, tiny_qwen3
 

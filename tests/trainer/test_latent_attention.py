@@ -23,6 +23,7 @@ from megatron_moe2dense.trainer import runtime
 from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.mapping import NameTable
+from megatron_moe2dense.trainer.outline import count_parameters
 from megatron_moe2dense.trainer.pipeline import Split
 from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.runtime.latent_attention import LATENT_NORM_EPS, LatentAttention, use_latent_attention
@@ -101,7 +102,7 @@ def test_deepseek_v2_lite_has_the_parameters_of_the_stock_class():
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(**DEEPSEEK_V2_LITE))
     matrices = sum(parameter.numel() for parameter in stock.parameters() if parameter.dim() > 1)
-    counted, _ = models.count_parameters(models.Blueprint.of(DEEPSEEK_V2_LITE, "config.json", torch.bfloat16))
+    counted, _ = count_parameters(models.Blueprint.of(DEEPSEEK_V2_LITE, "config.json", torch.bfloat16))
     assert counted == matrices
 
 

@@ -19,6 +19,7 @@ from megatron_moe2dense.trainer import runtime
 from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.mapping import NameTable
+from megatron_moe2dense.trainer.outline import count_parameters
 from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.runtime.configs import config_of
 from megatron_moe2dense.trainer.runtime.modules import prepare_sinks
@@ -119,4 +120,4 @@ def test_parameters_are_counted_from_the_config_alone(family: str, options: dict
     sizes = {name: t.numel() for name, t in tensors.items() if t.dim() > 1 and not name.endswith(left_out)}
     matrices, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
     idle = experts // model.dims.experts * (model.dims.experts - model.dims.active) if model.dims.experts else 0
-    assert models.count_parameters(model) == (matrices, matrices - idle)
+    assert count_parameters(model) == (matrices, matrices - idle)

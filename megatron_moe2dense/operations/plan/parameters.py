@@ -1,16 +1,17 @@
-"""The parameters of a pipeline stage and the buffers that Megatron-Core's DistributedDataParallel puts them into, element by element."""
+"""The parameters of a pipeline stage, from the outline of its model, and the buffers that Megatron-Core's DistributedDataParallel puts
+them into, element by element."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_moe2dense.operations.plan.job import Job, Which, family_fields
-from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
-from megatron_moe2dense.trainer.losses import losses
-from megatron_moe2dense.trainer.model import Blueprint, padded_vocabulary
+from megatron_moe2dense.operations.plan.job import Job, Which
+from megatron_moe2dense.trainer.model import Blueprint
+from megatron_moe2dense.trainer.muon import is_matrix
+from megatron_moe2dense.trainer.outline import Weight, outline
 
 # Megatron-Core 0.16, param_and_grad_buffer.py: with the distributed optimizer a parameter starts at a multiple of 64 elements, and a
 # bucket ends at one of lcm(ranks, 128).
@@ -92,13 +93,6 @@ def buffers(job: Job, stage: int) -> list[tuple[Buffer, int]]:
     return found
 
 
-def matrices(student: Blueprint) -> int:
-    """Elements of the matrices in the layers of a dense model, those that Muon takes."""
-    whole = ParallelConfig()
-    job = Job(student, None, None, whole, BatchConfig(), 1, 1, losses["cross_entropy"]())
-    return sum(parameter.elements for chunk in chunks(job, "student", 0) for parameter in chunk if parameter.matrix)
-
-
 def chunks(job: Job, which: Which, stage: int) -> list[list[Parameter]]:
     """Parameters of each chunk of a model on this stage, in the order in which Megatron-Core registers them."""
     key = ("parameters", _place(job, which, stage))
@@ -125,82 +119,36 @@ def _chunks(job: Job, which: Which, stage: int) -> list[list[Parameter]]:
 
 def _chunk(job: Job, which: Which, layers: list[int], ends: tuple[bool, bool]) -> Iterator[Parameter]:
     blueprint, (first, last) = job.blueprint(which), ends
-    dims = blueprint.dims
-    head = padded_vocabulary(dims.vocab_size) // job.parallel.tensor * dims.hidden_size
-    apart = dims.tied_embeddings and first != last
+    whole = outline(blueprint)
+    apart = blueprint.dims.tied_embeddings and first != last
+    embedding = _of_rank(job, whole.embedding, alone=apart)
     if first:
-        yield Parameter(head, "alone" if apart else "dense")
+        yield embedding
     moe = set(blueprint.moe_layers)
-    kinds = {kind: list(_layer(job, blueprint, kind)) for kind in {layer in moe for layer in layers}}
+    here = {kind: [_of_rank(job, weight) for weight in _held(job, blueprint, layer)] for kind, layer in whole.layers.items()}
     for layer in layers:
-        yield from kinds[layer in moe]
+        yield from here[layer in moe]
     if last:
-        yield Parameter(dims.hidden_size, summed="sequence")
-        if not dims.tied_embeddings or apart:
-            yield Parameter(head, "alone" if apart else "dense")
+        yield from (_of_rank(job, weight) for weight in whole.last)
+        if apart:
+            yield embedding
 
 
-def _layer(job: Job, blueprint: Blueprint, has_experts: bool) -> Iterator[Parameter]:
-    fields, dims = family_fields(blueprint), blueprint.dims
-    yield Parameter(dims.hidden_size, summed="sequence")
-    yield from (_latent if fields.get("multi_latent_attention") else _attention)(job, blueprint, fields)
-    yield Parameter(dims.hidden_size, summed="sequence")
-    tensor = job.parallel.tensor
-    if not has_experts:
-        yield from _ffn(dims.hidden_size, (dims.dense_width or dims.expert_width) // tensor, "dense", fields["add_bias_linear"])
-        return
-    yield Parameter(dims.experts * dims.hidden_size, summed="sequence")
-    if fields["add_bias_linear"]:
-        yield Parameter(dims.experts, summed="sequence")
-    width = dims.expert_width // job.expert_tensor
+def _held(job: Job, blueprint: Blueprint, layer: Sequence[Weight]) -> list[Weight]:
+    """Those of a layer that a rank holds: all but the experts of others."""
+    experts = blueprint.dims.experts // job.parallel.expert
+    return [weight for weight in layer if not weight.is_expert or weight.expert < experts]
+
+
+def _of_rank(job: Job, weight: Weight, alone: bool = False) -> Parameter:
+    """A rank's part. What tensor parallelism does not split each of its ranks has whole, and with sequence parallelism sees a part of the
+    tokens."""
+    shape, axis = list(weight.shape), weight.rule.split
+    if axis is not None:
+        matrices = 2 if weight.rule.kind == "gate_up" and axis == 0 else 1  # each is split on its own
+        parts = job.expert_tensor if weight.is_expert else job.parallel.tensor
+        shape[axis] = shape[axis] // matrices // parts * matrices
     # with one rank a part Megatron-Core takes experts for ordinary parameters
-    kind = "expert" if job.parallel.expert > 1 else "dense"
-    for _ in range(dims.experts // job.parallel.expert):
-        yield from _ffn(dims.hidden_size, width, kind, fields["add_bias_linear"])
-    if dims.shared_width:
-        if fields.get("moe_shared_expert_gate"):
-            yield Parameter(dims.hidden_size, summed="sequence")
-        yield from _ffn(dims.hidden_size, dims.shared_width // tensor, "dense", False)
-
-
-def _attention(job: Job, blueprint: Blueprint, fields: Mapping[str, Any]) -> Iterator[Parameter]:
-    dims, tensor = blueprint.dims, job.parallel.tensor
-    queries, keys = dims.heads * dims.head_dim // tensor, dims.kv_heads * dims.head_dim // tensor
-    if fields.get("softmax_type") == "learnable":
-        yield Parameter(dims.heads // tensor)
-    yield Parameter(queries * dims.hidden_size, matrix=True)
-    if fields["add_bias_linear"]:
-        yield Parameter(dims.hidden_size, summed="sequence")
-    yield Parameter((queries + 2 * keys) * dims.hidden_size, matrix=True)
-    if fields["add_bias_linear"] or fields.get("add_qkv_bias"):
-        yield Parameter(queries + 2 * keys)
-    if fields.get("qk_norm_over_heads"):
-        yield from (Parameter(queries), Parameter(keys))
-    elif fields.get("qk_layernorm"):
-        yield from (Parameter(dims.head_dim, summed="always"), Parameter(dims.head_dim, summed="always"))
-
-
-def _latent(job: Job, blueprint: Blueprint, fields: Mapping[str, Any]) -> Iterator[Parameter]:
-    """Multi-head latent attention; the down projections and latent norms are on every rank whole."""
-    dims, heads = blueprint.dims, blueprint.dims.heads // job.parallel.tensor
-    q_rank, kv_rank = fields["q_lora_rank"], fields["kv_lora_rank"]
-    yield Parameter(heads * fields["v_head_dim"] * dims.hidden_size, matrix=True)
-    if q_rank is None:
-        yield Parameter(heads * dims.head_dim * dims.hidden_size, matrix=True)
-    else:
-        yield Parameter(q_rank * dims.hidden_size, summed="sequence", matrix=True)
-        yield Parameter(heads * dims.head_dim * q_rank, matrix=True)
-    yield Parameter((kv_rank + fields["qk_pos_emb_head_dim"]) * dims.hidden_size, summed="sequence", matrix=True)
-    yield Parameter(heads * (fields["qk_head_dim"] + fields["v_head_dim"]) * kv_rank, matrix=True)
-    if q_rank is not None:
-        yield Parameter(q_rank, summed="sequence")
-    yield Parameter(kv_rank, summed="sequence")
-
-
-def _ffn(hidden: int, width: int, kind: Literal["dense", "expert"], bias: bool) -> Iterator[Parameter]:
-    yield Parameter(2 * width * hidden, kind, matrix=True)
-    if bias:
-        yield Parameter(2 * width, kind)
-    yield Parameter(width * hidden, kind, matrix=True)
-    if bias:
-        yield Parameter(hidden, kind, "sequence")
+    kind = "alone" if alone else "expert" if weight.is_expert and job.parallel.expert > 1 else "dense"
+    summed = "always" if weight.summed_by_name else "sequence" if axis is None else "never"
+    return Parameter(math.prod(shape), kind, summed, is_matrix(weight.name, len(shape)))
