@@ -73,7 +73,7 @@ COMMANDS = {
         positional_yaml=True,
     ),
     "plan": _command(
-        "operations.plan.plan", "PlanConfig", "memory, messages and time of a layout on given GPUs, or the best layouts; on paper"
+        "operations.plan.run", "PlanConfig", "memory, messages and time of a layout on given GPUs, or the best layouts; on paper"
     ),
     "plot": _command("plots.plot", "PlotConfig", "figures from statistics, metrics and records"),
 }

@@ -17,11 +17,11 @@ from megatron_moe2dense.operations.plan.config import HardwareConfig
 from megatron_moe2dense.operations.plan.hardware import Machine
 from megatron_moe2dense.operations.plan.job import Job
 from megatron_moe2dense.operations.plan.search import search
-from megatron_moe2dense.operations.plan.timing import step
+from megatron_moe2dense.operations.plan.timing import step_time
 from megatron_moe2dense.plots.style import FAINT, PALETTE, log_axis, new_figure, style
 from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
 from megatron_moe2dense.trainer.losses import losses
-from megatron_moe2dense.trainer.model import Blueprint
+from megatron_moe2dense.trainer.model import ModelSpec
 from studies.report import markdown, put_between
 from tests.families.published import QWEN3_30B_A3B
 
@@ -69,9 +69,9 @@ def batch(sequences: int) -> BatchConfig:
     return BatchConfig.model_validate({"micro": 1, "global": sequences})
 
 
-def blueprint(config: dict[str, Any]) -> Blueprint:
+def spec_of(config: dict[str, Any]) -> ModelSpec:
     """In bfloat16."""
-    return Blueprint.of(config, "the published model", torch.bfloat16)
+    return ModelSpec.of(config, "the published model", torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Published:
 
     def planned(self) -> float:
         """Tokens per second and GPU by `plan`."""
-        seconds = step(self.job, Machine(self.hardware)).seconds
+        seconds = step_time(self.job, Machine(self.hardware)).seconds
         return self.job.batch.global_ * self.job.length / seconds / self.job.world
 
 
@@ -94,8 +94,8 @@ def published() -> list[Published]:
     assumed."""
     kl = losses["forward_kl"]()
     moe = Job(
-        student=blueprint(STAND_IN_STUDENT),
-        teacher=blueprint(STAND_IN),
+        student=spec_of(STAND_IN_STUDENT),
+        teacher=spec_of(STAND_IN),
         active=None,
         parallel=ParallelConfig(tensor=4, expert=8, sequence=True),
         batch=batch(3072),
@@ -105,8 +105,8 @@ def published() -> list[Published]:
         experts_split=4,
     )
     dense = Job(
-        student=blueprint(QWEN3_6B),
-        teacher=blueprint(QWEN3_8B),
+        student=spec_of(QWEN3_6B),
+        teacher=spec_of(QWEN3_8B),
         active=None,
         parallel=ParallelConfig(tensor=2, sequence=True),
         batch=batch(768),
@@ -133,10 +133,10 @@ def distillation(gpus: int) -> tuple[Job, float]:
     """
     family = family_of(QWEN3_30B_A3B, "published")
     assert family.dense_config is not None
-    student = blueprint(family.dense_config(QWEN3_30B_A3B, 8 * 768))
+    student = spec_of(family.dense_config(QWEN3_30B_A3B, 8 * 768))
     start = Job(
         student=student,
-        teacher=blueprint(QWEN3_30B_A3B),
+        teacher=spec_of(QWEN3_30B_A3B),
         active=None,
         parallel=ParallelConfig(),
         batch=batch(max(256, gpus)),

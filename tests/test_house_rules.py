@@ -39,8 +39,8 @@ ARROWS = {
 # Libraries that belong to one part: which parts or files may import them.
 LIBRARIES = {
     "megatron": {"trainer"},
-    # trainer/proof/stock.py alone: the teacher's forward is compared with transformers' before step 0
-    "transformers": {"surgery", "evals", "trainer/proof/stock.py"},
+    # trainer/verification/stock.py alone: the teacher's forward is compared with transformers' before step 0
+    "transformers": {"surgery", "evals", "trainer/verification/stock.py"},
     "torch": {"checkpoint", "surgery", "trainer", "operations", "evals", "sweep"},
     "matplotlib": {"plots"},
     "lm_eval": {"evals"},

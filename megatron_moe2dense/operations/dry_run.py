@@ -28,32 +28,32 @@ def distill(config: DistillConfig, processes: int | None = None) -> dict[str, An
     tokens = config.steps() * config.batch.global_ * config.data.sequence_length
     per_pass = {"student": (3, 2 + 4 + 4 + 8 if half else 4 + 4 + 8), "teacher": (1, 2 if half else 4)}
     facts: dict[str, Any] = {"steps": config.steps(), "tokens": tokens, "flops": 0, "memory_bytes": {}}
-    blueprints: dict[str, models.Blueprint] = {}
+    specs: dict[str, models.ModelSpec] = {}
     for name, directory in (("student", config.student), ("teacher", config.teacher if config.has_live_teacher() else None)):
         if directory is None:
             continue
         content = read_json(Path(directory) / "config.json", "a Hugging Face directory with a config.json")
-        blueprint = blueprints[name] = models.Blueprint.of(content, directory, getattr(torch, config.dtype))
-        total, active = count_parameters(blueprint)
+        spec = specs[name] = models.ModelSpec.of(content, directory, getattr(torch, config.dtype))
+        total, active = count_parameters(spec)
         passes, nbytes = per_pass[name]
-        facts[name] = {"directory": directory, "family": blueprint.family.name, "parameters": total, "active_parameters": active}
+        facts[name] = {"directory": directory, "family": spec.family.name, "parameters": total, "active_parameters": active}
         experts = config.active_experts() if name == "teacher" else None
-        facts["flops"] += int(passes * forward_flops(blueprint, config.data.sequence_length, experts) * tokens)
+        facts["flops"] += int(passes * forward_flops(spec, config.data.sequence_length, experts) * tokens)
         facts["memory_bytes"][name] = nbytes * total
         if name == "student" and config.optim.muon is not None:  # one moment in place of two, of the layers' matrices
-            dims = blueprint.dims
+            dims = spec.dims
             facts["memory_bytes"][name] -= 4 * (total - dims.vocab_size * dims.hidden_size * (1 if dims.tied_embeddings else 2))
-    facts["memory_per_process"] = _memory_per_process(config, blueprints, processes)
+    facts["memory_per_process"] = _memory_per_process(config, specs, processes)
     files = [source.path for source in config.data.sources()]
     facts["reads"] = [path for path in (*files, config.data.validation, config.student, config.teacher, config.teacher_cache) if path]
     facts["writes"] = [f"{config.output}/checkpoints", f"{config.output}/metrics.jsonl"]
     return facts
 
 
-def _memory_per_process(config: DistillConfig, blueprints: dict[str, models.Blueprint], processes: int | None) -> dict[str, dict[str, int]]:
+def _memory_per_process(config: DistillConfig, specs: dict[str, models.ModelSpec], processes: int | None) -> dict[str, dict[str, int]]:
     job = Job(
-        student=blueprints["student"],
-        teacher=blueprints.get("teacher"),
+        student=specs["student"],
+        teacher=specs.get("teacher"),
         active=config.active_experts(),
         parallel=config.parallel,
         batch=config.batch,

@@ -13,9 +13,9 @@ import torch
 from megatron_moe2dense.families import MegatronRule
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.mapping import NameTable
-from megatron_moe2dense.trainer.model import Blueprint
-from megatron_moe2dense.trainer.pipeline import Split
+from megatron_moe2dense.trainer.mapping import WeightMapping
+from megatron_moe2dense.trainer.model import ModelSpec
+from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from megatron_moe2dense.trainer.runtime import Runtime, upstream
 
 _META = Runtime(torch.device("meta"), "gloo", transformer_engine=False)
@@ -65,41 +65,41 @@ class Outline:
 
 
 @functools.lru_cache(maxsize=32)
-def outline(blueprint: Blueprint) -> Outline:
-    """Of a blueprint; the same object gives the same outline, built once.
+def outline(spec: ModelSpec) -> Outline:
+    """Of a model; the same object gives the same outline, built once.
 
     Raises:
         UserError: Megatron-Core would compute this model otherwise.
     """
-    moe = blueprint.moe_layers
-    kinds = sorted({layer in moe for layer in range(blueprint.dims.layers)})
-    pattern = {"moe_layer_freq": [int(kind) for kind in kinds]} if blueprint.dims.experts else {}
+    moe = spec.moe_layers
+    kinds = sorted({layer in moe for layer in range(spec.dims.layers)})
+    pattern = {"moe_layer_freq": [int(kind) for kind in kinds]} if spec.dims.experts else {}
     upstream.latent_attention_without_te()
     with upstream.on_meta():
         fields = {**_SHAPES_ALONE, "num_layers": len(kinds), **pattern}
-        (model,) = models.build(blueprint, Groups.alone(), _META, Split((len(kinds),), 1), **fields)
-    embedding, *weights = _weights(model, blueprint)
+        (model,) = models.build(spec, Groups.alone(), _META, PipelineLayout((len(kinds),), 1), **fields)
+    embedding, *weights = _weights(model, spec)
     layers = {kind: tuple(each for each in weights if f".layers.{place}." in each.name) for place, kind in enumerate(kinds)}
     return Outline(embedding, layers, tuple(each for each in weights if ".layers." not in each.name))
 
 
-def _weights(model: models.HeadlessGPT, blueprint: Blueprint) -> Iterator[Weight]:
-    table = NameTable(blueprint.family, blueprint.dims)
+def _weights(model: models.HeadlessGPT, spec: ModelSpec) -> Iterator[Weight]:
+    mapping = WeightMapping(spec.family, spec.dims)
     for name, parameter in model.named_parameters():
-        entry = table.entry(name)
+        entry = mapping.entry(name)
         by_name = model.config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
         yield Weight(name, tuple(parameter.shape), entry.rule, entry.expert, by_name)
 
 
 @functools.lru_cache(maxsize=32)
-def count_parameters(blueprint: Blueprint, active: int | None = None) -> tuple[int, int]:
+def count_parameters(spec: ModelSpec, active: int | None = None) -> tuple[int, int]:
     """Parameters of the whole model and those active per token, in matrices (vectors and padding are left out).
 
     Args:
         active: experts per token, when it is not the model's own number.
     """
-    dims, found = blueprint.dims, outline(blueprint)
-    count = {True: len(blueprint.moe_layers), False: dims.layers - len(blueprint.moe_layers)}
+    dims, found = spec.dims, outline(spec)
+    count = {True: len(spec.moe_layers), False: dims.layers - len(spec.moe_layers)}
     rest = dims.vocab_size * dims.hidden_size * (1 if dims.tied_embeddings else 2)
     of_one_expert = 0
     for kind, layer in found.layers.items():

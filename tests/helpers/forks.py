@@ -191,7 +191,7 @@ def _serve() -> None:
     import megatron_moe2dense.trainer.cache.write
     import megatron_moe2dense.trainer.distill
     import megatron_moe2dense.trainer.export
-    import megatron_moe2dense.trainer.proof.stock  # noqa: F401
+    import megatron_moe2dense.trainer.verification.stock  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
     ended: dict[int, int] = {}

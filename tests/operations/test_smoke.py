@@ -13,7 +13,7 @@ import torch
 
 from megatron_moe2dense.operations.smoke import run
 from megatron_moe2dense.operations.smoke.parity import Side, compare, kernels
-from megatron_moe2dense.operations.smoke.report import Row, exit_code, table
+from megatron_moe2dense.operations.smoke.report import Row, exit_code, report
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import runtime, weights
 from megatron_moe2dense.trainer.config import ParallelConfig
@@ -51,8 +51,8 @@ def test_the_comparison_passes_bfloat16_noise_and_fails_other_weights(monkeypatc
 
 def test_the_table_counts_and_the_exit_code_follows():
     good, bad, figure = Row("parity", "1e-3", True, "<= 1e-2"), Row("loss", "rises", False, "falls"), Row("throughput", "9 tokens/s")
-    assert "PASS: 1 passed, 0 failed" in table([good, figure])
-    assert "FAIL: 1 passed, 1 failed" in table([good, bad, figure])
+    assert "PASS: 1 passed, 0 failed" in report([good, figure])
+    assert "FAIL: 1 passed, 1 failed" in report([good, bad, figure])
     assert (exit_code([good, figure]), exit_code([good, bad]), exit_code([figure])) == (0, 1, 1)
 
 

@@ -29,13 +29,13 @@ def run(config: DoctorConfig) -> None:
     if not _errors(findings):  # else importing torch or Megatron-Core may fail
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Megatron-Core's, of packages that are not installed: the report says so
-            from megatron_moe2dense.operations.doctor.job import Place, judge
+            from megatron_moe2dense.operations.doctor.readiness import Resources, judge
             from megatron_moe2dense.operations.doctor.used import used
 
         sections["found"] += torch_on(devices)
         sections["would be used"] = used(job)
         if job is not None:
-            sections["this config"] = judge(job, Place(devices, config.processes))
+            sections["this config"] = judge(job, Resources(devices, config.processes))
     for title, rows in sections.items():
         print(f"\n{render([title, ''], [[row.name, _text(row)] for row in rows])}")
     _conclude([row for rows in sections.values() for row in rows])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_moe2dense.operations.plan.job import Job, family_fields
-from megatron_moe2dense.trainer.model import Blueprint
+from megatron_moe2dense.trainer.model import ModelSpec
 
 _FLOAT, _INDEX = 4, 8
 
@@ -30,16 +30,16 @@ class LayerBytes:
         return self.entry + self.attention + self.boundary + self.ffn
 
 
-def layer_bytes(job: Job, blueprint: Blueprint, has_experts: bool) -> LayerBytes:
+def layer_bytes(job: Job, spec: ModelSpec, has_experts: bool) -> LayerBytes:
     """Of one decoder layer, T = `job.tokens` of which `job.outside` between the tensor-parallel parts, e bytes a value.
 
     With kernels: input and output of each norm, 2 x 2 T h e; attention and FFN below. The plain modules norm in float32 and keep input,
     normed input and output; in float32 the input is the residual stream itself.
     """
-    hidden = job.outside * blueprint.dims.hidden_size
+    hidden = job.outside * spec.dims.hidden_size
     entry = hidden * job.element
-    ffn = _moe_bytes(job, blueprint) if has_experts else _ffn_bytes(job, (blueprint.dims.dense_width or blueprint.dims.expert_width))
-    attention = (_latent_bytes if family_fields(blueprint).get("multi_latent_attention") else _attention_bytes)(job, blueprint)
+    ffn = _moe_bytes(job, spec) if has_experts else _ffn_bytes(job, (spec.dims.dense_width or spec.dims.expert_width))
+    attention = (_latent_bytes if family_fields(spec).get("multi_latent_attention") else _attention_bytes)(job, spec)
     if job.kernels:
         norm = entry + _FLOAT * job.outside
         return LayerBytes(entry, attention + norm, entry, ffn + norm)
@@ -48,35 +48,35 @@ def layer_bytes(job: Job, blueprint: Blueprint, has_experts: bool) -> LayerBytes
     return LayerBytes(entry, attention + norm, entry + norm, ffn)
 
 
-def _attention_bytes(job: Job, blueprint: Blueprint) -> float:
+def _attention_bytes(job: Job, spec: ModelSpec) -> float:
     """Grouped-query attention: QKV, queries and keys after norm and rotation, output, and one float32 a head (log-sum-exp).
 
     T (2 (q + 2 k) + [q norm] q + (q + k) + q) e / t: values are a view of QKV, queries before their norm are a copy unless the rank has
     one group alone. The plain modules also keep the normed queries and keys in float32, cosines and sines; under context parallelism
     keys and values of the whole sequence.
     """
-    dims, tensor, e = blueprint.dims, job.parallel.tensor, job.element
-    fields = family_fields(blueprint)
-    heads, groups = dims.heads // tensor, dims.kv_heads // tensor
-    q, k = heads * dims.head_dim, groups * dims.head_dim
+    dims, tensor, e = spec.dims, job.parallel.tensor, job.element
+    fields = family_fields(spec)
+    heads, kv_heads = dims.heads // tensor, dims.kv_heads // tensor
+    q, k = heads * dims.head_dim, kv_heads * dims.head_dim
     kept = (q + 2 * k) * e + (q + k) * e + q * e + _FLOAT * heads
     norm = bool(fields.get("qk_layernorm") or fields.get("qk_norm_over_heads"))
     if norm and job.kernels:
-        kept += (q if groups > 1 else 0) * e + _FLOAT * (heads + groups)
+        kept += (q if kv_heads > 1 else 0) * e + _FLOAT * (heads + kv_heads)
     if not job.kernels:
         kept += 4 * dims.head_dim * e / job.batch.micro  # cosines and sines, twice, whatever the batch
         if norm:
-            inputs = (_FLOAT * (q + k)) if e != _FLOAT else (_FLOAT * q if groups > 1 else 0)
-            kept += inputs + _FLOAT * (q + k) + _FLOAT * (heads + groups)
+            inputs = (_FLOAT * (q + k)) if e != _FLOAT else (_FLOAT * q if kv_heads > 1 else 0)
+            kept += inputs + _FLOAT * (q + k) + _FLOAT * (heads + kv_heads)
         if job.parallel.context > 1:
             kept += 2 * k * e * job.parallel.context - k * e
     return job.tokens * kept
 
 
-def _latent_bytes(job: Job, blueprint: Blueprint) -> float:
+def _latent_bytes(job: Job, spec: ModelSpec) -> float:
     """Multi-head latent attention (DeepSeek-V2, section 2.1): latents and their norm, up projections, queries and keys put together with
     their rotated part, values, output, log-sum-exp."""
-    dims, fields, tensor, e = blueprint.dims, family_fields(blueprint), job.parallel.tensor, job.element
+    dims, fields, tensor, e = spec.dims, family_fields(spec), job.parallel.tensor, job.element
     heads, kv_rank, q_rank = dims.heads // tensor, fields["kv_lora_rank"], fields["q_lora_rank"] or 0
     q, v = heads * dims.head_dim, heads * fields["v_head_dim"]
     kept = (2 * kv_rank + fields["qk_pos_emb_head_dim"] + 2 * q_rank) * e
@@ -92,9 +92,9 @@ def _ffn_bytes(job: Job, width: int) -> float:
     return job.tokens * (3 if job.kernels else 5) * width // job.parallel.tensor * job.element
 
 
-def _moe_bytes(job: Job, blueprint: Blueprint) -> float:
+def _moe_bytes(job: Job, spec: ModelSpec) -> float:
     """Router (float32), routed rows R = tokens x active, balanced: their input R h e, gate and up, product, weights, indices."""
-    dims = blueprint.dims
+    dims = spec.dims
     rows = job.outside * dims.active
     router = job.outside * dims.experts * (_FLOAT + 1) + rows * (2 * _INDEX + 2 * _FLOAT)
     width = dims.expert_width // job.expert_tensor
@@ -124,12 +124,12 @@ def student_bytes(job: Job, stage: int) -> float:
     Full recomputation keeps each layer's input (and the rotary angles), selective what stands before the FFN block; both hold one layer's
     or one block's rest while it is computed again.
     """
-    blueprint, recompute = job.student, job.parallel.recompute
+    spec, recompute = job.student, job.parallel.recompute
     held, extra = 0.0, 0.0
-    angles = _FLOAT * job.length * blueprint.dims.head_dim if recompute == "full" else 0
+    angles = _FLOAT * job.length * spec.dims.head_dim if recompute == "full" else 0
     for chunk, (count, kinds) in enumerate(zip(in_flight(job, stage), job.kinds("student", stage), strict=True)):
         for has_experts, layers in kinds.items():
-            one = layer_bytes(job, blueprint, has_experts)
+            one = layer_bytes(job, spec, has_experts)
             kept = {"none": one.whole, "selective": one.whole - one.ffn, "full": one.entry}[recompute]
             held, extra = held + count * layers * kept, max(extra, one.whole - kept)
         held += angles if kinds else 0

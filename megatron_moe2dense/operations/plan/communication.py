@@ -12,7 +12,7 @@ from typing import Literal
 
 from megatron_moe2dense.operations.plan.job import Job, Which, family_fields
 from megatron_moe2dense.operations.plan.parameters import buffers, chunks
-from megatron_moe2dense.trainer.model import Blueprint
+from megatron_moe2dense.trainer.model import ModelSpec
 
 Kind = Literal["TP", "PP", "DP", "EP", "CP", "KL"]
 Phase = Literal["student", "teacher", "update"]
@@ -101,9 +101,9 @@ def _pipeline(job: Job, stage: int) -> Iterator[Traffic]:
 
 def _model(job: Job, which: Which, stage: int) -> Iterator[Traffic]:
     """Inside a model, of one micro-batch."""
-    blueprint = job.blueprint(which)
+    spec = job.spec(which)
     trains = which == "student"
-    whole = job.tokens * blueprint.dims.hidden_size * job.element
+    whole = job.tokens * spec.dims.hidden_size * job.element
     ends = _End(job, which, whole)
     if stage == 0:
         yield ends.traffic("reduce-scatter" if job.parallel.sequence else "all-reduce")
@@ -116,7 +116,7 @@ def _model(job: Job, which: Which, stage: int) -> Iterator[Traffic]:
             yield ends.traffic("reduce-scatter" if job.parallel.sequence else "all-reduce")
     for kinds in job.kinds(which, stage):
         for has_experts, layers in kinds.items():
-            yield from (_times(traffic, layers) for traffic in _layer(job, which, blueprint, has_experts))
+            yield from (_times(traffic, layers) for traffic in _layer(job, which, spec, has_experts))
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,11 @@ class _End:
         return Traffic("TP", "tp", operation, self.which, count * self.payload, self.job.parallel.tensor)
 
 
-def _layer(job: Job, which: Which, blueprint: Blueprint, has_experts: bool) -> Iterator[Traffic]:
+def _layer(job: Job, which: Which, spec: ModelSpec, has_experts: bool) -> Iterator[Traffic]:
     """Tensor-parallel blocks: an all-reduce forward and one backward each (Megatron-LM, Shoeybi et al. 2019, arXiv:1909.08053), or with
     sequence parallelism all-gather and reduce-scatter both ways, and once more the gather of the input for the weight's gradient."""
     trains, recompute = which == "student", job.parallel.recompute
-    dims = blueprint.dims
+    dims = spec.dims
     whole = job.tokens * dims.hidden_size * job.element
     again_all, again_ffn = trains and recompute == "full", trains and recompute != "none"
     blocks = [again_all]
@@ -148,15 +148,15 @@ def _layer(job: Job, which: Which, blueprint: Blueprint, has_experts: bool) -> I
             yield end.traffic("reduce-scatter", forward + trains)
         else:
             yield end.traffic("all-reduce", forward + trains)
-    yield from _context(job, which, blueprint, 1 + again_all)
+    yield from _context(job, which, spec, 1 + again_all)
     if has_experts:
-        yield from _experts(job, which, blueprint, 1 + again_ffn)
+        yield from _experts(job, which, spec, 1 + again_ffn)
 
 
-def _context(job: Job, which: Which, blueprint: Blueprint, forward: int) -> Iterator[Traffic]:
+def _context(job: Job, which: Which, spec: ModelSpec, forward: int) -> Iterator[Traffic]:
     """Keys and values. Plain modules gather them over the context-parallel ranks and reduce-scatter their gradients; Transformer Engine
     passes them round a ring (Liu et al. 2023, arXiv:2310.01889): C - 1 times forward, with their gradients twice as much backward."""
-    dims, fields, ranks = blueprint.dims, family_fields(blueprint), job.parallel.context
+    dims, fields, ranks = spec.dims, family_fields(spec), job.parallel.context
     width = 2 * dims.kv_heads * dims.head_dim
     if fields.get("multi_latent_attention"):
         width = dims.heads * (dims.head_dim + fields["v_head_dim"])
@@ -170,13 +170,13 @@ def _context(job: Job, which: Which, blueprint: Blueprint, forward: int) -> Iter
         yield Traffic("CP", "cp", "reduce-scatter", phase, ranks * local, ranks)
 
 
-def _experts(job: Job, which: Which, blueprint: Blueprint, forward: int) -> Iterator[Traffic]:
+def _experts(job: Job, which: Which, spec: ModelSpec, forward: int) -> Iterator[Traffic]:
     """Routed rows R = tokens x active, and their weights: dispatched and combined by all-to-all over expert-parallel ranks, then gathered
     over the ranks that share an expert; the same backward (GShard, Lepikhin et al. 2020, arXiv:2006.16668). Balanced routing.
 
     The numbers of rows of every expert go round before, int64.
     """
-    dims, expert, shared = blueprint.dims, job.parallel.expert, job.expert_tensor
+    dims, expert, shared = spec.dims, job.parallel.expert, job.expert_tensor
     phase = which
     active = job.active if which == "teacher" and job.active is not None else dims.active
     rows = job.outside * active

@@ -11,8 +11,11 @@ from megatron_moe2dense.trainer.runtime.peaks import bf16_peak
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """memory: bytes. nvlink, network: bytes/s of one GPU in one direction, inside a node and between nodes. price: USD per GPU-hour."""
+class DataSheet:
+    """Of a kind of GPU.
+
+    memory: bytes. nvlink, network: bytes/s of one GPU in one direction, inside a node and between nodes. price: USD per GPU-hour.
+    """
 
     memory: float
     nvlink: float
@@ -22,11 +25,11 @@ class Gpu:
 
 # Memory and NVLink (half of the two-way figure) from NVIDIA's data sheets of the SXM parts; the network is that of the DGX of the kind:
 # ConnectX-7 of 400 Gb/s for each GPU, 200 Gb/s in the DGX A100. Prices are round figures of 2026 (assumed).
-GPUS = {
-    "H100": Gpu(80e9, 450e9, 50e9, 2.5),
-    "H200": Gpu(141e9, 450e9, 50e9, 3.0),
-    "B200": Gpu(180e9, 900e9, 50e9, 5.0),
-    "A100": Gpu(80e9, 300e9, 25e9, 1.5),
+DATA_SHEETS = {
+    "H100": DataSheet(80e9, 450e9, 50e9, 2.5),
+    "H200": DataSheet(141e9, 450e9, 50e9, 3.0),
+    "B200": DataSheet(180e9, 900e9, 50e9, 5.0),
+    "A100": DataSheet(80e9, 300e9, 25e9, 1.5),
 }
 
 
@@ -37,9 +40,9 @@ class Machine:
     config: HardwareConfig
 
     @property
-    def gpu(self) -> Gpu:
+    def gpu(self) -> DataSheet:
         """The kind."""
-        return GPUS[self.config.gpu]
+        return DATA_SHEETS[self.config.gpu]
 
     @property
     def flops(self) -> float:

@@ -12,8 +12,8 @@ from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
 from megatron_moe2dense.trainer.groups import require_rounds, require_sequence, require_world
 from megatron_moe2dense.trainer.losses import Loss
-from megatron_moe2dense.trainer.model import Blueprint
-from megatron_moe2dense.trainer.pipeline import Split
+from megatron_moe2dense.trainer.model import ModelSpec
+from megatron_moe2dense.trainer.pipeline import PipelineLayout
 
 Which = Literal["student", "teacher"]
 
@@ -32,8 +32,8 @@ class Job:
         memo: parameters and buffers found so far, shared by the jobs that `dataclasses.replace` makes of this one.
     """
 
-    student: Blueprint
-    teacher: Blueprint | None
+    student: ModelSpec
+    teacher: ModelSpec | None
     active: int | None
     parallel: ParallelConfig
     batch: BatchConfig
@@ -87,13 +87,13 @@ class Job:
         """Tokens of a micro-batch that a rank holds between the tensor-parallel parts: fewer with sequence parallelism."""
         return self.tokens // (self.parallel.tensor if self.parallel.sequence else 1)
 
-    def split(self, which: Which) -> Split:
+    def pipeline_layout(self, which: Which) -> PipelineLayout:
         """Layers of the stages of "student" or "teacher"."""
-        blueprint = self.blueprint(which)
-        of = Split.of_student if which == "student" else Split.of_teacher
-        return of(self.parallel, blueprint.dims.layers)
+        spec = self.spec(which)
+        of = PipelineLayout.of_student if which == "student" else PipelineLayout.of_teacher
+        return of(self.parallel, spec.dims.layers)
 
-    def blueprint(self, which: Which) -> Blueprint:
+    def spec(self, which: Which) -> ModelSpec:
         """Of "student" or "teacher"."""
         if which == "student":
             return self.student
@@ -106,11 +106,11 @@ class Job:
 
     def layers(self, which: Which, stage: int) -> list[list[int]]:
         """Global numbers of the layers of this pipeline stage, by chunk."""
-        split, stages = self.split(which), self.parallel.pipeline
-        starts = [sum(split.layers[:place]) for place in range(len(split.layers))]
+        layout, stages = self.pipeline_layout(which), self.parallel.pipeline
+        starts = [sum(layout.layers[:place]) for place in range(len(layout.layers))]
         return [
-            list(range(starts[chunk * stages + stage], starts[chunk * stages + stage] + split.layers[chunk * stages + stage]))
-            for chunk in range(split.chunks)
+            list(range(starts[chunk * stages + stage], starts[chunk * stages + stage] + layout.layers[chunk * stages + stage]))
+            for chunk in range(layout.chunks)
         ]
 
     def stages(self) -> list[int]:
@@ -122,7 +122,7 @@ class Job:
 
     def kinds(self, which: Which, stage: int) -> list[dict[bool, int]]:
         """How many layers without (False) and with experts (True) each chunk of this stage has; kinds that are not there are left out."""
-        moe = set(self.blueprint(which).moe_layers)
+        moe = set(self.spec(which).moe_layers)
         found = []
         for layers in self.layers(which, stage):
             experts = len(moe.intersection(layers))
@@ -139,10 +139,10 @@ def fewest_processes(parallel: ParallelConfig) -> int:
     return math.lcm(parallel.tensor * parallel.pipeline * parallel.context, parallel.pipeline * parallel.expert)
 
 
-def family_fields(blueprint: Blueprint) -> Mapping[str, Any]:
+def family_fields(spec: ModelSpec) -> Mapping[str, Any]:
     """The family's TransformerConfig fields."""
-    assert blueprint.family.megatron_config is not None, "Blueprint.of takes families with a Megatron table"
-    return blueprint.family.megatron_config(blueprint.config)
+    assert spec.family.megatron_config is not None, "ModelSpec.of takes families with a Megatron table"
+    return spec.family.megatron_config(spec.config)
 
 
 def require_layout(job: Job) -> None:
@@ -150,10 +150,10 @@ def require_layout(job: Job) -> None:
     parallel = job.parallel
     require_world(parallel, job.world)
     for which in job.models():
-        blueprint = job.blueprint(which)
-        models.require_division(blueprint.dims, parallel)
-        job.split(which)
-        _require_attention(blueprint, parallel)
+        spec = job.spec(which)
+        models.require_division(spec.dims, parallel)
+        job.pipeline_layout(which)
+        _require_attention(spec, parallel)
     if job.student.dims.experts and parallel.tensor > 1 and not parallel.sequence:
         # Megatron-Core's MoE layer, in training
         raise UserError(f"a MoE student with parallel.tensor {parallel.tensor}", "sequence parallelism", "set parallel.sequence=true")
@@ -161,14 +161,14 @@ def require_layout(job: Job) -> None:
     require_rounds(parallel, job.batch, {"batch.global": job.batch.global_}, job.data)
 
 
-def _require_attention(blueprint: Blueprint, parallel: ParallelConfig) -> None:
-    fields = family_fields(blueprint)
-    if parallel.context > 1 and fields.get("cp_comm_type") == "a2a" and blueprint.dims.kv_heads % (parallel.tensor * parallel.context):
+def _require_attention(spec: ModelSpec, parallel: ParallelConfig) -> None:
+    fields = family_fields(spec)
+    if parallel.context > 1 and fields.get("cp_comm_type") == "a2a" and spec.dims.kv_heads % (parallel.tensor * parallel.context):
         raise UserError(
-            f"parallel.context {parallel.context} with {blueprint.dims.kv_heads} KV heads, windows or sinks",
+            f"parallel.context {parallel.context} with {spec.dims.kv_heads} KV heads, windows or sinks",
             "KV heads that divide by tensor x context",
             "choose another parallel.context",
         )
-    if blueprint.dims.experts:
+    if spec.dims.experts:
         parts = {"add_bias_linear": fields["add_bias_linear"], "expert_tensor_parallel_size": parallel.expert_tensor}
         models.require_whole_biases({**parts, "tensor_model_parallel_size": parallel.tensor})

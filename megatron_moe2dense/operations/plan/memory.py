@@ -112,6 +112,6 @@ def loss_bytes(job: Job, stage: int) -> int:
     if not isinstance(job.loss, LogitLoss):
         return gathered + job.tokens * widths * _FLOAT
     rows = padded_vocabulary(dims.vocab_size) // job.parallel.tensor
-    size = max(part.stop - part.start for part in chunked.chunks(job.tokens, rows))
+    size = max(part.stop - part.start for part in chunked.token_slices(job.tokens, rows))
     logits = size * rows * (chunked.COPIES * _FLOAT + e)
     return logits + rows * dims.hidden_size * (_FLOAT + 2 * e) + job.tokens * dims.hidden_size * e + gathered

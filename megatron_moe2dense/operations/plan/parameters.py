@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_moe2dense.operations.plan.job import Job, Which
-from megatron_moe2dense.trainer.model import Blueprint
+from megatron_moe2dense.trainer.model import ModelSpec
 from megatron_moe2dense.trainer.muon import is_matrix
 from megatron_moe2dense.trainer.outline import Weight, outline
 
@@ -118,14 +118,14 @@ def _chunks(job: Job, which: Which, stage: int) -> list[list[Parameter]]:
 
 
 def _chunk(job: Job, which: Which, layers: list[int], ends: tuple[bool, bool]) -> Iterator[Parameter]:
-    blueprint, (first, last) = job.blueprint(which), ends
-    whole = outline(blueprint)
-    apart = blueprint.dims.tied_embeddings and first != last
+    spec, (first, last) = job.spec(which), ends
+    whole = outline(spec)
+    apart = spec.dims.tied_embeddings and first != last
     embedding = _of_rank(job, whole.embedding, alone=apart)
     if first:
         yield embedding
-    moe = set(blueprint.moe_layers)
-    here = {kind: [_of_rank(job, weight) for weight in _held(job, blueprint, layer)] for kind, layer in whole.layers.items()}
+    moe = set(spec.moe_layers)
+    here = {kind: [_of_rank(job, weight) for weight in _held(job, spec, layer)] for kind, layer in whole.layers.items()}
     for layer in layers:
         yield from here[layer in moe]
     if last:
@@ -134,9 +134,9 @@ def _chunk(job: Job, which: Which, layers: list[int], ends: tuple[bool, bool]) -
             yield embedding
 
 
-def _held(job: Job, blueprint: Blueprint, layer: Sequence[Weight]) -> list[Weight]:
+def _held(job: Job, spec: ModelSpec, layer: Sequence[Weight]) -> list[Weight]:
     """Those of a layer that a rank holds: all but the experts of others."""
-    experts = blueprint.dims.experts // job.parallel.expert
+    experts = spec.dims.experts // job.parallel.expert
     return [weight for weight in layer if not weight.is_expert or weight.expert < experts]
 
 

@@ -12,7 +12,7 @@ from megatron_moe2dense.operations.plan import memory, timing
 from megatron_moe2dense.operations.plan.hardware import Machine
 from megatron_moe2dense.operations.plan.job import Job, require_layout
 from megatron_moe2dense.operations.plan.memory import Memory
-from megatron_moe2dense.operations.plan.timing import Step
+from megatron_moe2dense.operations.plan.timing import StepTime
 from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
 
 _STAGES, _CHUNKS, _MICRO = (1, 2, 4, 8, 16), (1, 2, 4), (1, 2, 4, 8)
@@ -27,7 +27,7 @@ class Verdict:
 
     job: Job
     memory: dict[int, Memory]
-    step: Step
+    step: StepTime
 
     @property
     def worst(self) -> int:
@@ -43,7 +43,7 @@ class Verdict:
 def judge(job: Job, machine: Machine) -> Verdict:
     """Memory and time of a layout; UserError when the trainer would refuse it."""
     require_layout(job)
-    return Verdict(job, {stage: memory.of_stage(job, stage) for stage in job.stages()}, timing.step(job, machine))
+    return Verdict(job, {stage: memory.of_stage(job, stage) for stage in job.stages()}, timing.step_time(job, machine))
 
 
 def search(start: Job, machine: Machine, micro: int | None) -> tuple[list[Verdict], Counter[str]]:
@@ -64,7 +64,7 @@ def search(start: Job, machine: Machine, micro: int | None) -> tuple[list[Verdic
         if fits is None:
             left_out[NO_ROOM] += 1
         else:
-            found.append(Verdict(fits[0], fits[1], timing.step(fits[0], machine)))
+            found.append(Verdict(fits[0], fits[1], timing.step_time(fits[0], machine)))
     return sorted(found, key=lambda verdict: (verdict.step.seconds, verdict.bytes)), left_out
 
 
@@ -81,7 +81,7 @@ def _candidates(start: Job, machine: Machine, micro: int | None) -> Iterator[tup
     """Tensor parallelism inside a node, with sequence parallelism; experts over ranks where a model has them."""
     world, tensors = start.world, _powers(min(machine.config.gpus, start.student.dims.heads))
     contexts = _powers(max(1, start.length // _LEAST_TOKENS))
-    experts = max(start.blueprint(which).dims.experts for which in start.models())
+    experts = max(start.spec(which).dims.experts for which in start.models())
     for tensor in tensors:
         for pipeline in _STAGES:
             for context in contexts:

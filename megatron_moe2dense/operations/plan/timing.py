@@ -14,7 +14,7 @@ _BOTH: tuple[Which, ...] = ("student", "teacher")
 
 
 @dataclass(frozen=True)
-class Step:
+class StepTime:
     """Seconds of one optimizer step, of the slowest stage; their sum is the step.
 
     student, teacher: floating-point work of the micro-batches. messages: those inside models and between stages, which nothing hides.
@@ -34,7 +34,7 @@ class Step:
         return self.student + self.teacher + self.messages + self.bubble + self.update
 
 
-def step(job: Job, machine: Machine) -> Step:
+def step_time(job: Job, machine: Machine) -> StepTime:
     """Every stage does its micro-batches, the pipeline waits for the slowest: M t + (P - 1) t / V (Narayanan et al. 2021, section 2.2),
     for the student's t and the teacher's (V = 1) each."""
     batches, both = job.micro_batches, _BOTH
@@ -44,7 +44,7 @@ def step(job: Job, machine: Machine) -> Step:
     slow = {which: max(traffic, key=lambda stage: work[which][stage] + sent[which][stage]) for which in both}
     each = {which: work[which][slow[which]] + sent[which][slow[which]] for which in work}
     idle = job.parallel.pipeline - 1
-    return Step(
+    return StepTime(
         student=work["student"][slow["student"]] * batches,
         teacher=work["teacher"][slow["teacher"]] * batches,
         messages=sum(sent[which][slow[which]] for which in work) * batches,
@@ -66,12 +66,12 @@ def flops_of_rank(job: Job, which: Which, stage: int, matrices: float = 1.0) -> 
     Args:
         matrices: what a FLOP of a layer's matrices counts; those of attention's scores and of the head count 1.
     """
-    blueprint = job.blueprint(which)
-    dims = blueprint.dims
+    spec = job.spec(which)
+    dims = spec.dims
     head = 2.0 * dims.vocab_size * dims.hidden_size
     active = job.active if which == "teacher" else None
     scores = 2.0 * dims.heads * dims.head_dim * (job.length + 1)
-    layer = scores + matrices * ((forward_flops(blueprint, job.length, active) - head) / dims.layers - scores)
+    layer = scores + matrices * ((forward_flops(spec, job.length, active) - head) / dims.layers - scores)
     passes = 3 if which == "student" else 1
     again = 0.0
     if which == "student" and job.parallel.recompute != "none":

@@ -16,7 +16,7 @@ from megatron_moe2dense.operations.smoke.report import Row
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import weights
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.pipeline import Split
+from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from megatron_moe2dense.trainer.runtime import Runtime
 
 # What two right implementations in bfloat16 may differ by (ours). On a CPU, bfloat16 against float32 through the local spec, the pico MoE
@@ -45,17 +45,17 @@ class Pass:
 def one_pass(directory: Path, tokens_BS: Tensor, side: Side, groups: Groups) -> Pass:
     """Load the checkpoint, then one forward and backward pass over the tokens; one process."""
     index = CheckpointIndex.open(directory)
-    blueprint = models.Blueprint.of(index.config, str(directory), side.dtype)
-    chunks = models.build(blueprint, groups, side.runtime, Split.of_student(groups.parallel, blueprint.dims.layers))
-    weights.load(chunks, blueprint, groups, directory)
+    spec = models.ModelSpec.of(index.config, str(directory), side.dtype)
+    chunks = models.build(spec, groups, side.runtime, PipelineLayout.of_student(groups.parallel, spec.dims.layers))
+    weights.load(chunks, spec, groups, directory)
     inputs, labels = tokens_BS[:, :-1], tokens_BS[:, 1:]
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
     hidden = chunks[0](inputs, positions, None)
-    logits_TV = chunks[0].vocab_shard(hidden, blueprint.dims.vocab_size).logits(slice(None))
+    logits_TV = chunks[0].parallel_logits(hidden, spec.dims.vocab_size).logits(slice(None))
     loss = torch.nn.functional.cross_entropy(logits_TV.float(), labels.t().flatten())  # tokens are sequence-major
     loss.backward()
     gradients, seen = {}, Counter()
-    for parameter, entry, _ in weights.placed(chunks, blueprint, groups, index.tensors):
+    for parameter, entry, _ in weights.weights_of_rank(chunks, spec, groups, index.tensors):
         seen[entry.hf] += 1  # experts stored as one tensor share its name
         if parameter.grad is not None:
             gradients[(*entry.hf, seen[entry.hf])] = parameter.grad.float()

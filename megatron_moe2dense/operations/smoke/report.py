@@ -18,7 +18,7 @@ class Row:
     wanted: str = ""
 
 
-def table(rows: Sequence[Row]) -> str:
+def report(rows: Sequence[Row]) -> str:
     """Every check with PASS or FAIL, and the count of both."""
     word = {True: "PASS", False: "FAIL", None: "-"}
     cells = [[row.check, row.found, row.wanted or "-", word[row.passed]] for row in rows]

@@ -17,7 +17,7 @@ import torch
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.outputs import read_json, write_json
 from megatron_moe2dense.operations.smoke.parity import Side, compare, kernels
-from megatron_moe2dense.operations.smoke.report import Row, exit_code, table
+from megatron_moe2dense.operations.smoke.report import Row, exit_code, report
 from megatron_moe2dense.tokens.indexed import TokenFile
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import runtime
@@ -57,7 +57,7 @@ def main(output: Path) -> int:
     rows += _in_this_process()
     for trial in trials(torch.cuda.device_count(), torch.cuda.get_device_capability(0)):
         rows += distilled(trial, output)
-    text = table(rows)
+    text = report(rows)
     (output / "report.txt").write_text(text + "\n")
     print(text)
     return exit_code(rows)

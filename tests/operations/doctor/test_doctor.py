@@ -12,10 +12,10 @@ import torch.distributed as dist
 from megatron_moe2dense import cli
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.operations.doctor import job, machine, run
+from megatron_moe2dense.operations.doctor import machine, readiness, run
 from megatron_moe2dense.operations.doctor.config import DoctorConfig
-from megatron_moe2dense.operations.doctor.job import Place, judge
 from megatron_moe2dense.operations.doctor.machine import Gpu
+from megatron_moe2dense.operations.doctor.readiness import Resources, judge
 from megatron_moe2dense.trainer.config import DistillConfig
 from tests.helpers.tiny_models import tiny, write_tokens
 
@@ -47,8 +47,8 @@ def content(root: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def judged(root: Path, place: Place | None = None, **changes: Any) -> dict[str, Any]:
-    findings = judge(build(DistillConfig, content(root, **changes), "the test"), place or Place([], None))
+def judged(root: Path, resources: Resources | None = None, **changes: Any) -> dict[str, Any]:
+    findings = judge(build(DistillConfig, content(root, **changes), "the test"), resources or Resources([], None))
     return {item.name: item for item in findings}
 
 
@@ -100,7 +100,7 @@ def test_other_vocabularies_are_told_of(root: Path, tmp_path: Path):
 
 
 def test_loggers_that_are_not_installed_are_told_of(root: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(job, "version", lambda _name: None)
+    monkeypatch.setattr(readiness, "version", lambda _name: None)
     assert "wandb" in judged(root, logging={"wandb": {"project": "p"}})["metrics"].found
     assert "tensorboard" in judged(root, logging={"tensorboard": True})["metrics"].found
 
@@ -108,21 +108,21 @@ def test_loggers_that_are_not_installed_are_told_of(root: Path, monkeypatch: pyt
 def test_model_state_beyond_memory_or_disk_is_told_of(root: Path, monkeypatch: pytest.MonkeyPatch):
     rows = judged(root)
     assert {rows["memory"].level, rows["disk"].level} == {"fine"}
-    monkeypatch.setattr(job, "free_memory", lambda: 1000)
-    monkeypatch.setattr(job, "free_disk", lambda _path: 1000)
+    monkeypatch.setattr(readiness, "free_memory", lambda: 1000)
+    monkeypatch.setattr(readiness, "free_disk", lambda _path: 1000)
     rows = judged(root)
     assert (rows["memory"].level, rows["disk"].level) == ("error", "error")
     crowded = Gpu(GPU.name, GPU.total, 1000, GPU.capability, GPU.driver)
-    assert "fullest GPU" in judged(root, Place([GPU, crowded], 2))["memory"].found
+    assert "fullest GPU" in judged(root, Resources([GPU, crowded], 2))["memory"].found
 
 
 def test_processes_are_those_asked_for_then_torchruns_then_the_gpus(root: Path, monkeypatch: pytest.MonkeyPatch):
     wide: dict[str, Any] = {"parallel": {"tensor": 2, "expert": 2}}
     assert judged(root, **wide)["processes"].found.startswith("2: tensor 2")
-    assert judged(root, Place([GPU], None), **wide)["processes"].do.count("processes=N")
+    assert judged(root, Resources([GPU], None), **wide)["processes"].do.count("processes=N")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert judged(root, **wide)["processes"].found == "3 processes"
-    assert judged(root, Place([], 4), **wide)["processes"].found.endswith("data 2")
+    assert judged(root, Resources([], 4), **wide)["processes"].found.endswith("data 2")
 
 
 def test_gpus_are_read_from_the_drivers_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

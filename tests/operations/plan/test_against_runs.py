@@ -20,8 +20,8 @@ from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime
 from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, ParallelConfig
 from megatron_moe2dense.trainer.losses import losses
-from megatron_moe2dense.trainer.model import Blueprint
-from megatron_moe2dense.trainer.pipeline import Split
+from megatron_moe2dense.trainer.model import ModelSpec
+from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny, write_tokens
 from tests.operations.plan.measured import step_of
@@ -94,15 +94,15 @@ def raw(root: Path, name: str) -> dict[str, Any]:
     }
 
 
-def blueprint(directory: str, dtype: str) -> Blueprint:
-    return Blueprint.of(json.loads((Path(directory) / "config.json").read_text()), directory, getattr(torch, dtype))
+def spec_of(directory: str, dtype: str) -> ModelSpec:
+    return ModelSpec.of(json.loads((Path(directory) / "config.json").read_text()), directory, getattr(torch, dtype))
 
 
 def planned(root: Path, name: str) -> Job:
     config, run = build(DistillConfig, raw(root, name), name), RUNS[name]
     job = Job(
-        student=blueprint(config.student, run.dtype),
-        teacher=blueprint(config.teacher, run.dtype) if config.teacher else None,
+        student=spec_of(config.student, run.dtype),
+        teacher=spec_of(config.teacher, run.dtype) if config.teacher else None,
         active=None,
         parallel=config.parallel,
         batch=config.batch,
@@ -163,9 +163,9 @@ def test_collectives_carry_the_bytes_of_the_plan(root: Path, measured: dict[str,
 @pytest.mark.parametrize("family", [name for name, spec in FAMILIES.items() if spec.megatron is not None])
 def test_the_parameters_of_every_family_are_those_megatron_builds(family: str, tmp_path: Path):
     """One by one, in their order."""
-    own = blueprint(str(tiny(family, tmp_path)), "float32")
+    own = spec_of(str(tiny(family, tmp_path)), "float32")
     with runtime.session("cpu") as device, process_groups.initialized(ParallelConfig(), 0) as groups:
-        model = models.build(own, groups, device, Split.of_student(groups.parallel, own.dims.layers))[0]
+        model = models.build(own, groups, device, PipelineLayout.of_student(groups.parallel, own.dims.layers))[0]
         built = [parameter.numel() for parameter in model.parameters()]
     batch = BatchConfig.model_validate({"global": 1})
     job = Job(own, None, None, ParallelConfig(), batch, LENGTH, 1, losses["cross_entropy"](), kernels=False)

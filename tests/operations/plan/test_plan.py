@@ -15,11 +15,11 @@ from megatron_moe2dense import cli
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import family_of
-from megatron_moe2dense.operations.plan import memory, plan, timing
+from megatron_moe2dense.operations.plan import memory, run, timing
 from megatron_moe2dense.operations.plan.activations import in_flight
 from megatron_moe2dense.operations.plan.communication import Traffic
 from megatron_moe2dense.operations.plan.config import PlanConfig
-from megatron_moe2dense.operations.plan.hardware import GPUS, Machine
+from megatron_moe2dense.operations.plan.hardware import DATA_SHEETS, Machine
 from megatron_moe2dense.operations.plan.job import require_layout
 from megatron_moe2dense.trainer.cache import write
 from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
@@ -48,7 +48,7 @@ def config(configs: dict[str, str], **changed: Any) -> PlanConfig:
 def test_suggestions_divide_fit_and_get_slower(configs: dict[str, str]):
     wanted = config(configs, hardware={"nodes": 8})
     started = time.process_time()
-    verdicts, left_out = plan.decide(wanted)
+    verdicts, left_out = run.decide(wanted)
     assert time.process_time() - started < 5
     assert len(verdicts) > 50
     for verdict in verdicts:
@@ -60,20 +60,20 @@ def test_suggestions_divide_fit_and_get_slower(configs: dict[str, str]):
 
 
 def test_more_memory_admits_more_layouts(configs: dict[str, str]):
-    found = {gpu: len(plan.decide(config(configs, hardware={"gpu": gpu}))[0]) for gpu in ("H100", "H200")}
+    found = {gpu: len(run.decide(config(configs, hardware={"gpu": gpu}))[0]) for gpu in ("H100", "H200")}
     assert found["H200"] > found["H100"] > 0
 
 
 def test_a_layout_that_does_not_fit_is_refused_by_part(configs: dict[str, str]):
     with pytest.raises(UserError) as refused:
-        plan.decide(config(configs, parallel={"tensor": 1}))
+        run.decide(config(configs, parallel={"tensor": 1}))
     assert all(part in refused.value.found for part in ("parameters", "optimizer", "teacher 61.0", "activations", "total"))
     assert "80.00 without the reserve of 8%" in refused.value.expected
 
 
 def test_a_machine_without_any_layout_is_refused_with_the_reasons(configs: dict[str, str]):
     with pytest.raises(UserError, match=r"none of .* layouts on 1 x A100 .*more than the memory"):
-        plan.decide(config(configs, hardware={"gpu": "A100", "gpus": 1}))
+        run.decide(config(configs, hardware={"gpu": "A100", "gpus": 1}))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_machine_without_any_layout_is_refused_with_the_reasons(configs: dict[
 def test_what_the_trainer_refuses_the_plan_refuses(configs: dict[str, str], changed: dict[str, Any], problem: str):
     named = {key: configs.get(value, value) if isinstance(value, str) else value for key, value in changed.items()}
     with pytest.raises(UserError) as refused:
-        plan.decide(config(configs, **named))
+        run.decide(config(configs, **named))
     assert problem in refused.value.found
 
 
@@ -150,14 +150,14 @@ def test_a_dry_run_of_distill_tells_the_memory_that_the_plan_tells(configs: dict
 def test_the_flops_of_a_teacher_cache_are_those_of_its_forward_pass(configs: dict[str, str], tmp_path: Path):
     (tmp_path / "config.json").write_text(Path(configs["teacher"]).read_text())
     facts = write.dry_run(CacheTeacherConfig(teacher=str(tmp_path), output="-", data=StreamConfig(path="-"), samples=3))
-    assert facts["flops"] == int(forward_flops(plan.job_of(config(configs)).blueprint("teacher"), 2048) * 3 * 2048)
+    assert facts["flops"] == int(forward_flops(run.job_of(config(configs)).spec("teacher"), 2048) * 3 * 2048)
 
 
 def test_one_gpu_takes_the_time_of_its_floating_point_operations(configs: dict[str, str]):
-    job = plan.job_of(config(configs, teacher=None, hardware={"gpus": 1}, batch={"global": 4}))
+    job = run.job_of(config(configs, teacher=None, hardware={"gpus": 1}, batch={"global": 4}))
     machine = Machine(config(configs).hardware)
     expected = 3 * forward_flops(job.student, 2048) * 4 * 2048 / (0.36 * 989e12)
-    found = timing.step(job, machine)
+    found = timing.step_time(job, machine)
     assert found.seconds == found.student == pytest.approx(expected)
     assert timing.mfu(job, machine, found.seconds) == pytest.approx(0.36)
 
@@ -165,20 +165,20 @@ def test_one_gpu_takes_the_time_of_its_floating_point_operations(configs: dict[s
 def test_fp8_halves_the_time_of_the_students_layers_and_keeps_copies_of_their_weights(configs: dict[str, str]):
     settings: dict[str, Any] = {"teacher": None, "hardware": {"gpus": 1}, "batch": {"global": 4}}
     machine = Machine(config(configs).hardware)
-    plain, fast = (plan.job_of(config(configs, **settings, fp8=fp8)) for fp8 in (None, {"recipe": "delayed"}))
+    plain, fast = (run.job_of(config(configs, **settings, fp8=fp8)) for fp8 in (None, {"recipe": "delayed"}))
     dims = plain.student.dims
     rest = 2 * dims.vocab_size * dims.hidden_size + dims.layers * 2 * dims.heads * dims.head_dim * 2049  # the head, attention's scores
     expected = 3 * (forward_flops(plain.student, 2048) + rest) / 2 * 4 * 2048 / (0.36 * 989e12)
-    assert timing.step(fast, machine).seconds == pytest.approx(expected)
+    assert timing.step_time(fast, machine).seconds == pytest.approx(expected)
     assert memory.parameter_bytes(fast, 0) == 2 * memory.parameter_bytes(plain, 0)
 
 
 def test_stages_wait_for_each_other_as_the_schedule_says(configs: dict[str, str]):
-    start = plan.job_of(config(configs, teacher=None, hardware={"gpus": 4}, batch={"global": 8}, parallel={"pipeline": 4}))
+    start = run.job_of(config(configs, teacher=None, hardware={"gpus": 4}, batch={"global": 8}, parallel={"pipeline": 4}))
     found = {}
     for chunks in (1, 3):
         job = dataclasses.replace(start, parallel=start.parallel.model_copy(update={"virtual_pipeline": chunks}))
-        found[chunks] = timing.step(job, Machine(config(configs).hardware))
+        found[chunks] = timing.step_time(job, Machine(config(configs).hardware))
     assert found[1].bubble == pytest.approx((found[1].student + found[1].messages) / 8 * 3)
     assert found[3].bubble == pytest.approx((found[3].student + found[3].messages) / 8 * 3 / 3)
     assert in_flight(start, 0) == [4]
@@ -186,9 +186,9 @@ def test_stages_wait_for_each_other_as_the_schedule_says(configs: dict[str, str]
 
 
 def test_messages_take_the_slowest_link_on_their_way(configs: dict[str, str]):
-    job = plan.job_of(config(configs, hardware={"nodes": 2}, parallel={"tensor": 2, "sequence": True, "expert": 2}))
+    job = run.job_of(config(configs, hardware={"nodes": 2}, parallel={"tensor": 2, "sequence": True, "expert": 2}))
     machine = Machine(config(configs, hardware={"nodes": 2, "efficiency": 1.0}).hardware)
-    gpu = GPUS["H100"]
+    gpu = DATA_SHEETS["H100"]
 
     def seconds(group: str, operation: str, ranks: int) -> float:
         return machine.seconds(job, Traffic("TP", group, operation, "student", 1e9, ranks))

@@ -6,21 +6,21 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_moe2dense.trainer.watch import Sign, late
+from megatron_moe2dense.trainer.watchdog import Heartbeat, late
 
-WAITING = Sign("a", 10, beat=7, step=41, at="trainer/step.py:110 _reduce")
+WAITING = Heartbeat("a", 10, count=7, step=41, at="trainer/step.py:110 _reduce")
 
 
-def signs(ranks: int, **other: Sign) -> list[Sign]:
+def heartbeats(ranks: int, **other: Heartbeat) -> list[Heartbeat]:
     return [other.get(f"rank{rank}", replace(WAITING, process=10 + rank)) for rank in range(ranks)]
 
 
-def later(before: list[Sign]) -> list[Sign]:
-    return [replace(sign, beat=sign.beat + 3) for sign in before]
+def later(before: list[Heartbeat]) -> list[Heartbeat]:
+    return [replace(heartbeat, count=heartbeat.count + 3) for heartbeat in before]
 
 
 def test_a_rank_without_a_beat_has_stopped_whatever_its_step():
-    before = signs(4, rank2=Sign("b", 77, 5, 42, "trainer/optim.py:90 update"))
+    before = heartbeats(4, rank2=Heartbeat("b", 77, 5, 42, "trainer/optim.py:90 update"))
     after = later(before)
     after[2] = before[2]
     assert (
@@ -30,14 +30,14 @@ def test_a_rank_without_a_beat_has_stopped_whatever_its_step():
 
 
 def test_of_ranks_that_all_run_those_behind_are_named():
-    before = signs(4, rank1=Sign("b", 77, 5, 40, "trainer/data/samples.py:50 read"))
+    before = heartbeats(4, rank1=Heartbeat("b", 77, 5, 40, "trainer/data/samples.py:50 read"))
     found = late(before, later(before), 60.0).found
     assert "behind the others: rank 1 (process 77 on b, last heard of after step 40 in trainer/data/samples.py:50 read)" in found
     assert "rank 0" not in found
 
 
 def test_of_ranks_at_one_step_those_where_few_are_are_named():
-    before = signs(4, rank3=Sign("b", 77, 5, 41, "trainer/data/samples.py:50 read"))
+    before = heartbeats(4, rank3=Heartbeat("b", 77, 5, 41, "trainer/data/samples.py:50 read"))
     found = late(before, later(before), 60.0).found
     assert "first to look at: rank 3 (process 77 on b" in found
     assert "rank 0" not in found
@@ -45,6 +45,6 @@ def test_of_ranks_at_one_step_those_where_few_are_are_named():
 
 @pytest.mark.parametrize(("ranks", "more"), [(8, False), (512, True)])
 def test_a_message_names_no_more_than_eight_ranks(ranks: int, more: bool):
-    found = late(signs(ranks), signs(ranks), 60.0).found
+    found = late(heartbeats(ranks), heartbeats(ranks), 60.0).found
     assert found.count("process") == 8
     assert (f"{ranks - 8} more" in found) == more

@@ -36,7 +36,7 @@ class _TeacherBlock:
 
 
 @torch.inference_mode()
-def measure(
+def against_teacher(
     head: Head, windows_NS: np.ndarray, teacher_NSD: torch.Tensor, models: Sequence[torch.Tensor]
 ) -> tuple[Measured, list[Measured]]:
     """The teacher's and the models' sums over all predicted positions, S - 1 a window.

@@ -20,7 +20,7 @@ from megatron_moe2dense.common.outputs import MANIFEST
 from megatron_moe2dense.families import FAMILIES, FamilySpec
 from megatron_moe2dense.trainer import distill
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.proof import stock
+from megatron_moe2dense.trainer.verification import stock
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 
 RANDOM = {"loss_bound": None}  # what a teacher with random weights needs
@@ -28,7 +28,7 @@ RANDOM = {"loss_bound": None}  # what a teacher with random weights needs
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("proof")
+    root = tmp_path_factory.mktemp("verification")
     tiny_qwen3_moe(root / "teacher", seed=1)
     tiny_qwen3(root / "student", seed=2)
     write_tokens(root / "tokens", 32 * 8 + 1)

@@ -31,21 +31,21 @@ _MOST_NAMED = 8  # ranks of one message
 
 
 @dataclass(frozen=True)
-class Sign:
+class Heartbeat:
     """What a rank says of itself.
 
     Attributes:
-        beat: counts up as long as the process runs. step: last one it had finished. at: line of this package its main thread was in.
+        count: counts up as long as the process runs. step: last one it had finished. at: line of this package its main thread was in.
     """
 
     host: str
     process: int
-    beat: int
+    count: int
     step: int
     at: str
 
 
-class Watch:
+class Watchdog:
     """Of this rank over the others; does nothing in a job of one process.
 
     Args:
@@ -57,7 +57,7 @@ class Watch:
         self._interval = min(seconds / 10, 10.0)
         self._main = threading.main_thread().ident
         self._ended = threading.Event()
-        self._step, self._beat, self._reached = 0, 0, monotonic()
+        self._step, self._count, self._reached = 0, 0, monotonic()
 
     @contextlib.contextmanager
     def watching(self, step: int) -> Iterator[None]:
@@ -68,8 +68,8 @@ class Watch:
             return
         store = _own_connection()
         self._tell(store)
-        dist.barrier()  # every rank has told once: nobody waits for a sign that was never given
-        thread = threading.Thread(target=self._watch, args=(store,), name="watch", daemon=True)
+        dist.barrier()  # every rank has told once: nobody waits for a heartbeat that was never given
+        thread = threading.Thread(target=self._watch, args=(store,), name="watchdog", daemon=True)
         thread.start()
         try:
             yield
@@ -87,11 +87,11 @@ class Watch:
                 self._tell(store)
                 if monotonic() - self._reached < self._seconds:
                     continue
-                before = self._signs(store)
+                before = self._heartbeats(store)
                 if self._ended.wait(3 * self._interval):
                     return
                 self._tell(store)
-                problem = late(before, self._signs(store), self._seconds)
+                problem = late(before, self._heartbeats(store), self._seconds)
             except (dist.DistError, TimeoutError) as error:
                 problem = _no_store(error, self._seconds)
             if monotonic() - self._reached >= self._seconds:
@@ -105,31 +105,31 @@ class Watch:
             os._exit(EXIT_CODE)
 
     def _tell(self, store: Store) -> None:
-        self._beat += 1
-        sign = Sign(socket.gethostname(), os.getpid(), self._beat, self._step, _at(sys._current_frames().get(self._main or 0)))
-        _answer(lambda: store.set(_key(self._rank), json.dumps(asdict(sign))))
+        self._count += 1
+        heartbeat = Heartbeat(socket.gethostname(), os.getpid(), self._count, self._step, _at(sys._current_frames().get(self._main or 0)))
+        _answer(lambda: store.set(_key(self._rank), json.dumps(asdict(heartbeat))))
 
-    def _signs(self, store: Store) -> list[Sign]:
+    def _heartbeats(self, store: Store) -> list[Heartbeat]:
         keys = [_key(rank) for rank in range(self._ranks)]
-        return [Sign(**json.loads(content)) for content in _answer(lambda: store.multi_get(keys))]
+        return [Heartbeat(**json.loads(content)) for content in _answer(lambda: store.multi_get(keys))]
 
 
-def late(before: list[Sign], after: list[Sign], seconds: float) -> UserError:
-    """Which ranks hold up the job, from two looks at all signs with several beats between them.
+def late(before: list[Heartbeat], after: list[Heartbeat], seconds: float) -> UserError:
+    """Which ranks hold up the job, from two looks at all heartbeats, a few intervals apart.
 
-    A rank without a beat between them has stopped, or its machine has. Where all run, those with the fewest steps are named, or, when
+    A rank whose count has not changed has stopped, or its machine has. Where all run, those with the fewest steps are named, or, when
     these are even, where each rank is: the place that few are at is the one to look at.
     """
-    silent = [rank for rank, (one, other) in enumerate(zip(before, after, strict=True)) if one.beat == other.beat]
-    behind = [rank for rank, sign in enumerate(after) if sign.step < max(sign.step for sign in after)]
+    silent = [rank for rank, (one, other) in enumerate(zip(before, after, strict=True)) if one.count == other.count]
+    behind = [rank for rank, heartbeat in enumerate(after) if heartbeat.step < max(heartbeat.step for heartbeat in after)]
     if silent:
         found = f"no answer from {_named(silent, after)}"
     elif behind:
         found = f"all ranks run, but behind the others: {_named(behind, after)}"
     else:
         places: dict[str, list[int]] = {}
-        for rank, sign in enumerate(after):
-            places.setdefault(sign.at, []).append(rank)
+        for rank, heartbeat in enumerate(after):
+            places.setdefault(heartbeat.at, []).append(rank)
         fewest = min(places.values(), key=len)
         found = f"all ranks run and none gets on; first to look at: {_named(fewest, after)}"
     return UserError(
@@ -140,11 +140,11 @@ def late(before: list[Sign], after: list[Sign], seconds: float) -> UserError:
     )
 
 
-def _named(ranks: list[int], signs: list[Sign]) -> str:
+def _named(ranks: list[int], heartbeats: list[Heartbeat]) -> str:
     said = []
     for rank in ranks[:_MOST_NAMED]:
-        sign = signs[rank]
-        said.append(f"rank {rank} (process {sign.process} on {sign.host}, last heard of after step {sign.step} in {sign.at})")
+        last = heartbeats[rank]
+        said.append(f"rank {rank} (process {last.process} on {last.host}, last heard of after step {last.step} in {last.at})")
     more = [f"{len(ranks) - _MOST_NAMED} more"] if len(ranks) > _MOST_NAMED else []
     return ", ".join([*said, *more])
 
@@ -161,7 +161,7 @@ def _no_store(error: BaseException, seconds: float) -> UserError:
 def _answer(question: Callable[[], Any]) -> Any:
     """Of the store; TimeoutError when it gives none: a store whose process is stopped keeps its connections, and keeps us waiting."""
     asked: Future[Any] = Future()
-    threading.Thread(target=_settle, args=(asked, question), name="watch's question", daemon=True).start()
+    threading.Thread(target=_settle, args=(asked, question), name="watchdog's question", daemon=True).start()
     try:
         return asked.result(_STORE_SECONDS)
     except TimeoutError:
@@ -185,7 +185,7 @@ def _at(frame: FrameType | None) -> str:
 
 
 def _key(rank: int) -> str:
-    return f"moe2dense/sign/{rank}"
+    return f"moe2dense/heartbeat/{rank}"
 
 
 def _own_connection() -> Any:

@@ -1,4 +1,4 @@
-"""Before step 0 the teacher proves itself: its weights are those of the files, it predicts text, it computes what transformers computes.
+"""Before step 0 the teacher is verified: its weights are those of the files, it predicts text, it computes what transformers computes.
 
 A teacher that loaded wrong still trains a student, to the wrong distribution, with a loss that falls.
 """
@@ -18,14 +18,14 @@ from torch import Tensor
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
-from megatron_moe2dense.trainer.agreement import together
+from megatron_moe2dense.trainer.agreement import raise_on_all_ranks
 from megatron_moe2dense.trainer.config import DistillConfig, TeacherCheckConfig
 from megatron_moe2dense.trainer.data.samples import Batch
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses import measures
-from megatron_moe2dense.trainer.proof import fingerprint
 from megatron_moe2dense.trainer.step import on_this_rank
 from megatron_moe2dense.trainer.teacher import LiveTeacher
+from megatron_moe2dense.trainer.verification import fingerprint
 
 # The stock forward sees the first so many tokens of the sample: attention is causal, so their logits do not depend on the rest.
 _COMPARED = 128
@@ -64,7 +64,9 @@ class _StockShard:
         return self.logits_TV[tokens, self.start : self.start + self.valid].clone()
 
 
-def prove(teacher: LiveTeacher, config: DistillConfig, groups: Groups, batch: Batch, recorded: dict[str, Any] | None) -> dict[str, Any]:
+def verify_teacher(
+    teacher: LiveTeacher, config: DistillConfig, groups: Groups, batch: Batch, recorded: dict[str, Any] | None
+) -> dict[str, Any]:
     """Run the checks and return what the manifest keeps of them; a collective of all ranks.
 
     Args:
@@ -76,7 +78,7 @@ def prove(teacher: LiveTeacher, config: DistillConfig, groups: Groups, batch: Ba
     """
     assert config.teacher is not None
     began, directory, check = time.monotonic(), Path(config.teacher), config.resolved_teacher_check()
-    found = fingerprint.verify(teacher.chunks, teacher.blueprint, groups, directory)
+    found = fingerprint.verify(teacher.chunks, teacher.spec, groups, directory)
     if recorded is not None and recorded["fingerprint"] != found.digest:
         raise UserError(
             f"{directory}: weights with fingerprint {found.digest}, this run began with {recorded['fingerprint']}",
@@ -95,7 +97,7 @@ def prove(teacher: LiveTeacher, config: DistillConfig, groups: Groups, batch: Ba
 
 
 def _described(numbers: Numbers, teacher: LiveTeacher) -> str:
-    uniform = f"(a uniform guess: {math.log(teacher.blueprint.dims.vocab_size):.4f})"
+    uniform = f"(a uniform guess: {math.log(teacher.spec.dims.vocab_size):.4f})"
     text = f"loss {numbers.loss:.4f} {uniform} on the first sample"
     return f"{text}, {_comparison(numbers)}" if numbers.stock_kl is not None else f"{text}, not compared with stock transformers"
 
@@ -106,14 +108,14 @@ def _comparison(numbers: Numbers) -> str:
 
 
 def _judge(numbers: Numbers, teacher: LiveTeacher, check: TeacherCheckConfig, directory: Path) -> None:
-    uniform, (mean, median) = math.log(teacher.blueprint.dims.vocab_size), _MOST_KL[teacher.blueprint.dtype]
+    uniform, (mean, median) = math.log(teacher.spec.dims.vocab_size), _MOST_KL[teacher.spec.dtype]
     found = (numbers.stock_kl, numbers.stock_kl_median)
     # written so that NaN does not pass
     if not all(value is None or value <= most for value, most in zip(found, (mean, median), strict=True)):
         raise UserError(
             f"teacher {directory}: {_comparison(numbers)}",
-            f"at most {mean:g} and {median:g} in {str(teacher.blueprint.dtype).removeprefix('torch.')}",
-            "Megatron-Core computes another model than transformers: check the family's name table and fields (docs/adding.md), "
+            f"at most {mean:g} and {median:g} in {str(teacher.spec.dtype).removeprefix('torch.')}",
+            "Megatron-Core computes another model than transformers: check the family's weight mapping and fields (docs/adding.md), "
             "or train without this comparison: teacher_check.stock_forward=never",
         )
     assert numbers.loss is not None
@@ -134,7 +136,7 @@ def _measure(teacher: LiveTeacher, check: TeacherCheckConfig, given: tuple[Path,
     loss_and_count = sums_4P.new_zeros(2)
     targets = teacher.targets([batch])
     if targets:  # the last stage; copies of a sample weigh the same, so they leave the means alone
-        shard, (labels_T, mask_T) = teacher.known(targets[0]), batch.flat()
+        shard, (labels_T, mask_T) = teacher.output(targets[0]), batch.flat()
         loss_T = measures.per_token(shard, None, labels_T)[0]
         loss_and_count += torch.stack([(loss_T * mask_T).sum(), mask_T.sum()])
         if stock_SV is not None:
@@ -163,11 +165,11 @@ def _stock_logits(teacher: LiveTeacher, check: TeacherCheckConfig, given: tuple[
     source = torch.tensor(dist.get_rank() if computes else -1, device=device)
     dist.all_reduce(source, op=dist.ReduceOp.MAX)
     result_SV = None
-    with together():
-        if computes and check.stock_forward != "never" and _fits(directory, teacher.blueprint.dtype, check):
-            from megatron_moe2dense.trainer.proof import stock  # transformers takes seconds to import
+    with raise_on_all_ranks():
+        if computes and check.stock_forward != "never" and _fits(directory, teacher.spec.dtype, check):
+            from megatron_moe2dense.trainer.verification import stock  # transformers takes seconds to import
 
-            result_SV = stock.logits(directory, teacher.blueprint.dtype, batch.tokens[0, :_COMPARED], active).to(device)
+            result_SV = stock.logits(directory, teacher.spec.dtype, batch.tokens[0, :_COMPARED], active).to(device)
     shape = torch.tensor(result_SV.shape if result_SV is not None else (0, 0), device=device)
     dist.broadcast(shape, int(source))
     if int(shape[0]) == 0:
@@ -179,7 +181,7 @@ def _stock_logits(teacher: LiveTeacher, check: TeacherCheckConfig, given: tuple[
 
 
 def _fits(directory: Path, dtype: torch.dtype, check: TeacherCheckConfig) -> bool:
-    from megatron_moe2dense.trainer.proof import stock
+    from megatron_moe2dense.trainer.verification import stock
 
     needed, free = stock.host_bytes(CheckpointIndex.open(directory), dtype), stock.free_host_bytes()
     if check.stock_forward == "auto" and needed > free:

@@ -22,8 +22,8 @@ from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.model import Blueprint, HeadlessGPT
-from megatron_moe2dense.trainer.weights import placed
+from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec
+from megatron_moe2dense.trainer.weights import weights_of_rank
 
 _BITS = {2: torch.int16, 4: torch.int32}
 _READ = 1024**2  # bytes
@@ -53,7 +53,7 @@ def bit_sum(values: Tensor) -> int:
     return int(total)
 
 
-def verify(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups, directory: Path) -> Fingerprint:
+def verify(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups, directory: Path) -> Fingerprint:
     """Compare what stands in the model's parameters with the files it was loaded from; a collective of all ranks.
 
     It can not see a tensor at the place of another of its own parameter (q for k): that takes a forward pass.
@@ -64,16 +64,16 @@ def verify(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups, 
     index = CheckpointIndex.open(directory)
     names = sorted(index.tensors)
     device = next(chunks[0].parameters()).device
-    in_model_N, parameter_N, bytes_N = _of_model(chunks, (blueprint, groups), {name: i for i, name in enumerate(names)}, device)
-    left_over = [name for name, number in zip(names, parameter_N, strict=True) if number < 0 and not _may_be_left(name, blueprint)]
+    in_model_N, parameter_N, bytes_N = _of_model(chunks, (spec, groups), {name: i for i, name in enumerate(names)}, device)
+    left_over = [name for name, number in zip(names, parameter_N, strict=True) if number < 0 and not _may_be_left(name, spec)]
     if left_over:
         raise UserError(
             f"{directory}: {len(left_over)} tensors that no parameter of the model takes, first {left_over[0]}",
-            f"the tensors of {blueprint.family.architecture}",
+            f"the tensors of {spec.family.architecture}",
             "check that config.json and the weights are of the same model",
         )
     # in bfloat16 models a few parameters are float32 all the same
-    dtypes = {name: torch.float32 if nbytes == 4 else blueprint.dtype for name, nbytes in zip(names, bytes_N, strict=True)}
+    dtypes = {name: torch.float32 if nbytes == 4 else spec.dtype for name, nbytes in zip(names, bytes_N, strict=True)}
     in_files_N = _of_files(index, dtypes, device)
     expected_N = [0] * len(names)
     for value, number in zip(in_files_N, parameter_N, strict=True):
@@ -84,7 +84,7 @@ def verify(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups, 
         raise UserError(
             f"{directory}: {len(wrong)} parameters of the model are not what the files hold, first that of {wrong[0]}",
             "the weights of the files in the model",
-            "nothing was trained; a family's weight-name table may be wrong (docs/adding.md), or the files change while they are read",
+            "nothing was trained; a family's weight mapping may be wrong (docs/adding.md), or the files change while they are read",
         )
     matrices = {name for name in names if len(index.tensors[name].shape) > 1 and not _is_exponents(name, index)}
     zeros = tuple(name for name, value in zip(names, in_files_N, strict=True) if value == 0 and name in matrices)
@@ -93,13 +93,13 @@ def verify(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups, 
 
 
 def _of_model(
-    chunks: Sequence[HeadlessGPT], place: tuple[Blueprint, Groups], number_of: dict[str, int], device: torch.device
+    chunks: Sequence[HeadlessGPT], place: tuple[ModelSpec, Groups], number_of: dict[str, int], device: torch.device
 ) -> tuple[list[int], list[int], list[int]]:
     """By number of a tensor: sum of the parameter whose first tensor it is; number of its parameter's first tensor, -1 for none; bytes of
     a value in the parameter."""
     sums_N = torch.zeros(len(number_of), dtype=torch.int64, device=device)
     first_N, bytes_N = torch.full_like(sums_N, -1), torch.zeros_like(sums_N)
-    for parameter, entry, counts in placed(chunks, *place, number_of):
+    for parameter, entry, counts in weights_of_rank(chunks, *place, number_of):
         first = number_of[entry.hf[0]]
         mine = [number_of[name] for name in entry.hf]
         first_N[mine], bytes_N[mine] = first, parameter.element_size()
@@ -150,14 +150,14 @@ def _wrapped(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
-def _may_be_left(name: str, blueprint: Blueprint) -> bool:
+def _may_be_left(name: str, spec: ModelSpec) -> bool:
     """The head of a tied model saved a second time, rotary frequencies (computed), layers beyond the model's (next-token predictors),
     routers with one expert."""
     layer = _LAYER.search(name)
-    beyond = layer is not None and int(layer[1]) >= blueprint.dims.layers
+    beyond = layer is not None and int(layer[1]) >= spec.dims.layers
     return (
         beyond
-        or name in blueprint.idle_router()
+        or name in spec.idle_router()
         or name.endswith("rotary_emb.inv_freq")
-        or (blueprint.dims.tied_embeddings and name == "lm_head.weight")
+        or (spec.dims.tied_embeddings and name == "lm_head.weight")
     )

@@ -19,7 +19,7 @@ from megatron_moe2dense.operations.plan.job import Job
 from megatron_moe2dense.operations.plan.search import Verdict, judge, search
 from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
 from megatron_moe2dense.trainer.flops import training_flops
-from megatron_moe2dense.trainer.model import Blueprint
+from megatron_moe2dense.trainer.model import ModelSpec
 from megatron_moe2dense.trainer.teacher import active_experts, require_same_vocabulary
 
 _LAYOUT = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "recompute")
@@ -67,8 +67,8 @@ def job_of(config: PlanConfig) -> Job:
     dtype = getattr(torch, config.dtype)
     active = config.teacher_routing.active if config.teacher_routing else None
     teacher = config.teacher if config.teacher_cache is None else None
-    loss, student = config.resolved_loss(), blueprint_of(config.student, dtype)
-    frozen = blueprint_of(teacher, dtype) if teacher is not None else None
+    loss, student = config.resolved_loss(), model_spec(config.student, dtype)
+    frozen = model_spec(teacher, dtype) if teacher is not None else None
     if frozen is not None:
         require_same_vocabulary(frozen, student)
         if frozen.dims.experts:
@@ -90,11 +90,11 @@ def job_of(config: PlanConfig) -> Job:
     )
 
 
-def blueprint_of(place: str, dtype: torch.dtype) -> Blueprint:
+def model_spec(place: str, dtype: torch.dtype) -> ModelSpec:
     """Of a Hugging Face directory or a config.json."""
     path = Path(place)
     path = path if path.suffix == ".json" else path / "config.json"
-    return Blueprint.of(read_json(path, "a Hugging Face directory or its config.json"), place, dtype)
+    return ModelSpec.of(read_json(path, "a Hugging Face directory or its config.json"), place, dtype)
 
 
 def _require_room(verdict: Verdict, machine: Machine) -> None:
@@ -120,7 +120,7 @@ def _facts(config: PlanConfig, verdicts: list[Verdict], left_out: Mapping[str, i
     }
 
 
-def _models(job: Job) -> tuple[Blueprint, Blueprint | None, int, int | None]:
+def _models(job: Job) -> tuple[ModelSpec, ModelSpec | None, int, int | None]:
     return job.student, job.teacher, job.length, job.active
 
 

@@ -46,10 +46,10 @@ class GroupRanking:
 
     def get_replay_topk(self, scores: Tensor, topk: int, num_groups: int, group_topk: int, _otherwise: Callable) -> tuple[Tensor, Tensor]:
         """scores [T, E] to the chosen scores and expert numbers [T, topk]."""
-        groups = scores.unflatten(1, (num_groups, -1))
-        rank = groups.topk(self._best, dim=-1).values.sum(-1)
+        blocks = scores.unflatten(1, (num_groups, -1))
+        rank = blocks.topk(self._best, dim=-1).values.sum(-1)
         used = torch.zeros_like(rank, dtype=torch.bool).scatter(1, rank.topk(group_topk, dim=1).indices, True)
-        return torch.topk(groups.masked_fill(~used.unsqueeze(-1), float("-inf")).flatten(1), topk, dim=1)
+        return torch.topk(blocks.masked_fill(~used.unsqueeze(-1), float("-inf")).flatten(1), topk, dim=1)
 
 
 def finish_routers(model: torch.nn.Module, router: Router) -> None:

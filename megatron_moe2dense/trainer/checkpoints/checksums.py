@@ -1,4 +1,4 @@
-"""The seal of a checkpoint directory: size and SHA-256 of each of its files, written last and checked before anything is loaded."""
+"""The checksums of a checkpoint directory: size and SHA-256 of each of its files, written last and checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_moe2dense.common.outputs import write_json
 
-SEAL = "files.json"
+LISTING = "files.json"
 Digest = dict[str, Any]
 
 
@@ -21,21 +21,21 @@ def digest(path: Path) -> Digest:
 
 
 def write(directory: Path, digests: Mapping[str, Digest]) -> None:
-    """Seal `directory`: `digests` of the files that others have read already, by name; the rest is read here."""
+    """List the files of `directory`: `digests` of those that others have read already, by name; the rest is read here."""
     names = sorted(path.name for path in directory.iterdir())
-    write_json(directory / SEAL, {name: digests[name] if name in digests else digest(directory / name) for name in names})
+    write_json(directory / LISTING, {name: digests[name] if name in digests else digest(directory / name) for name in names})
 
 
 def broken(directory: Path, share: slice) -> str | None:
-    """What is wrong with the seal, or with the files of this share of its list; None when nothing is."""
+    """What is wrong with the list, or with the files of this share of its list; None when nothing is."""
     try:
-        sealed = json.loads((directory / SEAL).read_bytes())
-        strangers = {path.name for path in directory.iterdir()} - {SEAL, *sealed}
+        listed = json.loads((directory / LISTING).read_bytes())
+        strangers = {path.name for path in directory.iterdir()} - {LISTING, *listed}
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        return f"{directory / SEAL}: {error}"
+        return f"{directory / LISTING}: {error}"
     if strangers:
-        return f"{directory / min(strangers)} is not in {SEAL}"
-    return next(_faults(directory, list(sealed.items())[share]), None)
+        return f"{directory / min(strangers)} is not in {LISTING}"
+    return next(_faults(directory, list(listed.items())[share]), None)
 
 
 def _faults(directory: Path, files: Iterable[tuple[str, Digest]]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class VocabShard:
+class VocabParallelLogits:
     """Logits that are never held as a whole: `hidden_TD @ weight_VD.T`, of which `valid` columns are vocabulary.
 
     Attributes:
@@ -27,7 +27,7 @@ class VocabShard:
     group: dist.ProcessGroup | None
 
     @classmethod
-    def of(cls, hidden_TD: Tensor, weight_VD: Tensor, vocab_size: int, group: dist.ProcessGroup | None) -> VocabShard:
+    def of(cls, hidden_TD: Tensor, weight_VD: Tensor, vocab_size: int, group: dist.ProcessGroup | None) -> VocabParallelLogits:
         """This rank's shard: the vocabulary, padded, in equal parts over the ranks."""
         rank, rows = (dist.get_rank(group) if group is not None else 0), weight_VD.shape[0]
         start = rank * rows

@@ -19,23 +19,23 @@ from megatron_moe2dense.tokens.indexed import TokenFile
 from megatron_moe2dense.trainer import distill, runtime, teacher
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.model import Blueprint
+from megatron_moe2dense.trainer.model import ModelSpec
 from megatron_moe2dense.trainer.runtime import fp8
 
 
 @dataclass(frozen=True)
-class Place:
+class Resources:
     """Where the job would run. processes: asked for, None: unknown."""
 
     gpus: list[Gpu]
     processes: int | None
 
 
-def judge(config: DistillConfig, place: Place) -> list[Finding]:
+def judge(config: DistillConfig, resources: Resources) -> list[Finding]:
     """Lines of the report; what would stop the run is an error, with what to do."""
-    world = _world(config, place)
+    world = _world(config, resources)
     checks: dict[str, Callable[[], str]] = {
-        "processes": lambda: _layout(config, world, place),
+        "processes": lambda: _layout(config, world, resources),
         "device": lambda: _device(config),
         "student": lambda: _student(config),
         "teacher": lambda: _teacher(config),
@@ -46,7 +46,7 @@ def judge(config: DistillConfig, place: Place) -> list[Finding]:
     rows = [_checked(name, check) for name, check in checks.items()]
     if any(row.level == "error" for row in rows):
         return rows
-    return [*rows, _checked("vocabulary", lambda: _vocabulary(config)), *_room(config, world, place)]
+    return [*rows, _checked("vocabulary", lambda: _vocabulary(config)), *_room(config, world, resources)]
 
 
 def _checked(name: str, check: Callable[[], str]) -> Finding:
@@ -56,17 +56,17 @@ def _checked(name: str, check: Callable[[], str]) -> Finding:
         return Finding(name, error.found, "error", f"{error.do} (expected: {error.expected})")
 
 
-def _world(config: DistillConfig, place: Place) -> int:
+def _world(config: DistillConfig, resources: Resources) -> int:
     torchrun = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
-    return place.processes or torchrun or len(place.gpus) or fewest_processes(config.parallel)
+    return resources.processes or torchrun or len(resources.gpus) or fewest_processes(config.parallel)
 
 
-def _layout(config: DistillConfig, world: int, place: Place) -> str:
+def _layout(config: DistillConfig, world: int, resources: Resources) -> str:
     parallel = config.parallel
     try:
         process_groups.require_world(parallel, world)
     except UserError as error:
-        if place.processes is None and place.gpus:
+        if resources.processes is None and resources.gpus:
             raise UserError(error.found, error.expected, f"{error.do}; for several nodes: moe2dense doctor processes=N") from None
         raise
     data = world // (parallel.tensor * parallel.pipeline * parallel.context)
@@ -82,14 +82,14 @@ def _device(config: DistillConfig) -> str:
 
 def _student(config: DistillConfig) -> str:
     directory = Path(config.student)
-    blueprint = distill.student_blueprint(config)
+    spec = distill.student_spec(config)
     if not any((directory / name).exists() for name in ASSETS if name.startswith(("tokenizer", "vocab"))):
         raise UserError(
             f"{directory} has no tokenizer files",
             "those of the teacher, which exports of the run would carry on",
             "copy tokenizer.json and tokenizer_config.json of the teacher into it",
         )
-    return f"{blueprint.family.name}, {blueprint.dims.layers} layers, vocabulary {blueprint.dims.vocab_size}"
+    return f"{spec.family.name}, {spec.dims.layers} layers, vocabulary {spec.dims.vocab_size}"
 
 
 def _teacher(config: DistillConfig) -> str:
@@ -100,11 +100,11 @@ def _teacher(config: DistillConfig) -> str:
 
 
 def _vocabulary(config: DistillConfig) -> str:
-    student = distill.student_blueprint(config)
+    student = distill.student_spec(config)
     if config.has_live_teacher():
         assert config.teacher is not None
         teacher.require_same_vocabulary(
-            Blueprint.of(CheckpointIndex.open(Path(config.teacher)).config, config.teacher, student.dtype), student
+            ModelSpec.of(CheckpointIndex.open(Path(config.teacher)).config, config.teacher, student.dtype), student
         )
     return str(student.dims.vocab_size)
 
@@ -138,12 +138,12 @@ def _metrics(config: DistillConfig) -> str:
     return ", ".join(["metrics.jsonl", *(["W&B"] if logging.wandb else []), *(["TensorBoard"] if logging.tensorboard else [])])
 
 
-def _room(config: DistillConfig, world: int, place: Place) -> Iterator[Finding]:
+def _room(config: DistillConfig, world: int, resources: Resources) -> Iterator[Finding]:
     """What `plan` says that the fullest process takes, against memory; the checkpoints that are kept against the disk."""
     facts: dict[str, Any] = dry_run.distill(config, world)
     stage, parts = max(facts["memory_per_process"].items(), key=lambda item: item[1]["total"])
-    if place.gpus:
-        have, what = min(gpu.free for gpu in place.gpus), "free on the fullest GPU"
+    if resources.gpus:
+        have, what = min(gpu.free for gpu in resources.gpus), "free on the fullest GPU"
         need, of = parts["total"], f"on a GPU of {stage}"
     else:
         have, what = free_memory(), "of host memory"
