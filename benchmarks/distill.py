@@ -29,7 +29,7 @@ from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.data.samples import Batch
 from megatron_moe2dense.trainer.loop import Trainer
 from megatron_moe2dense.trainer.losses import losses
-from megatron_moe2dense.trainer.losses.shards import VocabShard
+from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits
 from megatron_moe2dense.trainer.step import Models, student_pass
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples/pico_moe"
@@ -111,8 +111,8 @@ def parts_of_a_step(trainer: Trainer, batches: list[Batch]) -> tuple[Callable[[]
     def teacher_forward() -> None:
         with torch.no_grad():
             for target in teacher.targets(batches):
-                shard = teacher.known(target)
-                assert isinstance(shard, VocabShard)
+                shard = teacher.output(target)
+                assert isinstance(shard, VocabParallelLogits)
                 shard.logits(slice(None))
 
     return lambda: gradients(trainer.models, "forward_kl"), teacher_forward, lambda: gradients(alone, "cross_entropy")

@@ -31,9 +31,9 @@ def plain(student: tuple[torch.Tensor, torch.Tensor], teacher: tuple[torch.Tenso
 def ours(student: tuple[torch.Tensor, torch.Tensor], teacher: tuple[torch.Tensor, torch.Tensor]) -> None:
     """The trainer's loss."""
     from megatron_moe2dense.trainer.losses import losses
-    from megatron_moe2dense.trainer.losses.shards import VocabShard
+    from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits
 
-    shards = [VocabShard.of(hidden, head, VOCAB, None) for hidden, head in (student, teacher)]
+    shards = [VocabParallelLogits.of(hidden, head, VOCAB, None) for hidden, head in (student, teacher)]
     tokens = len(student[0])
     mask = torch.ones(tokens)
     loss = losses["forward_kl"]().per_token(shards[0], shards[1], torch.zeros(tokens, dtype=torch.long), mask)

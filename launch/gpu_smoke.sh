@@ -10,4 +10,4 @@ if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
     echo "gpu_smoke: nvidia-smi lists no GPU, nothing was started; the CPU path is covered by make test" >&2
     exit 2
 fi
-exec "$PYTHON" -W ignore -m megatron_moe2dense.trainer.smoke "${OUT:-out/gpu_smoke}"
+exec "$PYTHON" -W ignore -m megatron_moe2dense.operations.smoke "${OUT:-out/gpu_smoke}"

@@ -37,9 +37,10 @@ class Command:
     flags: tuple[str, ...] = ()
 
 
-def _command(module: str, config: str, help_line: str, **options: Any) -> Command:
+def _command(module: str, config: str, help_line: str, dry_run: str | None = None, **options: Any) -> Command:
+    """Of a module beside its config; `dry_run` where that is another module's."""
     package = module.rpartition(".")[0]
-    return Command(f"{package}.config:{config}", f"{module}:run", f"{module}:dry_run", help_line, **options)
+    return Command(f"{package}.config:{config}", f"{module}:run", dry_run or f"{module}:dry_run", help_line, **options)
 
 
 COMMANDS = {
@@ -55,19 +56,24 @@ COMMANDS = {
     "sweep": _command("sweep.run", "SweepConfig", "every combination of scoring, grouping, scaling and K, evaluated in memory"),
     "auto": _command("sweep.auto", "AutoConfig", "the best plan for a number of parameters, by successive halving over a sweep"),
     "cache-teacher": _command("trainer.cache.write", "CacheTeacherConfig", "the teacher's top-k log-probabilities to disk, for distill"),
-    "distill": _command("trainer.distill", "DistillConfig", "train the dense student on the teacher's logits (Megatron-Core)"),
+    "distill": _command(
+        "trainer.distill",
+        "DistillConfig",
+        "train the dense student on the teacher's logits (Megatron-Core)",
+        dry_run="operations.dry_run:distill",
+    ),
     "export": _command("trainer.export", "ExportConfig", "trainer checkpoint to a Hugging Face checkpoint"),
     "eval": _command("evals.evaluate", "EvalConfig", "perplexity, KL to the teacher, lm-eval accuracy, generation speed of checkpoints"),
     "make-task": _command("evals.local_task", "MakeTaskConfig", "a multiple-choice task for eval out of held-out tokens"),
     "doctor": _command(
-        "trainer.doctor.run",
+        "operations.doctor.run",
         "DoctorConfig",
         "what this machine has, what distill would use, and what a config of it lacks here",
         positional="config",
         positional_yaml=True,
     ),
     "plan": _command(
-        "trainer.plan.plan", "PlanConfig", "memory, messages and time of a layout on given GPUs, or the best layouts; on paper"
+        "operations.plan.run", "PlanConfig", "memory, messages and time of a layout on given GPUs, or the best layouts; on paper"
     ),
     "plot": _command("plots.plot", "PlotConfig", "figures from statistics, metrics and records"),
 }

@@ -28,6 +28,7 @@ ARROWS = {
     "trainer": GROUND,
     "evals": GROUND,
     "plots": GROUND,
+    "operations": GROUND | {"trainer"},
     "cli": GROUND,  # commands are imported by name when they run
     "sweep": GROUND | {"surgery", "evals"},
     "__main__": {"cli"},
@@ -36,9 +37,9 @@ ARROWS = {
 # Libraries that belong to some parts: which parts or files may import them.
 LIBRARIES = {
     "megatron": {"trainer"},
-    # trainer/proof/stock.py alone: the teacher's forward is compared with transformers' before step 0
-    "transformers": {"surgery", "evals", "trainer/proof/stock.py"},
-    "torch": {"checkpoint", "surgery", "trainer", "evals", "sweep"},
+    # trainer/verification/stock.py alone: the teacher's forward is compared with transformers' before step 0
+    "transformers": {"surgery", "evals", "trainer/verification/stock.py"},
+    "torch": {"checkpoint", "surgery", "trainer", "operations", "evals", "sweep"},
     "matplotlib": {"plots"},
     "lm_eval": {"evals"},
     "wandb": {"trainer"},

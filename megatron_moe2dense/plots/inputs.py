@@ -119,8 +119,8 @@ def _statistics(path: Path) -> Statistics:
 def _distinct(items: list[Input]) -> list[Input]:
     """Labels made distinct inside a kind: by the parent folder's name where two folders are called the same."""
 
-    def label(item: Input) -> str:
+    def distinct(item: Input) -> str:
         same = [other for other in items if other.kind == item.kind and other.label == item.label]
         return item.label if len(same) == 1 else f"{item.path.resolve().parent.parent.name}/{item.label}"
 
-    return [Input(item.kind, label(item), item.path, item.content) for item in items]
+    return [Input(item.kind, distinct(item), item.path, item.content) for item in items]

@@ -36,7 +36,7 @@ from megatron_moe2dense.surgery.stats import CalibratedStats
 from megatron_moe2dense.surgery.stream import Compute
 from megatron_moe2dense.sweep.bench import Bench
 from megatron_moe2dense.sweep.config import AutoConfig, BudgetConfig
-from megatron_moe2dense.sweep.grid import make_plans, points
+from megatron_moe2dense.sweep.grid import make_plans, points, refit_block
 from megatron_moe2dense.tokens.config import TokensConfig
 from megatron_moe2dense.tokens.indexed import windows
 
@@ -57,7 +57,7 @@ class Candidate:
         """For tables."""
         if self.refit is None:
             return self.name
-        return f"{self.name} {label({'method': self.refit.method, **self.refit.model_dump(mode='json', exclude_defaults=True)})}"
+        return f"{self.name} {label(refit_block(self.refit))}"
 
 
 def run(config: AutoConfig) -> None:
@@ -85,7 +85,7 @@ def run(config: AutoConfig) -> None:
         report["model_windows"] = {"spent": sum(each["model_windows"] for each in rounds), "all": len(found) * len(windows_NS)}
         write_json(working / REPORT, report)
         search.clean()
-    print(table(report))
+    print(rounds_table(report))
     print(f"\n{config.output}/{PLAN_FILE}: moe2dense convert source={config.source} plan={config.output}/{PLAN_FILE} output=...")
 
 
@@ -250,7 +250,7 @@ def _with_modes(candidates: Sequence[Candidate]) -> list[Candidate]:
     return list({candidate.called: candidate for candidate in both}.values())
 
 
-def table(report: dict[str, Any]) -> str:
+def rounds_table(report: dict[str, Any]) -> str:
     """The best models of the last round, with what the rounds before said of them, and what the search cost."""
     rounds, said = report["rounds"], report["model_windows"]
     last = rounds[-1]["models"]

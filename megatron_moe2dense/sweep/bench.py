@@ -19,7 +19,7 @@ from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.planned import Place, fit_planned
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stream import Compute
-from megatron_moe2dense.sweep.measure import measure
+from megatron_moe2dense.sweep.against_teacher import against_teacher
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Bench:
         fits = fit_planned(self.source, self.reader, list(zip(todo, places, strict=True)))
         by_hash = {plan.hash(): found for plan, found in zip(todo, fits, strict=True)}
         models = [DenseModel(plan.layers, by_hash.get(plan.hash())) for plan in plans]
-        return measure(self.head, self.windows_NS, self.teacher_NSD, self.stream.dense_states(self.windows_NS, models))
+        return against_teacher(self.head, self.windows_NS, self.teacher_NSD, self.stream.dense_states(self.windows_NS, models))
 
     def forget(self, plans: Sequence[ConversionPlan]) -> None:
         """Drop what their refits solved."""

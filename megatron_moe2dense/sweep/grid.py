@@ -53,12 +53,17 @@ def points(grid: GridConfig, experts: int, active: int) -> list[Point]:
         if keep >= slices:
             methods = Methods(keep, slices, score, group if keep > slices else None, scale)
             blocks: dict[str, Any] = {"score": scorers.dump(score), "group": groupers.dump(group), "scale": scalers.dump(scale)}
-            if refit is not None:  # its settings that are no defaults: this is the row's name
-                blocks["refit"] = {"method": refit.method, **refit.model_dump(mode="json", exclude_defaults=True)}
+            if refit is not None:
+                blocks["refit"] = refit_block(refit)
             found.append(Point(len(found), methods, refit, {"keep": keep, "groups": slices, "refit": None, **blocks}))
     if not found:
         raise UserError(f"grid.keep={keeps}, groups={groups}", "some keep >= groups: no group may be empty", "raise keep or lower groups")
     return found
+
+
+def refit_block(refit: RefitConfig) -> dict[str, Any]:
+    """Its method, and of its settings those that are no defaults: for names."""
+    return {"method": refit.method, **refit.model_dump(mode="json", exclude_defaults=True)}
 
 
 def _doubled(active: int, experts: int) -> list[int]:

@@ -31,7 +31,7 @@ from megatron_moe2dense.sweep.config import SweepConfig
 from megatron_moe2dense.sweep.grid import Point, distinct, in_slice, make_plans, points
 from megatron_moe2dense.sweep.ledger import REFITS, SUMMARY, Ledger, read_rows, require_free
 from megatron_moe2dense.sweep.live import LiveTable
-from megatron_moe2dense.sweep.summary import summarise, table
+from megatron_moe2dense.sweep.summary import summarise, summary_table
 from megatron_moe2dense.tokens.indexed import windows
 
 
@@ -196,7 +196,7 @@ def _conclude(sweep: Sweep, ledger: Ledger) -> None:
         write_json(ledger.directory / SUMMARY, summary)
         if len(rows) == len(sweep.points):
             ledger.finish()
-    print(table(summary))
+    print(summary_table(summary))
     print(f"\n{ledger.directory}: {len(rows)} of {len(sweep.points)} configurations, {len(sweep.by_hash)} distinct plans")
 
 

@@ -88,7 +88,7 @@ def _short(row: Row) -> Row:
     return {"model": row["model"], "plan_hash": row["plan_hash"], "parameters": row["parameters"], **row["metrics"]}
 
 
-def table(summary: dict[str, Any]) -> str:
+def summary_table(summary: dict[str, Any]) -> str:
     """For stdout: a line for every value of every axis, then the shares of the variance."""
     body = []
     for axis, values in summary["axes"].items():

@@ -11,7 +11,7 @@ from megatron_moe2dense.common.errors import UserError
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """To be entered by all ranks; afterwards either all go on, or all raise the first rank's UserError. No collectives inside."""
     problem = None
     try:

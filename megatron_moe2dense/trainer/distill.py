@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,22 @@ from megatron_moe2dense.common.outputs import MANIFEST, Status, claim, config_ha
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import initialize, optim, runtime, teacher
 from megatron_moe2dense.trainer import model as models
-from megatron_moe2dense.trainer.agreement import together
+from megatron_moe2dense.trainer.agreement import raise_on_all_ranks
 from megatron_moe2dense.trainer.cache.teacher import CachedTeacher, open_cache
 from megatron_moe2dense.trainer.checkpoints.checkpointer import Checkpointer
 from megatron_moe2dense.trainer.checkpoints.writer import latest, step_of
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.data.datasets import texts
 from megatron_moe2dense.trainer.data.samples import SampleStream, training_stream, validation_stream
-from megatron_moe2dense.trainer.flops import forward_flops, training_flops
+from megatron_moe2dense.trainer.flops import training_flops
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.loop import Trainer
 from megatron_moe2dense.trainer.metrics import Metrics, Speed
-from megatron_moe2dense.trainer.pipeline import Split
-from megatron_moe2dense.trainer.plan import memory, parameters
-from megatron_moe2dense.trainer.plan.job import Job, fewest_processes
-from megatron_moe2dense.trainer.proof.prove import prove
+from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from megatron_moe2dense.trainer.runtime import Runtime, fp8
 from megatron_moe2dense.trainer.state import TrainState
 from megatron_moe2dense.trainer.step import Models
+from megatron_moe2dense.trainer.verification.verify import verify_teacher
 
 # What may change between the parts of one run: layout and logging, not the mathematics.
 _MAY_CHANGE = ("parallel", "logging", "device", "overwrite", "teacher_check")
@@ -45,7 +42,7 @@ _MAY_CHANGE_IN_TRAIN = ("save_every", "keep", "async_save", "eval_every", "log_e
 
 def run(config: DistillConfig) -> None:
     """Train; started again with the same config after a stop, continue from the last checkpoint."""
-    # twice the timeout of a step: the watch over the ranks says more than a collective that gives up
+    # twice the timeout of a step: the watchdog says more than a collective that gives up
     patience = max(runtime.PATIENCE, 2 * config.train.timeout)
     with (
         runtime.session(config.device, patience) as device,
@@ -59,55 +56,6 @@ def run(config: DistillConfig) -> None:
             _write_manifest(config, "finished", step=state.step, tokens=state.tokens, skipped_total=state.skipped_total)
             logger.info("finished: %d steps, %d tokens; weights in %s", state.step, state.tokens, latest(trainer.checkpointer.directory))
         dist.barrier()
-
-
-def dry_run(config: DistillConfig, processes: int | None = None) -> dict[str, Any]:
-    """Steps, tokens, parameters, model FLOPs (see `flops`) and bytes.
-
-    memory_bytes: of all processes together, without activations and padding: weights, float32 gradients, the optimizer's moments and, in
-    bfloat16, master weights of the student; weights of the teacher. memory_per_process: by pipeline stage and part (`plan.memory`), on
-    this many processes, by default those that this runs on, or the fewest that the layout needs.
-    """
-    half = config.dtype == "bfloat16"
-    tokens = config.steps() * config.batch.global_ * config.data.sequence_length
-    per_pass = {"student": (3, 2 + 4 + 4 + 8 if half else 4 + 4 + 8), "teacher": (1, 2 if half else 4)}
-    facts: dict[str, Any] = {"steps": config.steps(), "tokens": tokens, "flops": 0, "memory_bytes": {}}
-    blueprints: dict[str, models.Blueprint] = {}
-    for name, directory in (("student", config.student), ("teacher", config.teacher if config.has_live_teacher() else None)):
-        if directory is None:
-            continue
-        content = read_json(Path(directory) / "config.json", "a Hugging Face directory with a config.json")
-        blueprint = blueprints[name] = models.Blueprint.of(content, directory, getattr(torch, config.dtype))
-        total, active = models.count_parameters(blueprint)
-        passes, nbytes = per_pass[name]
-        facts[name] = {"directory": directory, "family": blueprint.family.name, "parameters": total, "active_parameters": active}
-        experts = config.active_experts() if name == "teacher" else None
-        facts["flops"] += int(passes * forward_flops(blueprint, config.data.sequence_length, experts) * tokens)
-        facts["memory_bytes"][name] = nbytes * total
-        if name == "student" and config.optim.muon is not None:  # one moment in place of two
-            facts["memory_bytes"][name] -= 4 * parameters.matrices(blueprint)
-    facts["memory_per_process"] = _memory_per_process(config, blueprints, processes)
-    files = [source.path for source in config.data.sources()]
-    facts["reads"] = [path for path in (*files, config.data.validation, config.student, config.teacher, config.teacher_cache) if path]
-    facts["writes"] = [f"{config.output}/checkpoints", f"{config.output}/metrics.jsonl"]
-    return facts
-
-
-def _memory_per_process(config: DistillConfig, blueprints: dict[str, models.Blueprint], processes: int | None) -> dict[str, dict[str, int]]:
-    job = Job(
-        student=blueprints["student"],
-        teacher=blueprints.get("teacher"),
-        active=config.active_experts(),
-        parallel=config.parallel,
-        batch=config.batch,
-        length=config.data.sequence_length,
-        world=processes or int(os.environ.get("WORLD_SIZE", fewest_processes(config.parallel))),
-        loss=config.resolved_loss(),
-        kernels=config.device != "cpu",
-        fp8=config.fp8 is not None,
-        muon=config.optim.muon is not None,
-    )
-    return {f"stage {stage}": memory.of_stage(job, stage).parts() for stage in job.stages()}
 
 
 def _dump(config: DistillConfig) -> dict[str, Any]:
@@ -130,7 +78,7 @@ def _identity(config: DistillConfig) -> dict[str, Any]:
 
 def claim_output(config: DistillConfig) -> None:
     """Rank 0 takes the output directory and puts the student's config and tokenizer into it; errors reach every rank."""
-    with together():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             output, student = Path(config.output), Path(config.student)
             if claim(output, output, _identity(config), config.overwrite):
@@ -160,7 +108,7 @@ def _require_same_text(config: DistillConfig) -> None:
 
 
 def _write_manifest(config: DistillConfig, status: Status, **facts: Any) -> None:
-    """The run's manifest; the plan that made the student stays known through to the export, the teacher's proof over resumes.
+    """The run's manifest; the plan that made the student stays known through to the export, the teacher's verification over resumes.
 
     What is read of the inputs is read once, when the run begins: they may be gone when it ends.
     """
@@ -173,8 +121,8 @@ def _write_manifest(config: DistillConfig, status: Status, **facts: Any) -> None
     write_manifest(Path(config.output), status, "distill", _dump(config), **{**of_inputs, "config_hash": _identity_hash(config), **facts})
 
 
-def _prove(config: DistillConfig, groups: Groups, frozen: teacher.LiveTeacher, training: SampleStream) -> None:
-    recorded = prove(frozen, config, groups, training.first(), _recorded(config, "teacher"))
+def _verify_teacher(config: DistillConfig, groups: Groups, frozen: teacher.LiveTeacher, training: SampleStream) -> None:
+    recorded = verify_teacher(frozen, config, groups, training.first(), _recorded(config, "teacher"))
     if dist.get_rank() == 0:
         _write_manifest(config, "unfinished", teacher=recorded)
 
@@ -182,33 +130,33 @@ def _prove(config: DistillConfig, groups: Groups, frozen: teacher.LiveTeacher, t
 def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Trainer, TrainState]:
     """All parts of a run on this rank, restored from the last checkpoint when there is one."""
     _check_batch(config, groups)
-    blueprint = student_blueprint(config)
-    split = Split.of_student(config.parallel, blueprint.dims.layers)
-    fields = {**models.recompute_fields(config.parallel, blueprint), **_balancing(config, blueprint), **fp8.fields(config.fp8, device)}
-    student = models.build(blueprint, groups, device, split, **fields)
-    wrapped = initialize.start(config, student, blueprint, groups)
+    spec = student_spec(config)
+    layout = PipelineLayout.of_student(config.parallel, spec.dims.layers)
+    fields = {**models.recompute_fields(config.parallel, spec), **_balancing(config, spec), **fp8.fields(config.fp8, device)}
+    student = models.build(spec, groups, device, layout, **fields)
+    wrapped = initialize.start(config, student, spec, groups)
     with contextlib.ExitStack() as undo:
         undo.callback(optim.release, wrapped)
-        trainer, state = _assemble(config, groups, device, (blueprint, student, wrapped))
+        trainer, state = _assemble(config, groups, device, (spec, student, wrapped))
         undo.pop_all()
     return trainer, state
 
 
-_Student = tuple[models.Blueprint, list[models.HeadlessGPT], list[DistributedDataParallel]]
+_Student = tuple[models.ModelSpec, list[models.HeadlessGPT], list[DistributedDataParallel]]
 
 
 def _assemble(config: DistillConfig, groups: Groups, device: Runtime, learner: _Student) -> tuple[Trainer, TrainState]:
     """What stands around the student."""
-    blueprint, student, wrapped = learner
-    optimizer, scheduler = optim.build(config, wrapped, blueprint, groups)
-    frozen = teacher.build(config, blueprint, groups, device) if config.has_live_teacher() else None
+    spec, student, wrapped = learner
+    optimizer, scheduler = optim.build(config, wrapped, spec, groups)
+    frozen = teacher.build(config, spec, groups, device) if config.has_live_teacher() else None
     checkpointer = Checkpointer(Path(config.output) / "checkpoints", config.train, groups)
     state = _resume(checkpointer, student, optimizer, scheduler)
-    vocab_size = blueprint.dims.vocab_size
+    vocab_size = spec.dims.vocab_size
     training = training_stream(config, groups, device.device, vocab_size)
     validation = validation_stream(config, groups, device.device, vocab_size)
     if frozen is not None:
-        _prove(config, groups, frozen, training)
+        _verify_teacher(config, groups, frozen, training)
     trainer = Trainer(
         config=config,
         groups=groups,
@@ -219,7 +167,7 @@ def _assemble(config: DistillConfig, groups: Groups, device: Runtime, learner: _
         validation=validation,
         checkpointer=checkpointer,
         metrics=Metrics(config, groups.writes_metrics, _identity_hash(config), state.step),
-        speed=_speed(config, blueprint, frozen, device),
+        speed=_speed(config, spec, frozen, device),
     )
     return trainer, state
 
@@ -228,9 +176,9 @@ def _cached(config: DistillConfig, groups: Groups, device: Runtime, vocab_size: 
     return open_cache(config, vocab_size, groups, device.device) if config.teacher_cache is not None else None
 
 
-def _speed(config: DistillConfig, student: models.Blueprint, frozen: teacher.LiveTeacher | None, device: Runtime) -> Speed:
+def _speed(config: DistillConfig, student: models.ModelSpec, frozen: teacher.LiveTeacher | None, device: Runtime) -> Speed:
     peak = runtime.peak_flops(device, config.dtype)
-    flops = training_flops(student, frozen and frozen.blueprint, config.data.sequence_length, config.active_experts())
+    flops = training_flops(student, frozen and frozen.spec, config.data.sequence_length, config.active_experts())
     return Speed(flops, config.batch.global_ * config.data.sequence_length, peak and peak * dist.get_world_size())
 
 
@@ -244,20 +192,20 @@ def _resume(checkpointer: Checkpointer, *parts: Any) -> TrainState:
     return state
 
 
-def student_blueprint(config: DistillConfig) -> models.Blueprint:
+def student_spec(config: DistillConfig) -> models.ModelSpec:
     """Of the student's directory, whose weights have to be there unless all are random; UserError otherwise."""
     directory, dtype = Path(config.student), getattr(torch, config.dtype)
     if config.initialize == "random":
         content = read_json(directory / "config.json", "the student's Hugging Face directory with its config.json")
-        return models.Blueprint.of(content, str(directory), dtype)
-    return models.Blueprint.of(CheckpointIndex.open(directory).config, str(directory), dtype)
+        return models.ModelSpec.of(content, str(directory), dtype)
+    return models.ModelSpec.of(CheckpointIndex.open(directory).config, str(directory), dtype)
 
 
-def _balancing(config: DistillConfig, blueprint: models.Blueprint) -> dict[str, Any]:
+def _balancing(config: DistillConfig, spec: models.ModelSpec) -> dict[str, Any]:
     """TransformerConfig fields of the balancing losses; UserError for a `moe` block with a dense student."""
     if config.moe is None:
         return {}
-    if not blueprint.dims.experts:
+    if not spec.dims.experts:
         raise UserError(f"moe block, but {config.student} is dense", "a MoE student", "remove the moe block")
     return {
         "moe_router_load_balancing_type": "aux_loss",

@@ -19,7 +19,7 @@ from megatron_moe2dense.trainer import runtime, weights
 from megatron_moe2dense.trainer.checkpoints.checkpointer import load_weights
 from megatron_moe2dense.trainer.checkpoints.writer import latest, step_of
 from megatron_moe2dense.trainer.config import ExportConfig, ParallelConfig
-from megatron_moe2dense.trainer.pipeline import Split
+from megatron_moe2dense.trainer.pipeline import PipelineLayout
 
 # How much may wait for the disk.
 _QUEUE_BYTES = 1024**3
@@ -36,23 +36,23 @@ def run(config: ExportConfig) -> None:
         if dist.get_world_size() > 1:
             raise UserError(f"{dist.get_world_size()} processes", "one process", "run export without torchrun")
         dtype = _dtype(config, content)
-        blueprint = models.Blueprint.of(content, str(source), dtype)
-        chunks = models.build(blueprint, groups, device, Split.of_student(groups.parallel, blueprint.dims.layers))
+        spec = models.ModelSpec.of(content, str(source), dtype)
+        chunks = models.build(spec, groups, device, PipelineLayout.of_student(groups.parallel, spec.dims.layers))
         load_weights(source, chunks, groups)
         manifest = read_json(source.parents[1] / MANIFEST, "the manifest of the run")
         facts = {"step": step_of(source), "plan_hash": manifest.get("plan_hash")}
         with output_directory(Path(config.output), "export", config.model_dump(mode="json"), **facts) as working:
-            _write(chunks[0], blueprint, working)
+            _write(chunks[0], spec, working)
             write_json(working / "config.json", _with_dtype(content, dtype))
             copy_assets(source.parents[1] / "student", working)
         logger.info("exported %s to %s", source, config.output)
 
 
-def _write(model: models.HeadlessGPT, blueprint: models.Blueprint, directory: Path) -> None:
+def _write(model: models.HeadlessGPT, spec: models.ModelSpec, directory: Path) -> None:
     """One tensor after the other, each straight to its place."""
-    specs = [TensorSpec.of(name, tensor) for name, tensor in weights.unload(model, blueprint)]
+    specs = [TensorSpec.of(name, tensor) for name, tensor in weights.unload(model, spec)]
     with ShardWriter(directory, shards_of(specs), _QUEUE_BYTES) as writer:
-        for name, tensor in weights.unload(model, blueprint):
+        for name, tensor in weights.unload(model, spec):
             writer.write(name, tensor.cpu())
         writer.finish()
 

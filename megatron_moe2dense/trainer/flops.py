@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from megatron_moe2dense.trainer.model import ModelSpec
+from megatron_moe2dense.trainer.outline import count_parameters
 
-from megatron_moe2dense.trainer.model import Blueprint, count_parameters
 
-
-def forward_flops(blueprint: Blueprint, sequence_length: int, active: int | None = None) -> float:
+def forward_flops(spec: ModelSpec, sequence_length: int, active: int | None = None) -> float:
     """FLOPs per token of one forward pass: 2 N + 2 L H d (S + 1).
 
     N are the parameters of matrices a token is multiplied with (the LM head, not the embedding, and of the experts the active ones), the
@@ -17,15 +16,13 @@ def forward_flops(blueprint: Blueprint, sequence_length: int, active: int | None
     Args:
         sequence_length: S. active: experts per token, when it is not the model's own number.
     """
-    dims = blueprint.dims
-    if active is not None:
-        blueprint = replace(blueprint, dims=replace(dims, active=active))
+    dims = spec.dims
     embedding = 0 if dims.tied_embeddings else dims.vocab_size * dims.hidden_size
-    matrices = count_parameters(blueprint)[1] - embedding
+    matrices = count_parameters(spec, active)[1] - embedding
     return 2.0 * matrices + 2.0 * dims.layers * dims.heads * dims.head_dim * (sequence_length + 1)
 
 
-def training_flops(student: Blueprint, teacher: Blueprint | None, sequence_length: int, active: int | None = None) -> float:
+def training_flops(student: ModelSpec, teacher: ModelSpec | None, sequence_length: int, active: int | None = None) -> float:
     """FLOPs per token of a training step: three forward passes' worth for the student (its backward pass is two), one for the teacher.
 
     active: experts per token of the teacher. Recomputed activations are no model FLOPs and are not counted.

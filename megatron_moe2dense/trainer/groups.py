@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,27 @@ from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
 from megatron_moe2dense.trainer.runtime import PATIENCE
 
 
+class _Alone:
+    """Stands for a process group of one member."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
 @dataclass(frozen=True)
 class Groups:
     """Megatron's collection of groups and this rank's place in them."""
 
     collection: ProcessGroupCollection
     parallel: ParallelConfig
+
+    @classmethod
+    def alone(cls) -> Groups:
+        """Of a process that communicates with nobody: there is no process group behind them."""
+        return cls(ProcessGroupCollection(**{field.name: _Alone() for field in fields(ProcessGroupCollection)}), ParallelConfig())
 
     @property
     def tensor_rank(self) -> int:

@@ -13,11 +13,11 @@ from megatron_moe2dense.trainer import optim, weights
 from megatron_moe2dense.trainer.checkpoints.writer import latest
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.model import Blueprint, HeadlessGPT
-from megatron_moe2dense.trainer.proof import fingerprint
+from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec
+from megatron_moe2dense.trainer.verification import fingerprint
 
 
-def start(config: DistillConfig, chunks: list[HeadlessGPT], blueprint: Blueprint, groups: Groups) -> list[DistributedDataParallel]:
+def start(config: DistillConfig, chunks: list[HeadlessGPT], spec: ModelSpec, groups: Groups) -> list[DistributedDataParallel]:
     """Fill the chunks as `config.initialize` says and wrap them for data parallelism, the same on all data-parallel ranks.
 
     A run without a checkpoint of its own compares the loaded weights with the files first. Random FFNs are those that the model was
@@ -28,11 +28,11 @@ def start(config: DistillConfig, chunks: list[HeadlessGPT], blueprint: Blueprint
     """
     drawn = [(weight, weight.detach().clone()) for weight in ffn_weights(chunks)] if config.initialize == "random_ffn" else []
     if config.initialize != "random":
-        weights.load(chunks, blueprint, groups, Path(config.student))
+        weights.load(chunks, spec, groups, Path(config.student))
     wrapped = optim.wrap(chunks, config, groups)
     _broadcast(wrapped)
     if config.initialize != "random" and latest(Path(config.output) / "checkpoints") is None:
-        fingerprint.verify(chunks, blueprint, groups, Path(config.student))
+        fingerprint.verify(chunks, spec, groups, Path(config.student))
     if drawn:
         _put_back(drawn)
         _broadcast(wrapped)

@@ -22,7 +22,7 @@ from megatron_moe2dense.trainer.preemption import StopRequest
 from megatron_moe2dense.trainer.runtime import collectives
 from megatron_moe2dense.trainer.state import TrainState
 from megatron_moe2dense.trainer.step import Models, student_pass
-from megatron_moe2dense.trainer.watch import Watch
+from megatron_moe2dense.trainer.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -51,26 +51,26 @@ class Trainer:
         Raises:
             UserError: loss or gradients stay NaN or infinite.
         """
-        stop, watch = StopRequest(), Watch(self.config.train.timeout * 60)
-        with stop.listening(), watch.watching(state.step):
-            return self._fit(state, stop, watch)
+        stop, watchdog = StopRequest(), Watchdog(self.config.train.timeout * 60)
+        with stop.listening(), watchdog.watching(state.step):
+            return self._fit(state, stop, watchdog)
 
-    def _fit(self, state: TrainState, stop: StopRequest, watch: Watch) -> bool:
+    def _fit(self, state: TrainState, stop: StopRequest, watchdog: Watchdog) -> bool:
         config, steps = self.config, self.config.steps()
         bar = progress(None, "train", "step", total=steps, initial=state.step)
         while state.step < steps:
             self.advance(state)
             bar.update()
             self._give_up_on(state)
-            watch.reached(state.step)
+            watchdog.reached(state.step)
             self.checkpointer.poll()
             if self.validation is not None and self._due(state.step, config.train.eval_every):
                 self.evaluate(state)
-                watch.reached(state.step)
+                watchdog.reached(state.step)
             stopping = stop.agreed(self.training.device) and state.step < steps
             if stopping or self._due(state.step, config.train.save_every):
                 self.checkpointer.save(self.models.student, self.optimizer, self.scheduler, asdict(state))
-                watch.reached(state.step)
+                watchdog.reached(state.step)
             if stopping:
                 self.checkpointer.wait()
                 logger.warning("asked to stop: saved step %d; the same command continues from there", state.step)

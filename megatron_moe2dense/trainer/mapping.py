@@ -24,7 +24,7 @@ class Entry:
     expert: int = 0
 
 
-class NameTable:
+class WeightMapping:
     """Finds the entry of a local parameter name.
 
     Args:
@@ -36,7 +36,7 @@ class NameTable:
         self._offsets = {"layer": first_layer, "expert": first_expert}
         self._tied = dims.tied_embeddings
         self._present = present
-        assert family.megatron is not None, "Blueprint.of takes families with a Megatron table"
+        assert family.megatron is not None, "ModelSpec.of takes families with a Megatron table"
         self._patterns = [(_pattern(name), rule) for rule in family.megatron for name in (rule.megatron, *rule.aliases)]
         self._embedding = next(rule for rule in family.megatron if rule.megatron == _EMBEDDING)
 

@@ -22,13 +22,13 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES, Dims, FamilySpec, Router, family_of
 from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.losses.shards import VocabShard
-from megatron_moe2dense.trainer.pipeline import Split
+from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits
+from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.runtime.configs import config_of
 from megatron_moe2dense.trainer.runtime.latent_attention import latent_fields
 from megatron_moe2dense.trainer.runtime.modules import prepare_sinks
-from megatron_moe2dense.trainer.runtime.routing import finish_routers, router_fields
+from megatron_moe2dense.trainer.runtime.routers import finish_routers, router_fields
 from megatron_moe2dense.trainer.runtime.specs import block_spec
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "quick_gelu": quick_gelu}
@@ -36,9 +36,9 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "quick_gelu": quick_gelu}
 VOCABULARY_MULTIPLE = 128
 
 
-@dataclass(frozen=True)
-class Blueprint:
-    """What a model is: its config.json, family and sizes, and its compute type."""
+@dataclass(frozen=True, eq=False)
+class ModelSpec:
+    """What a model is: its config.json, family and sizes, and its compute type. Two are equal when they are one."""
 
     config: Mapping[str, Any]
     family: FamilySpec
@@ -46,8 +46,8 @@ class Blueprint:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], where: str, dtype: torch.dtype) -> Blueprint:
-        """Read a Hugging Face config; UserError for an unknown family, or one without a Megatron-Core name table."""
+    def of(cls, config: Mapping[str, Any], where: str, dtype: torch.dtype) -> ModelSpec:
+        """Read a Hugging Face config; UserError for an unknown family, or one without a weight mapping to Megatron-Core."""
         family = family_of(config, where)
         if family.megatron is None or family.megatron_config is None:
             known = [name for name, other in FAMILIES.items() if other.megatron is not None]
@@ -75,12 +75,12 @@ def _dense_where_one_expert(family: FamilySpec, dims: Dims) -> Dims:
 
 
 class HeadlessGPT(GPTModel):
-    """GPTModel whose last stage returns the normed final hidden states [S, B, D]; `vocab_shard` adds the LM head."""
+    """GPTModel whose last stage returns the normed final hidden states [S, B, D]; `parallel_logits` adds the LM head."""
 
     def _postprocess(self, hidden_states: Tensor, *_args: Any, **_options: Any) -> Tensor:
         return hidden_states
 
-    def vocab_shard(self, hidden_SBD: Tensor, vocab_size: int) -> VocabShard:
+    def parallel_logits(self, hidden_SBD: Tensor, vocab_size: int) -> VocabParallelLogits:
         """What a loss needs of the logits, T = S * B tokens, sequence-major.
 
         As in the output layer, hidden states are gathered over sequence-parallel ranks, or their gradients summed over the group.
@@ -93,7 +93,7 @@ class HeadlessGPT(GPTModel):
             whole = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=True, group=group)
         else:
             whole = copy_to_tensor_model_parallel_region(hidden_SBD, group=group)
-        return VocabShard.of(whole.flatten(0, 1), weight, vocab_size, group)
+        return VocabParallelLogits.of(whole.flatten(0, 1), weight, vocab_size, group)
 
 
 def padded_vocabulary(vocab_size: int) -> int:
@@ -101,51 +101,51 @@ def padded_vocabulary(vocab_size: int) -> int:
     return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def build(blueprint: Blueprint, groups: Groups, runtime: Runtime, split: Split, **overrides: Any) -> list[HeadlessGPT]:
+def build(spec: ModelSpec, groups: Groups, runtime: Runtime, layout: PipelineLayout, **overrides: Any) -> list[HeadlessGPT]:
     """This rank's chunks of the model, weights initialised from the seed; `overrides` are TransformerConfig fields.
 
     Raises:
         UserError: the model does not divide over the parallel layout.
     """
-    require_division(blueprint.dims, groups.parallel)
-    fields = {**transformer_fields(blueprint, groups, runtime), **_pipeline_fields(split, groups), **overrides}
+    require_division(spec.dims, groups.parallel)
+    fields = {**transformer_fields(spec, groups, runtime), **_pipeline_fields(layout, groups), **overrides}
     config = config_of(fields)
-    return [_chunk(blueprint, config, groups, runtime, number) for number in range(split.chunks)]
+    return [_chunk(spec, config, groups, runtime, number) for number in range(layout.chunks)]
 
 
-def _pipeline_fields(split: Split, groups: Groups) -> dict[str, Any]:
+def _pipeline_fields(layout: PipelineLayout, groups: Groups) -> dict[str, Any]:
     if groups.parallel.pipeline == 1:
         return {}
-    chunks = split.chunks if split.chunks > 1 else None
-    return {"pipeline_model_parallel_layout": split.megatron_layout(), "virtual_pipeline_model_parallel_size": chunks}
+    chunks = layout.chunks if layout.chunks > 1 else None
+    return {"pipeline_model_parallel_layout": layout.megatron_layout(), "virtual_pipeline_model_parallel_size": chunks}
 
 
-def _chunk(blueprint: Blueprint, config: TransformerConfig, groups: Groups, runtime: Runtime, number: int) -> HeadlessGPT:
+def _chunk(spec: ModelSpec, config: TransformerConfig, groups: Groups, runtime: Runtime, number: int) -> HeadlessGPT:
     model = HeadlessGPT(
         config,
-        block_spec(config, runtime.transformer_engine, number),  # type: ignore[arg-type] - Megatron takes block submodules too
-        padded_vocabulary(blueprint.dims.vocab_size),
-        blueprint.dims.max_positions,
+        block_spec(config, runtime.transformer_engine, number, groups.stage),  # type: ignore[arg-type] - Megatron takes block submodules too
+        padded_vocabulary(spec.dims.vocab_size),
+        spec.dims.max_positions,
         pre_process=groups.is_first_stage and number == 0,
         post_process=groups.is_last_stage and number == (config.virtual_pipeline_model_parallel_size or 1) - 1,
         position_embedding_type="rope",
-        rotary_base=int(blueprint.dims.rope_theta),
-        share_embeddings_and_output_weights=blueprint.dims.tied_embeddings,
+        rotary_base=int(spec.dims.rope_theta),
+        share_embeddings_and_output_weights=spec.dims.tied_embeddings,
         pg_collection=groups.collection,
         vp_stage=number,
     )
-    model = model.to(device=runtime.device, dtype=blueprint.dtype)
+    model = model.to(device=runtime.device, dtype=spec.dtype)
     prepare_sinks(model)
-    if blueprint.dims.experts:
-        finish_routers(model, _router(blueprint))
+    if spec.dims.experts:
+        finish_routers(model, _router(spec))
     return model
 
 
-def transformer_fields(blueprint: Blueprint, groups: Groups, runtime: Runtime) -> dict[str, Any]:
+def transformer_fields(spec: ModelSpec, groups: Groups, runtime: Runtime) -> dict[str, Any]:
     """The fields of Megatron's TransformerConfig for this model, layout and device."""
-    dims, parallel = blueprint.dims, groups.parallel
-    assert blueprint.family.megatron_config is not None, "Blueprint.of takes families with a Megatron table"
-    family = dict(blueprint.family.megatron_config(blueprint.config))
+    dims, parallel = spec.dims, groups.parallel
+    assert spec.family.megatron_config is not None, "ModelSpec.of takes families with a Megatron table"
+    family = dict(spec.family.megatron_config(spec.config))
     fields: dict[str, Any] = {
         "num_layers": dims.layers,
         "hidden_size": dims.hidden_size,
@@ -157,22 +157,22 @@ def transformer_fields(blueprint: Blueprint, groups: Groups, runtime: Runtime) -
         "activation_func": ACTIVATIONS[family.pop("activation")],
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "init_method_std": blueprint.config.get("initializer_range", 0.02),
+        "init_method_std": spec.config.get("initializer_range", 0.02),
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "context_parallel_size": parallel.context,
         "sequence_parallel": parallel.sequence,
         "expert_model_parallel_size": parallel.expert if dims.experts else 1,
-        "params_dtype": blueprint.dtype,
-        "pipeline_dtype": blueprint.dtype,
-        "bf16": blueprint.dtype == torch.bfloat16,
+        "params_dtype": spec.dtype,
+        "pipeline_dtype": spec.dtype,
+        "bf16": spec.dtype == torch.bfloat16,
         "calculate_per_token_loss": True,
         "attention_softmax_in_fp32": True,
         **device_fields(runtime),
         **family,
     }
     if dims.experts:
-        fields |= _moe_fields(blueprint, groups, runtime)
+        fields |= _moe_fields(spec, groups, runtime)
         require_whole_biases(fields)
     if fields.get("multi_latent_attention"):
         fields |= latent_fields(fields, runtime.transformer_engine)
@@ -193,9 +193,9 @@ def device_fields(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def _moe_fields(blueprint: Blueprint, groups: Groups, runtime: Runtime) -> dict[str, Any]:
-    dims = blueprint.dims
-    moe_layers = set(blueprint.moe_layers)
+def _moe_fields(spec: ModelSpec, groups: Groups, runtime: Runtime) -> dict[str, Any]:
+    dims = spec.dims
+    moe_layers = set(spec.moe_layers)
     return {
         "num_moe_experts": dims.experts,
         "moe_router_topk": dims.active,
@@ -208,50 +208,23 @@ def _moe_fields(blueprint: Blueprint, groups: Groups, runtime: Runtime) -> dict[
         "moe_grouped_gemm": runtime.transformer_engine,
         "moe_permute_fusion": runtime.transformer_engine,
         "expert_tensor_parallel_size": groups.parallel.expert_tensor,
-        **router_fields(_router(blueprint), dims.experts, blueprint.family.moe[0].correction is not None),
+        **router_fields(_router(spec), dims.experts, spec.family.moe[0].correction is not None),
     }
 
 
-def _router(blueprint: Blueprint) -> Router:
-    assert blueprint.family.router is not None, "a family with experts has a router"
-    return blueprint.family.router(blueprint.config)
+def _router(spec: ModelSpec) -> Router:
+    assert spec.family.router is not None, "a family with experts has a router"
+    return spec.family.router(spec.config)
 
 
-def recompute_fields(parallel: ParallelConfig, blueprint: Blueprint) -> dict[str, Any]:
+def recompute_fields(parallel: ParallelConfig, spec: ModelSpec) -> dict[str, Any]:
     """TransformerConfig fields of `parallel.recompute`. Selective means the FFN blocks, which keep most (attention is recomputed by its
     kernel anyway)."""
     if parallel.recompute == "none":
         return {}
     if parallel.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return {"recompute_granularity": "selective", "recompute_modules": ["mlp", *(["moe"] if blueprint.dims.experts else [])]}
-
-
-def count_parameters(blueprint: Blueprint) -> tuple[int, int]:
-    """Parameters of the whole model and those active per token, in matrices (norms are left out), from its sizes."""
-    dims = blueprint.dims
-    moe_layers = len(blueprint.moe_layers)
-    attention = _attention_parameters(blueprint)
-    shared = moe_layers * 3 * dims.hidden_size * dims.shared_width
-    dense = (dims.layers - moe_layers) * 3 * dims.hidden_size * dims.dense_width
-    expert = moe_layers * 3 * dims.hidden_size * dims.expert_width
-    vocabulary = dims.vocab_size * dims.hidden_size * (1 if dims.tied_embeddings else 2)
-    rest = dims.layers * attention + dense + shared + vocabulary + moe_layers * dims.hidden_size * dims.experts
-    return rest + expert * dims.experts, rest + expert * dims.active
-
-
-def _attention_parameters(blueprint: Blueprint) -> int:
-    """In one layer; latent attention has low-rank projections of keys and values, and of queries where the model says so."""
-    dims = blueprint.dims
-    assert blueprint.family.megatron_config is not None, "Blueprint.of takes families with a Megatron table"
-    fields = blueprint.family.megatron_config(blueprint.config)
-    if not fields.get("multi_latent_attention"):
-        return dims.hidden_size * dims.head_dim * 2 * (dims.heads + dims.kv_heads)
-    q_rank, kv_rank, v_head = fields["q_lora_rank"], fields["kv_lora_rank"], fields["v_head_dim"]
-    queries = dims.heads * dims.head_dim
-    q = queries * dims.hidden_size if q_rank is None else q_rank * (dims.hidden_size + queries)
-    kv = dims.hidden_size * (kv_rank + fields["qk_pos_emb_head_dim"]) + kv_rank * dims.heads * (fields["qk_head_dim"] + v_head)
-    return q + kv + dims.heads * v_head * dims.hidden_size
+    return {"recompute_granularity": "selective", "recompute_modules": ["mlp", *(["moe"] if spec.dims.experts else [])]}
 
 
 def require_division(dims: Dims, parallel: ParallelConfig) -> None:

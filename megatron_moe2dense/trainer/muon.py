@@ -23,8 +23,8 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import Dims
 from megatron_moe2dense.trainer.config import MuonConfig
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.mapping import NameTable, join, split
-from megatron_moe2dense.trainer.model import Blueprint, HeadlessGPT
+from megatron_moe2dense.trainer.mapping import WeightMapping, join, split
+from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _EPSILON = 1e-7
@@ -56,14 +56,18 @@ class Muon(torch.optim.Optimizer):
     """Updates of the size of AdamW's: orthogonalised momentum times 0.2 sqrt(larger side) (Liu et al. 2025, arXiv:2502.16982).
 
     Args:
-        groups: one group of parameters. matrices: of each parameter, in order.
+        param_groups: one. matrices: of each parameter, in order.
         place: the tensor-parallel ranks, and the type of the orthogonalisation.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], matrices: list[Matrices], settings: MuonConfig, place: tuple[dist.ProcessGroup, torch.dtype]
+        self,
+        param_groups: list[dict[str, Any]],
+        matrices: list[Matrices],
+        settings: MuonConfig,
+        place: tuple[dist.ProcessGroup, torch.dtype],
     ):
-        super().__init__(groups, {})
+        super().__init__(param_groups, {})
         assert len(self.param_groups) == 1, "matrices are known by their place in the group"
         self._matrices, self._settings, (self._group, self._dtype) = matrices, settings, place
 
@@ -104,7 +108,7 @@ def orthogonal(matrix: Tensor, iterations: int) -> Tensor:
     return wide.T if matrix.shape[0] > matrix.shape[1] else wide
 
 
-def beside_adamw(settings: MuonConfig, shared: OptimizerConfig, chunks: Sequence[Any], model: tuple[Blueprint, Groups]) -> ChainedOptimizer:
+def beside_adamw(settings: MuonConfig, shared: OptimizerConfig, chunks: Sequence[Any], model: tuple[ModelSpec, Groups]) -> ChainedOptimizer:
     """Muon over the matrices of the wrapped chunks' layers, Megatron-Core's AdamW over the rest.
 
     Args:
@@ -113,10 +117,10 @@ def beside_adamw(settings: MuonConfig, shared: OptimizerConfig, chunks: Sequence
     Raises:
         UserError: the model is a MoE.
     """
-    blueprint, groups = model
-    if blueprint.dims.experts:
+    spec, groups = model
+    if spec.dims.experts:
         raise UserError("optim.muon for a MoE", "a dense student: nothing here orthogonalises experts", "drop optim.muon")
-    found = {parameter: matrices for chunk in chunks for parameter, matrices in _matrices(chunk.module, blueprint, groups)}
+    found = {parameter: matrices for chunk in chunks for parameter, matrices in _matrices(chunk.module, spec, groups)}
     others = [p for chunk in chunks for p in chunk.parameters() if p not in found]
     # Megatron-Core makes groups of what has gradients
     with _frozen(others):
@@ -151,14 +155,19 @@ def _frozen(parameters: Collection[Tensor]) -> Iterator[None]:
             parameter.requires_grad = True
 
 
-def _matrices(chunk: HeadlessGPT, blueprint: Blueprint, groups: Groups) -> Iterator[tuple[Tensor, Matrices]]:
-    table, ranks = NameTable(blueprint.family, blueprint.dims), groups.collection.tp.size()
-    dims = blueprint.dims
+def is_matrix(name: str, axes: int) -> bool:
+    """Whether Muon takes the parameter of this name: the matrices of decoder layers."""
+    return axes == 2 and ".layers." in f".{name}"
+
+
+def _matrices(chunk: HeadlessGPT, spec: ModelSpec, groups: Groups) -> Iterator[tuple[Tensor, Matrices]]:
+    mapping, ranks = WeightMapping(spec.family, spec.dims), groups.collection.tp.size()
+    dims = spec.dims
     own = dataclasses.replace(dims, heads=dims.heads // ranks, kv_heads=dims.kv_heads // ranks)
     for name, parameter in chunk.named_parameters():
-        if parameter.dim() == 2 and ".layers." in f".{name}":
+        if is_matrix(name, parameter.dim()):
             sharded = ranks > 1 and getattr(parameter, "tensor_model_parallel", False)
-            yield parameter, Matrices(table.entry(name).rule.kind, own, parameter.partition_dim if sharded else None)  # type: ignore[attr-defined]
+            yield parameter, Matrices(mapping.entry(name).rule.kind, own, parameter.partition_dim if sharded else None)  # type: ignore[attr-defined]
 
 
 def _fresh_state(muon: Any, config: Any = None) -> None:  # noqa: ARG001 - as Megatron-Core calls it before it loads

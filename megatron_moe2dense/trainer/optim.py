@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_moe2dense.trainer import muon
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.model import Blueprint, HeadlessGPT
+from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec
 
 
 def wrap(chunks: list[HeadlessGPT], config: DistillConfig, groups: Groups) -> list[DistributedDataParallel]:
@@ -39,7 +39,7 @@ def _overlaps(config: DistillConfig) -> bool:
 
 
 def build(
-    config: DistillConfig, chunks: list[DistributedDataParallel], blueprint: Blueprint, groups: Groups
+    config: DistillConfig, chunks: list[DistributedDataParallel], spec: ModelSpec, groups: Groups
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW over the wrapped chunks, or over what Muon leaves to it, and the schedule over `config.steps()` steps.
 
@@ -63,7 +63,7 @@ def build(
     if config.optim.muon is None:
         optimizer = get_megatron_optimizer(settings, list(chunks))
     else:
-        optimizer = muon.beside_adamw(config.optim.muon, settings, chunks, (blueprint, groups))
+        optimizer = muon.beside_adamw(config.optim.muon, settings, chunks, (spec, groups))
     shared: Any = chunks[0].config  # one object, shared by all chunks
     shared.grad_scale_func = optimizer.scale_loss
     shared.finalize_model_grads_func = finalize_model_grads

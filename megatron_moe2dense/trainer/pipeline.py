@@ -14,7 +14,7 @@ from megatron_moe2dense.trainer.config import ParallelConfig
 
 
 @dataclass(frozen=True)
-class Split:
+class PipelineLayout:
     """Decoder layers of every stage in order of depth; with several chunks a rank, stage i stands on pipeline rank i % stages.
 
     Attributes:
@@ -25,17 +25,17 @@ class Split:
     chunks: int
 
     @classmethod
-    def of_student(cls, parallel: ParallelConfig, layers: int) -> Split:
+    def of_student(cls, parallel: ParallelConfig, layers: int) -> PipelineLayout:
         """By `parallel.layers_per_stage`, or even; UserError when the layers do not divide or do not add up."""
         return cls._of("parallel.layers_per_stage", layers, parallel.layers_per_stage, (parallel.pipeline, parallel.virtual_pipeline))
 
     @classmethod
-    def of_teacher(cls, parallel: ParallelConfig, layers: int) -> Split:
+    def of_teacher(cls, parallel: ParallelConfig, layers: int) -> PipelineLayout:
         """By `parallel.teacher_layers_per_stage`, or even; never interleaved: its pass is forward only, with a bubble of its own."""
         return cls._of("parallel.teacher_layers_per_stage", layers, parallel.teacher_layers_per_stage, (parallel.pipeline, 1))
 
     @classmethod
-    def _of(cls, key: str, layers: int, given: list[int] | None, shape: tuple[int, int]) -> Split:
+    def _of(cls, key: str, layers: int, given: list[int] | None, shape: tuple[int, int]) -> PipelineLayout:
         stages = shape[0] * shape[1]
         if given is None:
             if layers % stages:

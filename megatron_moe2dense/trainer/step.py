@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_moe2dense.trainer.data.samples import Batch
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses import Loss, measures
-from megatron_moe2dense.trainer.losses.shards import VocabShard
+from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits
 from megatron_moe2dense.trainer.model import HeadlessGPT
 from megatron_moe2dense.trainer.pipeline import run_schedule
 from megatron_moe2dense.trainer.runtime.context import local_part
@@ -86,14 +86,14 @@ def _loss(models: Models, wanted: tuple[Sequence[Loss], bool], hidden: Tensor, a
     """What Megatron's schedule wants with `calculate_per_token_loss`: summed loss, number of tokens, what to report."""
     (losses, measure), (batch, target) = wanted, against
     labels_T, mask_T = batch.flat()
-    known = models.teacher.known(target) if models.teacher is not None else None
-    student = models.student[-1].vocab_shard(hidden, models.vocab_size)
-    totals = [(loss.per_token(student, known, labels_T, mask_T) * mask_T).sum() for loss in losses]
+    output = models.teacher.output(target) if models.teacher is not None else None
+    student = models.student[-1].parallel_logits(hidden, models.vocab_size)
+    totals = [(loss.per_token(student, output, labels_T, mask_T) * mask_T).sum() for loss in losses]
     count = mask_T.sum()
     # the schedule divides the returned loss in place, so the report gets its own copy
     report = torch.stack([*totals, count]).detach().double()
     if measure:
-        logits_of_teacher = known if isinstance(known, VocabShard) else None
+        logits_of_teacher = output if isinstance(output, VocabParallelLogits) else None
         report = torch.cat([measures.masked_sums(student, logits_of_teacher, labels_T, mask_T), report])
     return totals[0] if totals else torch.zeros_like(count), count.to(torch.int), report
 

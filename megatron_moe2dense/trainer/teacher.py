@@ -19,9 +19,9 @@ from megatron_moe2dense.trainer import weights
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.data.samples import Batch
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.losses.shards import VocabShard
-from megatron_moe2dense.trainer.losses.targets import Known
-from megatron_moe2dense.trainer.pipeline import Split, run_schedule
+from megatron_moe2dense.trainer.losses.targets import TeacherOutput
+from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits
+from megatron_moe2dense.trainer.pipeline import PipelineLayout, run_schedule
 from megatron_moe2dense.trainer.runtime import Runtime
 
 
@@ -32,7 +32,7 @@ class Teacher(Protocol):
         """Before the student's pass, on every rank: one entry a micro-batch on the last stage, an empty list elsewhere."""
         ...
 
-    def known(self, target: Any) -> Known:
+    def output(self, target: Any) -> TeacherOutput:
         """On the last stage, when the student's hidden states of that micro-batch are there: what the losses take."""
         ...
 
@@ -46,7 +46,7 @@ class LiveTeacher:
     """A model of this job; its targets are final hidden states [S, B, D], never logits."""
 
     chunks: list[models.HeadlessGPT]
-    blueprint: models.Blueprint
+    spec: models.ModelSpec
 
     @torch.no_grad()
     def targets(self, batches: list[Batch]) -> list[Tensor]:
@@ -59,16 +59,16 @@ class LiveTeacher:
         return run_schedule(forward, self.chunks, [(batch,) for batch in batches], forward_only=True, collect_non_loss_data=True)
 
     @torch.no_grad()
-    def known(self, target: Tensor) -> VocabShard:
-        """See `Teacher.known`."""
-        return self.chunks[-1].vocab_shard(target, self.blueprint.dims.vocab_size)
+    def output(self, target: Tensor) -> VocabParallelLogits:
+        """See `Teacher.output`."""
+        return self.chunks[-1].parallel_logits(target, self.spec.dims.vocab_size)
 
     def of_other_text(self) -> LiveTeacher:
         """See `Teacher.of_other_text`."""
         return self
 
 
-def build(config: DistillConfig, student: models.Blueprint, groups: Groups, runtime: Runtime) -> LiveTeacher:
+def build(config: DistillConfig, student: models.ModelSpec, groups: Groups, runtime: Runtime) -> LiveTeacher:
     """Load the teacher, in eval mode, without gradients.
 
     Raises:
@@ -76,18 +76,18 @@ def build(config: DistillConfig, student: models.Blueprint, groups: Groups, runt
     """
     assert config.teacher is not None
     directory = Path(config.teacher)
-    blueprint = models.Blueprint.of(CheckpointIndex.open(directory).config, str(directory), student.dtype)
-    require_same_vocabulary(blueprint, student)
-    overrides = {"moe_router_topk": active_experts(config.active_experts(), blueprint.dims)} if blueprint.dims.experts else {}
-    chunks = models.build(blueprint, groups, runtime, Split.of_teacher(groups.parallel, blueprint.dims.layers), **overrides)
-    weights.load(chunks, blueprint, groups, directory)
+    spec = models.ModelSpec.of(CheckpointIndex.open(directory).config, str(directory), student.dtype)
+    require_same_vocabulary(spec, student)
+    overrides = {"moe_router_topk": active_experts(config.active_experts(), spec.dims)} if spec.dims.experts else {}
+    chunks = models.build(spec, groups, runtime, PipelineLayout.of_teacher(groups.parallel, spec.dims.layers), **overrides)
+    weights.load(chunks, spec, groups, directory)
     for chunk in chunks:
         chunk.requires_grad_(False).eval()
-    logger.info("teacher: %s, %d layers, %d parameters on this rank", directory, blueprint.dims.layers, _count(chunks))
-    return LiveTeacher(chunks, blueprint)
+    logger.info("teacher: %s, %d layers, %d parameters on this rank", directory, spec.dims.layers, _count(chunks))
+    return LiveTeacher(chunks, spec)
 
 
-def require_same_vocabulary(teacher: models.Blueprint, student: models.Blueprint) -> None:
+def require_same_vocabulary(teacher: models.ModelSpec, student: models.ModelSpec) -> None:
     """UserError for two sizes of vocabulary."""
     if teacher.dims.vocab_size != student.dims.vocab_size:
         raise UserError(

@@ -13,12 +13,12 @@ from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.mapping import Entry, NameTable, is_packed, join, pack, split, unpack
-from megatron_moe2dense.trainer.model import Blueprint, HeadlessGPT, padded_vocabulary
+from megatron_moe2dense.trainer.mapping import Entry, WeightMapping, is_packed, join, pack, split, unpack
+from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec, padded_vocabulary
 
 
 @torch.no_grad()
-def load(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups, directory: Path) -> None:
+def load(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups, directory: Path) -> None:
     """Fill every parameter of the model's chunks from the checkpoint; each rank reads only its slices.
 
     Raises:
@@ -26,13 +26,13 @@ def load(chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups, di
     """
     index = CheckpointIndex.open(directory)
     with CheckpointReader(index) as reader:
-        for parameter, entry, _ in placed(chunks, blueprint, groups, index.tensors):
+        for parameter, entry, _ in weights_of_rank(chunks, spec, groups, index.tensors):
             index.require(entry.hf)
-            parameter.copy_(_checked(_local(reader, entry, blueprint, groups), parameter, f"{directory}: {', '.join(entry.hf)}"))
+            parameter.copy_(_checked(_local(reader, entry, spec, groups), parameter, f"{directory}: {', '.join(entry.hf)}"))
 
 
-def placed(
-    chunks: Sequence[HeadlessGPT], blueprint: Blueprint, groups: Groups, present: Container[str]
+def weights_of_rank(
+    chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups, present: Container[str]
 ) -> Iterator[tuple[Tensor, Entry, bool]]:
     """Every parameter (and stored buffer) of this rank with its entry, and whether this rank counts it in sums over all ranks: those
     that hold copies do not, so that every value counts once.
@@ -40,13 +40,13 @@ def placed(
     Args:
         present: the names of the checkpoint's tensors.
     """
-    local_experts = blueprint.dims.experts // groups.parallel.expert
+    local_experts = spec.dims.experts // groups.parallel.expert
     for chunk in chunks:
-        first_layer = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
-        table = NameTable(blueprint.family, blueprint.dims, first_layer, groups.expert_rank * local_experts, present)
+        first_layer = get_transformer_layer_offset(chunk.config, chunk.vp_stage, groups.stage)
+        mapping = WeightMapping(spec.family, spec.dims, first_layer, groups.expert_rank * local_experts, present)
         for name, parameter in _stored(chunk):
-            entry = table.entry(name)
-            yield parameter, entry, _counts(entry, groups) and not table.is_copy(name)
+            entry = mapping.entry(name)
+            yield parameter, entry, _counts(entry, groups) and not mapping.is_copy(name)
 
 
 def _counts(entry: Entry, groups: Groups) -> bool:
@@ -69,9 +69,9 @@ def _checked(value: Tensor, parameter: Tensor, where: str) -> Tensor:
     return value
 
 
-def _local(reader: CheckpointReader, entry: Entry, blueprint: Blueprint, groups: Groups) -> Tensor:
+def _local(reader: CheckpointReader, entry: Entry, spec: ModelSpec, groups: Groups) -> Tensor:
     """This rank's slice of one Megatron parameter."""
-    axis, kv_heads = entry.rule.split, blueprint.dims.kv_heads
+    axis, kv_heads = entry.rule.split, spec.dims.kv_heads
     if is_packed(entry.rule):
         return _local_of_packed(reader, entry, groups)
     if axis is None:
@@ -116,18 +116,18 @@ def _pad_rows(rows: Tensor, count: int) -> Tensor:
     return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
 
 
-def unload(model: HeadlessGPT, blueprint: Blueprint) -> Iterator[tuple[str, Tensor]]:
+def unload(model: HeadlessGPT, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors of a model built whole (tensor = pipeline = expert = 1), vocabulary padding removed.
 
     Tensors of all experts of a layer are gathered first; a router that has nothing to choose from is zero.
     """
-    table = NameTable(blueprint.family, blueprint.dims)
+    mapping = WeightMapping(spec.family, spec.dims)
     experts: dict[str, list[Tensor]] = {}
     for name, parameter in _stored(model):
-        if table.is_copy(name):
+        if mapping.is_copy(name):
             continue
-        entry = table.entry(name)
-        tensors = pack(entry.rule, split(entry.rule.kind, parameter.detach(), blueprint.dims))
+        entry = mapping.entry(name)
+        tensors = pack(entry.rule, split(entry.rule.kind, parameter.detach(), spec.dims))
         if not entry.rule.packing.stacked:
             yield from zip(entry.hf, tensors, strict=True)
             continue
@@ -135,8 +135,8 @@ def unload(model: HeadlessGPT, blueprint: Blueprint) -> Iterator[tuple[str, Tens
             gathered = experts.setdefault(hf, [])
             assert len(gathered) == entry.expert, "experts come in the order of their numbers"
             gathered.append(tensor)
-            if len(gathered) == max(1, blueprint.dims.experts):
+            if len(gathered) == max(1, spec.dims.experts):
                 yield hf, torch.stack(experts.pop(hf))
     assert not experts, "every layer has all its experts"
-    for hf, shape in blueprint.idle_router().items():
-        yield hf, torch.zeros(shape, dtype=blueprint.dtype)
+    for hf, shape in spec.idle_router().items():
+        yield hf, torch.zeros(shape, dtype=spec.dtype)

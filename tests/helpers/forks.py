@@ -193,7 +193,7 @@ _IMPORTED = (
     "megatron_moe2dense.trainer.cache.write",
     "megatron_moe2dense.trainer.distill",
     "megatron_moe2dense.trainer.export",
-    "megatron_moe2dense.trainer.proof.stock",
+    "megatron_moe2dense.trainer.verification.stock",
     "megatron_moe2dense.trainer.runtime.cpu",
     "megatron.core.dist_checkpointing.strategies.filesystem_async",
     "megatron.core.dist_checkpointing.strategies.torch",

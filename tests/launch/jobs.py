@@ -42,7 +42,7 @@ def variables(folder: Path, **more: str) -> dict[str, str]:
 
 
 def write_inputs(root: Path, teacher: bool) -> Path:
-    """A dense student, tokens, a tiny MoE teacher (the proof of one takes each start some seconds); returns the YAML of `STEPS` steps."""
+    """A dense student, tokens, a tiny MoE teacher (its verification takes each start some seconds); returns the YAML of `STEPS` steps."""
     if teacher:
         tiny_qwen3_moe(root / "teacher", seed=1)
     tiny_qwen3(root / "student", seed=2)

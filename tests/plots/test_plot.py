@@ -1,7 +1,6 @@
 """The plot command: files are recognised by content, figures are written, anything unknown is refused."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from safetensors.numpy import save_file
 from megatron_moe2dense.cli import main
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.plots import picture, plot
+from megatron_moe2dense.plots import plot
 from megatron_moe2dense.plots.config import PlotConfig
 from tests.plots.inputs import metrics, ranking, record, write_all, write_statistics
 
@@ -125,18 +124,3 @@ def test_records_without_quality_are_refused(tmp_path):
     records.rewrite(tmp_path / "records.jsonl", [record("dense", None, None)])
     with pytest.raises(UserError, match="neither perplexity nor KL"):
         plot.run(PlotConfig(records=[str(tmp_path)], output=str(tmp_path / "figures")))
-
-
-def test_the_shipped_picture_says_what_the_script_draws(tmp_path, capsys):
-    assert picture.main([str(tmp_path / "moe2dense")]) == 0
-    shipped = Path(__file__).parents[2] / "docs/images/moe2dense.svg"
-    # The words stand as comments beside their outlines, which change a little between Matplotlib versions.
-    drawn, kept = (re.findall("<!-- (.*?) -->", path.read_text()) for path in (tmp_path / "moe2dense.svg", shipped))
-    assert drawn == kept
-    assert "router" in drawn
-    assert capsys.readouterr().out.split() == [str(tmp_path / "moe2dense.png"), str(tmp_path / "moe2dense.svg")]
-
-
-def test_the_picture_script_says_how_it_is_called(capsys):
-    assert picture.main([]) == 2
-    assert "usage" in capsys.readouterr().err

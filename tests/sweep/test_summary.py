@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from megatron_moe2dense.sweep.live import LiveTable
-from megatron_moe2dense.sweep.summary import pareto, summarise, table, variance_explained
+from megatron_moe2dense.sweep.summary import pareto, summarise, summary_table, variance_explained
 
 
 def row(number: int, score: str, scale: str, kl: float, parameters: int = 100) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def test_a_main_effect_is_mean_and_spread_over_the_other_axes():
     assert (cp["kl"]["mean"], cp["kl"]["spread"], cp["configurations"]) == (6.5, 1.5, 2)
     assert cp["best"]["model"] == "cp uniform"
     assert (summary["recorded"], summary["configurations"]) == (4, 6)
-    text = table(summary)
+    text = summary_table(summary)
     assert "best: sf uniform, KL 1.0000 nats, perplexity 10.00 (teacher 20.00)" in text
     assert "0.8333" in text
 

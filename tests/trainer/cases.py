@@ -16,11 +16,11 @@ from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime, weights
 from megatron_moe2dense.trainer.config import DistillConfig, ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.model import Blueprint, HeadlessGPT
-from megatron_moe2dense.trainer.pipeline import Split
-from megatron_moe2dense.trainer.proof import fingerprint
-from megatron_moe2dense.trainer.proof.fingerprint import Fingerprint
+from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec
+from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from megatron_moe2dense.trainer.runtime import Runtime
+from megatron_moe2dense.trainer.verification import fingerprint
+from megatron_moe2dense.trainer.verification.fingerprint import Fingerprint
 
 
 def distill_all(configs: list[dict[str, Any]]) -> None:
@@ -31,12 +31,12 @@ def distill_all(configs: list[dict[str, Any]]) -> None:
         distill.run(build(DistillConfig, config, "the test"))
 
 
-def loaded(directory: Path, place: tuple[Groups, Runtime], dtype: str) -> tuple[list[HeadlessGPT], Blueprint]:
+def loaded(directory: Path, place: tuple[Groups, Runtime], dtype: str) -> tuple[list[HeadlessGPT], ModelSpec]:
     """The checkpoint as a Megatron model in the current layout, in eval mode."""
-    blueprint = Blueprint.of(CheckpointIndex.open(directory).config, str(directory), getattr(torch, dtype))
-    chunks = models.build(blueprint, *place, Split.of_student(place[0].parallel, blueprint.dims.layers))
-    weights.load(chunks, blueprint, place[0], directory)
-    return [chunk.eval() for chunk in chunks], blueprint
+    spec = ModelSpec.of(CheckpointIndex.open(directory).config, str(directory), getattr(torch, dtype))
+    chunks = models.build(spec, *place, PipelineLayout.of_student(place[0].parallel, spec.dims.layers))
+    weights.load(chunks, spec, place[0], directory)
+    return [chunk.eval() for chunk in chunks], spec
 
 
 def fingerprints(cases: list[tuple[Path, list[dict[str, Any]]]]) -> list[list[Fingerprint]]:
@@ -46,8 +46,8 @@ def fingerprints(cases: list[tuple[Path, list[dict[str, Any]]]]) -> list[list[Fi
 
 def _fingerprint(directory: Path, parallel: ParallelConfig) -> Fingerprint:
     with runtime.session("cpu") as device, process_groups.initialized(parallel, seed=0) as groups:
-        chunks, blueprint = loaded(directory, (groups, device), "bfloat16" if directory.name == "tied" else "float32")
-        return fingerprint.verify(chunks, blueprint, groups, directory)
+        chunks, spec = loaded(directory, (groups, device), "bfloat16" if directory.name == "tied" else "float32")
+        return fingerprint.verify(chunks, spec, groups, directory)
 
 
 def global_tensors(cases: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, torch.Tensor]]:
@@ -93,16 +93,16 @@ def loss_and_gradients(cases: list[dict[str, Any]]) -> list[dict[str, torch.Tens
     """Loss per token, gradients of hidden states (summed over ranks) and of the whole head, and the measures; the vocabulary is split
     over all processes."""
     from megatron_moe2dense.trainer.losses import losses, measures
-    from megatron_moe2dense.trainer.losses.shards import VocabShard
     from megatron_moe2dense.trainer.losses.targets import TopKTarget
+    from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits
 
     world, rank, results = (dist.get_world_size(), dist.get_rank(), []) if dist.is_initialized() else (1, 0, [])
     group = dist.group.WORLD if world > 1 else None
     for case in cases:
         hidden = case["hidden"].clone().requires_grad_(True)
         head = case["head"].chunk(world)[rank].clone().requires_grad_(True)
-        student = VocabShard.of(hidden, head, case["vocab"], group)
-        teacher = VocabShard.of(case["teacher_hidden"], case["teacher_head"].chunk(world)[rank].clone(), case["vocab"], group)
+        student = VocabParallelLogits.of(hidden, head, case["vocab"], group)
+        teacher = VocabParallelLogits.of(case["teacher_hidden"], case["teacher_head"].chunk(world)[rank].clone(), case["vocab"], group)
         loss = losses.build(case["loss"])
         known = TopKTarget.of_logits(teacher.logits(slice(None)), case["cached"], teacher.start, group) if "cached" in case else teacher
         loss_T = loss.per_token(student, known if loss.needs_teacher else None, case["labels"], case["mask"])

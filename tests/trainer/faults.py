@@ -19,7 +19,7 @@ PHASES = {
     "optimizer": ("megatron.core.optimizer.optimizer:ChainedOptimizer.step_with_ready_grads", (0, 1)),
     "metrics": ("megatron_moe2dense.common.records:append", (0,)),
     "checkpoint writer": ("megatron_moe2dense.trainer.checkpoints.writer:_write_and_digest", (0,)),
-    "checkpoint seal": ("megatron_moe2dense.trainer.checkpoints.seal:write", (0,)),
+    "checkpoint checksums": ("megatron_moe2dense.trainer.checkpoints.checksums:write", (0,)),
     "checkpoint published": ("megatron_moe2dense.trainer.checkpoints.writer:Writer._publish", (0, 1)),
     "export tensor": ("megatron_moe2dense.checkpoint.shards:ShardWriter.write", (0,)),
     "export publish": ("megatron_moe2dense.common.outputs:publish", (0,)),

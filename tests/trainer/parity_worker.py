@@ -51,10 +51,10 @@ def _differences(config: DistillConfig, expected: StockRun) -> dict[str, float]:
         pairs = zip(rows, expected.losses, expected.norms, strict=True)
         loss = max(max(abs(row["loss"] / value - 1), abs(row["grad_norm"] / norm - 1)) for row, value, norm in pairs)
         # the product's own way to a rank's slices: the references replace the weights, which are not needed any more
-        blueprint = distill.student_blueprint(config)
+        spec = distill.student_spec(config)
         found = [{number: tensor.clone() for number, tensor in _parameters(trainer)}, *recorder.gradients]
         names = ["weights", *(f"gradients_{step}" for step in range(1, len(rows) + 1))]
-        worst = [_worst(trainer, blueprint, values, expected.directory / name) for values, name in zip(found, names, strict=True)]
+        worst = [_worst(trainer, spec, values, expected.directory / name) for values, name in zip(found, names, strict=True)]
         trainer.close()
         return {"loss": loss, "weights": worst[0], "gradients": worst[1], "later_gradients": max(worst[2:])}
 
@@ -79,13 +79,13 @@ def _parameters(trainer: Any) -> Iterator[tuple[str, Any]]:
 
 
 @torch.no_grad()
-def _worst(trainer: Any, blueprint: Any, found: dict[str, Tensor], reference: Path) -> float:
+def _worst(trainer: Any, spec: Any, found: dict[str, Tensor], reference: Path) -> float:
     """The largest relative difference in norm of one tensor, its slices put together over all ranks."""
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     from megatron_moe2dense.trainer import weights
 
-    weights.load(trainer.models.student, blueprint, trainer.groups, reference)
+    weights.load(trainer.models.student, spec, trainer.groups, reference)
     squares: dict[str, tuple[float, float]] = {}
     for name, parameter in _parameters(trainer):
         number, local = name.split(" ", 1)

@@ -1,4 +1,4 @@
-"""A checkpoint is unpickled as data: whatever code its files name is not run, also where its seal fits."""
+"""A checkpoint is unpickled as data: whatever code its files name is not run, also where its checksums fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer import distill, export
-from megatron_moe2dense.trainer.checkpoints import pickles, seal
+from megatron_moe2dense.trainer.checkpoints import checksums, pickles
 from megatron_moe2dense.trainer.checkpoints.writer import latest
 from megatron_moe2dense.trainer.config import DistillConfig, ExportConfig
 from tests.helpers.tiny_models import tiny_qwen3, write_tokens
@@ -115,15 +115,15 @@ def test_code_in_a_checkpoint_is_not_run(
 ):
     marker = tmp_path / "it ran"
     plant(checkpoint, Bomb(marker))
-    (checkpoint / seal.SEAL).unlink()
-    seal.write(checkpoint, {})
+    (checkpoint / checksums.LISTING).unlink()
+    checksums.write(checkpoint, {})
     with pytest.raises(UserError) as refused:
         load(root)
     assert "take the checkpoint from the run that wrote it" in refused.value.do
     assert not marker.exists()
 
 
-def test_a_file_that_the_seal_does_not_list_is_refused(checkpoint: Path, root: Path):
+def test_a_file_that_the_checksums_do_not_list_is_refused(checkpoint: Path, root: Path):
     (checkpoint / "__1_0.distcp").write_bytes(b"")
     with pytest.raises(UserError, match=r"__1_0\.distcp is not in files\.json"):
         exported(root)
@@ -213,7 +213,7 @@ def test_a_checkpoint_with_another_interpreters_names_is_loaded(checkpoint: Path
     foreign = pickle.dumps(content, protocol=3).replace(b"cpathlib\n", b"cpathlib._local\n")
     assert b"cpathlib._local\n" in foreign
     (checkpoint / ".metadata").write_bytes(foreign)
-    (checkpoint / seal.SEAL).unlink()
-    seal.write(checkpoint, {})
+    (checkpoint / checksums.LISTING).unlink()
+    checksums.write(checkpoint, {})
     resumed(root)
     exported(root)

@@ -14,7 +14,7 @@ from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime
 from megatron_moe2dense.trainer.config import ParallelConfig
-from megatron_moe2dense.trainer.pipeline import Split
+from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from megatron_moe2dense.trainer.runtime.experts import PlainExperts
 from tests.helpers.tiny_models import tiny
 
@@ -24,9 +24,9 @@ from tests.helpers.tiny_models import tiny
 def test_without_gradients_the_outputs_are_those_of_megatrons_own_pass(family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: Any):
     """Unequal numbers of rows, none for two experts; GPT-OSS's biased, clamped experts take that pass itself."""
     directory = tiny(family, tmp_path / "model")
-    blueprint = models.Blueprint.of(CheckpointIndex.open(directory).config, str(directory), dtype)
+    spec = models.ModelSpec.of(CheckpointIndex.open(directory).config, str(directory), dtype)
     with runtime.session("cpu") as device, process_groups.initialized(ParallelConfig(), seed=0) as groups:
-        model = models.build(blueprint, groups, device, Split((blueprint.dims.layers,), 1))[0]
+        model = models.build(spec, groups, device, PipelineLayout((spec.dims.layers,), 1))[0]
         experts: Any = next(module for module in model.modules() if isinstance(module, PlainExperts))
         for parameter in experts.parameters():
             torch.nn.init.normal_(parameter, std=0.2)

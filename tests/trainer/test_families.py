@@ -14,17 +14,18 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES
 from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.model import Blueprint, count_parameters, transformer_fields
+from megatron_moe2dense.trainer.model import ModelSpec, transformer_fields
+from megatron_moe2dense.trainer.outline import count_parameters
 from megatron_moe2dense.trainer.runtime import Runtime
 from tests.helpers.tiny_models import tiny, tiny_qwen3
 
 
 def test_a_family_without_a_megatron_table_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = json.loads((tiny_qwen3(tmp_path / "model") / "config.json").read_text())
-    Blueprint.of(config, "config.json", torch.float32)
+    ModelSpec.of(config, "config.json", torch.float32)
     monkeypatch.setitem(FAMILIES, "qwen3", dataclasses.replace(FAMILIES["qwen3"], megatron=None, megatron_config=None))
     with pytest.raises(UserError, match=r"config\.json: qwen3, which the trainer can not build"):
-        Blueprint.of(config, "config.json", torch.float32)
+        ModelSpec.of(config, "config.json", torch.float32)
 
 
 ROPE = {"rope_theta": 1e4}
@@ -48,15 +49,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_what_megatron_would_compute_otherwise_is_refused(name: str, tmp_path: Path):
     family, options, message = REFUSED[name]
     path = tiny(family, tmp_path / "model") / "config.json"
-    blueprint = Blueprint.of({**json.loads(path.read_text()), **options}, str(path), torch.float32)
+    spec = ModelSpec.of({**json.loads(path.read_text()), **options}, str(path), torch.float32)
     with pytest.raises(UserError, match=message):
-        count_parameters(blueprint)
+        count_parameters(spec)
 
 
 def test_experts_with_biases_are_spread_over_ranks_not_split(tmp_path: Path):
     content = json.loads((tiny("gpt_oss", tmp_path / "model") / "config.json").read_text())
-    blueprint, cpu = Blueprint.of(content, "here", torch.float32), Runtime(torch.device("cpu"), "gloo", transformer_engine=False)
+    spec, cpu = ModelSpec.of(content, "here", torch.float32), Runtime(torch.device("cpu"), "gloo", transformer_engine=False)
     collection: Any = None
     with pytest.raises(UserError, match=r"parallel\.tensor 2, parallel\.expert 1 with experts that have biases"):
-        transformer_fields(blueprint, Groups(collection, ParallelConfig(tensor=2)), cpu)
-    assert transformer_fields(blueprint, Groups(collection, ParallelConfig(tensor=2, expert=2)), cpu)["num_moe_experts"] == 8
+        transformer_fields(spec, Groups(collection, ParallelConfig(tensor=2)), cpu)
+    assert transformer_fields(spec, Groups(collection, ParallelConfig(tensor=2, expert=2)), cpu)["num_moe_experts"] == 8

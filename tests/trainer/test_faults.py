@@ -130,7 +130,7 @@ def test_a_rank_that_stops_answering_is_named_by_the_others(late: int, root: Pat
             rf"no answer from rank 1 \(process {job.ranks[1]} on \S+, last heard of after step (\d) in \S+\.py:\d+ \w+\)", said
         )
         assert named is not None, said
-        assert int(named[1]) <= 3  # a beat may be older than a step
+        assert int(named[1]) <= 3  # a heartbeat may be older than a step
     else:
         assert "store on 127.0.0.1 does not answer" in said
     assert "it continues from the last checkpoint" in said

@@ -16,9 +16,9 @@ from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import runtime, weights
 from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.proof import fingerprint
-from megatron_moe2dense.trainer.proof.fingerprint import Fingerprint, bit_sum
 from megatron_moe2dense.trainer.runtime import Runtime
+from megatron_moe2dense.trainer.verification import fingerprint
+from megatron_moe2dense.trainer.verification.fingerprint import Fingerprint, bit_sum
 from tests.helpers.forks import launch
 from tests.helpers.tiny_models import as_mxfp4, tiny, tiny_qwen3, tiny_qwen3_moe
 from tests.trainer.cases import loaded
@@ -33,8 +33,8 @@ def place() -> Iterator[Place]:
 
 
 def of(directory: Path, place: Place, dtype: str = "float32") -> Fingerprint:
-    chunks, blueprint = loaded(directory, place, dtype)
-    return fingerprint.verify(chunks, blueprint, place[0], directory)
+    chunks, spec = loaded(directory, place, dtype)
+    return fingerprint.verify(chunks, spec, place[0], directory)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -60,15 +60,15 @@ def test_a_correction_that_stays_float32_is_compared_in_float32(tmp_path: Path, 
     correction = [name for name in tensors if name.endswith("e_score_correction_bias")]
     assert correction
     assert any(not torch.equal(tensors[name].bfloat16().float(), tensors[name]) for name in correction)
-    chunks, blueprint = loaded(directory, place, "bfloat16")
+    chunks, spec = loaded(directory, place, "bfloat16")
     assert {buffer.dtype for name, buffer in chunks[0].named_buffers() if name.endswith("expert_bias")} == {torch.float32}
-    assert fingerprint.verify(chunks, blueprint, place[0], directory)
+    assert fingerprint.verify(chunks, spec, place[0], directory)
 
 
 @pytest.mark.parametrize("fault", ["zeros", "one bit", "another tensor"])
 def test_a_parameter_that_is_not_what_the_files_hold_is_refused(fault: str, tmp_path: Path, place: Place):
     directory = tiny_qwen3_moe(tmp_path / "model")
-    chunks, blueprint = loaded(directory, place, "float32")
+    chunks, spec = loaded(directory, place, "float32")
     layers: Any = chunks[0].decoder.layers
     down = layers[2].mlp.experts.local_experts[5].linear_fc2.weight
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_a_parameter_that_is_not_what_the_files_hold_is_refused(fault: str, tmp_
         else:
             down.copy_(layers[2].mlp.experts.local_experts[4].linear_fc2.weight)
     with pytest.raises(UserError, match=r"1 parameters .* model\.layers\.2\.mlp\.experts\.5\.down_proj\.weight"):
-        fingerprint.verify(chunks, blueprint, place[0], directory)
+        fingerprint.verify(chunks, spec, place[0], directory)
 
 
 def test_a_tensor_that_no_parameter_takes_is_refused(tmp_path: Path, place: Place):
@@ -126,21 +126,21 @@ def test_a_fingerprint_is_the_same_in_every_layout(tmp_path: Path, place: Place)
 
 def test_every_parameter_counts_once(tmp_path: Path, place: Place):
     directory = tiny_qwen3(tmp_path / "model", tie_word_embeddings=True)
-    chunks, blueprint = loaded(directory, place, "float32")
+    chunks, spec = loaded(directory, place, "float32")
     present = load_file(directory / "model.safetensors")
-    counted = [entry.hf for _, entry, counts in weights.placed(chunks, blueprint, place[0], present) if counts]
+    counted = [entry.hf for _, entry, counts in weights.weights_of_rank(chunks, spec, place[0], present) if counts]
     assert len(counted) == len(set(counted)) == len(list(chunks[0].parameters()))
 
 
 def test_values_of_mxfp4_count_and_one_code_makes_the_difference(tmp_path: Path, place: Place):
     plain, packed = as_mxfp4(tiny("gpt_oss", tmp_path / "plain", intermediate_size=64), tmp_path / "packed")
     assert of(packed, place).zeros == of(plain, place).zeros == ()
-    chunks, blueprint = loaded(packed, place, "float32")
+    chunks, spec = loaded(packed, place, "float32")
     tensors = load_file(packed / "model.safetensors")
     tensors["model.layers.1.mlp.experts.down_proj_blocks"][7, 3, 1, 2] ^= 2
     save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 parameters .* model\.layers\.1\.mlp\.experts\.down_proj_blocks"):
-        fingerprint.verify(chunks, blueprint, place[0], packed)
+        fingerprint.verify(chunks, spec, place[0], packed)
 
 
 def test_a_router_with_one_expert_is_no_parameter(tmp_path: Path, place: Place):

@@ -16,7 +16,7 @@ from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import initialize, runtime, weights
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.pipeline import Split
+from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from tests.helpers.tiny_models import tiny, without_routing
 
 
@@ -25,10 +25,10 @@ def begun(directory: Path, how: str, seed: int = 0, dtype: str = "float32") -> d
     settings: dict[str, Any] = {"student": str(directory), "teacher": None, "output": str(directory / "run"), "initialize": how}
     config = DistillConfig(**settings, data={"path": "tokens"}, train={"steps": 1, "seed": seed}, dtype=dtype)  # type: ignore[arg-type]
     with runtime.session("cpu") as device, process_groups.initialized(config.parallel, seed) as groups:
-        blueprint = models.Blueprint.of(CheckpointIndex.open(directory).config, str(directory), getattr(torch, dtype))
-        chunks = models.build(blueprint, groups, device, Split.of_student(config.parallel, blueprint.dims.layers))
-        initialize.start(config, chunks, blueprint, groups)
-        return {name: tensor.clone() for name, tensor in weights.unload(chunks[0], blueprint)}
+        spec = models.ModelSpec.of(CheckpointIndex.open(directory).config, str(directory), getattr(torch, dtype))
+        chunks = models.build(spec, groups, device, PipelineLayout.of_student(config.parallel, spec.dims.layers))
+        initialize.start(config, chunks, spec, groups)
+        return {name: tensor.clone() for name, tensor in weights.unload(chunks[0], spec)}
 
 
 DENSE: dict[str, dict[str, Any]] = {

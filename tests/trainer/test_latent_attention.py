@@ -22,11 +22,12 @@ from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime
 from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.mapping import NameTable
-from megatron_moe2dense.trainer.pipeline import Split
+from megatron_moe2dense.trainer.mapping import WeightMapping
+from megatron_moe2dense.trainer.outline import count_parameters
+from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.runtime.latent_attention import LATENT_NORM_EPS, LatentAttention, use_latent_attention
-from megatron_moe2dense.trainer.runtime.routing import router_fields
+from megatron_moe2dense.trainer.runtime.routers import router_fields
 from tests.families.published import DEEPSEEK_V2_LITE
 from tests.helpers.tiny_models import tiny
 
@@ -40,17 +41,17 @@ def place() -> Iterator[tuple[Groups, Runtime]]:
         yield groups, device
 
 
-def blueprint(directory: Path, dtype: torch.dtype = torch.float32) -> models.Blueprint:
-    return models.Blueprint.of(CheckpointIndex.open(directory).config, str(directory), dtype)
+def spec_of(directory: Path, dtype: torch.dtype = torch.float32) -> models.ModelSpec:
+    return models.ModelSpec.of(CheckpointIndex.open(directory).config, str(directory), dtype)
 
 
-def built(model: models.Blueprint, place: tuple[Groups, Runtime], **overrides: Any) -> models.HeadlessGPT:
-    return models.build(model, *place, Split((model.dims.layers,), 1), **overrides)[0]
+def built(model: models.ModelSpec, place: tuple[Groups, Runtime], **overrides: Any) -> models.HeadlessGPT:
+    return models.build(model, *place, PipelineLayout((model.dims.layers,), 1), **overrides)[0]
 
 
 @pytest.mark.parametrize("scaling", [YARN, {"rope_type": "default", "rope_theta": 1e4}])
 def test_on_a_gpu_the_norms_are_fused_and_rotary_positions_where_the_kernel_is(scaling: Any, tmp_path: Path, place: tuple[Groups, Runtime]):
-    model = blueprint(tiny("deepseek_v2", tmp_path / "model", rope_parameters=scaling), torch.bfloat16)
+    model = spec_of(tiny("deepseek_v2", tmp_path / "model", rope_parameters=scaling), torch.bfloat16)
     fields = models.transformer_fields(model, place[0], GPU)
     assert fields["qk_layernorm"] is True
     assert fields["apply_rope_fusion"] is (scaling is YARN)
@@ -77,12 +78,12 @@ def test_a_layer_of_transformer_engine_keeps_its_own_down_projections(place: tup
 )
 def test_names_of_the_transformer_engine_spec_mean_the_same_tensors(transformer_engine: str, local: str):
     spec = FAMILIES["deepseek_v2"]
-    table = NameTable(spec, spec.dims(DEEPSEEK_V2_LITE), first_layer=3, first_expert=32)
-    assert table.entry(f"decoder.layers.1.{transformer_engine}") == table.entry(f"decoder.layers.1.{local}")
+    mapping = WeightMapping(spec, spec.dims(DEEPSEEK_V2_LITE), first_layer=3, first_expert=32)
+    assert mapping.entry(f"decoder.layers.1.{transformer_engine}") == mapping.entry(f"decoder.layers.1.{local}")
 
 
 def test_weights_of_a_new_model_are_drawn_alike_and_latents_normed_with_their_own_epsilon(tmp_path: Path, place: tuple[Groups, Runtime]):
-    model = built(blueprint(tiny("deepseek_v3", tmp_path / "model", rms_norm_eps=0.1, initializer_range=0.05)), place)
+    model = built(spec_of(tiny("deepseek_v3", tmp_path / "model", rms_norm_eps=0.1, initializer_range=0.05)), place)
     for name, parameter in model.named_parameters():
         if "down_proj" in name or "up_proj" in name:
             assert parameter.std().item() == pytest.approx(0.05, rel=0.1), name
@@ -93,7 +94,7 @@ def test_weights_of_a_new_model_are_drawn_alike_and_latents_normed_with_their_ow
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_correction_of_a_router_stays_in_float32(dtype: torch.dtype, tmp_path: Path, place: tuple[Groups, Runtime]):
-    model = built(blueprint(tiny("deepseek_v3", tmp_path / "model"), dtype), place)
+    model = built(spec_of(tiny("deepseek_v3", tmp_path / "model"), dtype), place)
     assert {buffer.dtype for name, buffer in model.named_buffers() if name.endswith("expert_bias")} == {torch.float32}
 
 
@@ -101,7 +102,7 @@ def test_deepseek_v2_lite_has_the_parameters_of_the_stock_class():
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(**DEEPSEEK_V2_LITE))
     matrices = sum(parameter.numel() for parameter in stock.parameters() if parameter.dim() > 1)
-    counted, _ = models.count_parameters(models.Blueprint.of(DEEPSEEK_V2_LITE, "config.json", torch.bfloat16))
+    counted, _ = count_parameters(models.ModelSpec.of(DEEPSEEK_V2_LITE, "config.json", torch.bfloat16))
     assert counted == matrices
 
 
@@ -130,7 +131,7 @@ def test_sigmoid_gates_that_are_not_renormalised_are_refused():
 
 
 def test_more_active_experts_than_the_used_groups_have_are_refused(tmp_path: Path, place: tuple[Groups, Runtime]):
-    model = blueprint(tiny("deepseek_v3", tmp_path / "model"))  # 2 of 4 groups of 2 experts
+    model = spec_of(tiny("deepseek_v3", tmp_path / "model"))  # 2 of 4 groups of 2 experts
     built(model, place, moe_router_topk=4)
     with pytest.raises(UserError, match="5 active experts, 2 of 4 groups used"):
         built(model, place, moe_router_topk=5)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer.losses import LogitLoss, chunked, losses, measures
-from megatron_moe2dense.trainer.losses.shards import VocabShard
+from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits
 from tests.helpers.forks import launch
 from tests.trainer.cases import loss_and_gradients
 
@@ -194,7 +194,7 @@ def test_chunks_do_not_change_the_result(method: str, monkeypatch: pytest.Monkey
 def test_gradients_pass_gradcheck(method: str):
     """Numeric differences in float64, of hidden states and head, with masked tokens."""
     case = make(method)
-    teacher = VocabShard.of(case["teacher_hidden"].double(), case["teacher_head"].double(), case["vocab"], None)
+    teacher = VocabParallelLogits.of(case["teacher_hidden"].double(), case["teacher_head"].double(), case["vocab"], None)
     loss, mask_T = losses.build(case["loss"]), case["mask"].double()
 
     class Total(torch.autograd.Function):
@@ -204,7 +204,7 @@ def test_gradients_pass_gradcheck(method: str):
         def forward(ctx: Any, *inputs: Tensor) -> Tensor:
             with torch.enable_grad():
                 hidden, head = (value.detach().requires_grad_(True) for value in inputs)
-                student = VocabShard.of(hidden, head, case["vocab"], None)
+                student = VocabParallelLogits.of(hidden, head, case["vocab"], None)
                 total = (loss.per_token(student, teacher if loss.needs_teacher else None, case["labels"], mask_T) * mask_T).sum()
                 ctx.gradients = torch.autograd.grad(total, (hidden, head), allow_unused=True, materialize_grads=True)
             return total.detach()
@@ -223,7 +223,7 @@ def test_extreme_logits_stay_finite(size: float):
     for student, teacher in itertools.product((0.0, size), repeat=2):
         head = torch.eye(4)
         row = torch.tensor([[1.0, 0, 0, 0]])
-        shards = [VocabShard.of((row * x).requires_grad_(True), head, 4, None) for x in (student, teacher)]
+        shards = [VocabParallelLogits.of((row * x).requires_grad_(True), head, 4, None) for x in (student, teacher)]
         for method in ("forward_kl", "cross_entropy", "jensen_shannon", "reverse_kl"):
             loss_T = losses[method]().per_token(shards[0], shards[1], torch.tensor([1]), torch.ones(1))
             assert torch.isfinite(loss_T).all()
@@ -242,14 +242,14 @@ def test_equal_distributions_have_no_divergence_and_no_gradient():
 def test_measures_of_extreme_logits_are_finite(size: float):
     head, row = torch.eye(4), torch.tensor([[1.0, 0, 0, 0]])
     for student, teacher in itertools.product((0.0, size), repeat=2):
-        shards = [VocabShard.of(row * x, head, 4, None) for x in (student, teacher)]
+        shards = [VocabParallelLogits.of(row * x, head, 4, None) for x in (student, teacher)]
         assert torch.isfinite(measures.per_token(shards[0], shards[1], torch.tensor([1]))).all()
 
 
 def test_measures_without_a_teacher_are_those_of_the_student():
     case = CASES["forward_kl, plain"]
-    student = VocabShard.of(case["hidden"], case["head"], 40, None)
-    teacher = VocabShard.of(case["teacher_hidden"], case["teacher_head"], 40, None)
+    student = VocabParallelLogits.of(case["hidden"], case["head"], 40, None)
+    teacher = VocabParallelLogits.of(case["teacher_hidden"], case["teacher_head"], 40, None)
     both = measures.per_token(student, teacher, case["labels"])
     torch.testing.assert_close(measures.per_token(student, None, case["labels"]), both[: len(measures.ALONE)])
 
@@ -264,8 +264,8 @@ def test_inputs_are_left_alone():
 def test_another_weighting_than_the_mask_is_an_error():
     """The gradient is formed with the mask in the forward pass; anything else would be silently wrong."""
     case = CASES["forward_kl, plain"]
-    student = VocabShard.of(case["hidden"].clone().requires_grad_(True), case["head"].clone(), 40, None)
-    teacher = VocabShard.of(case["teacher_hidden"], case["teacher_head"], 40, None)
+    student = VocabParallelLogits.of(case["hidden"].clone().requires_grad_(True), case["head"].clone(), 40, None)
+    teacher = VocabParallelLogits.of(case["teacher_hidden"], case["teacher_head"], 40, None)
     loss_T = losses["forward_kl"]().per_token(student, teacher, case["labels"], case["mask"])
     with pytest.raises(AssertionError, match="multiple"):
         (loss_T * torch.arange(TOKENS)).sum().backward()
@@ -294,7 +294,7 @@ def test_the_hidden_state_loss_is_not_multiplied_by_the_ranks_that_share_it():
 
 def test_the_hidden_state_loss_refuses_another_width():
     head = torch.randn(4, 3)
-    student = VocabShard.of(torch.randn(2, 3), head, 4, None)
-    teacher = VocabShard.of(torch.randn(2, 5), torch.randn(4, 5), 4, None)
+    student = VocabParallelLogits.of(torch.randn(2, 3), head, 4, None)
+    teacher = VocabParallelLogits.of(torch.randn(2, 5), torch.randn(4, 5), 4, None)
     with pytest.raises(UserError, match="hidden sizes 3 and 5"):
         losses["hidden_state"]().per_token(student, teacher, torch.zeros(2), torch.ones(2))

@@ -16,7 +16,7 @@ from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.flops import forward_flops, training_flops
 from megatron_moe2dense.trainer.losses import measures
 from megatron_moe2dense.trainer.metrics import Metrics, Speed, StepFacts, eval_row, step_row
-from megatron_moe2dense.trainer.model import Blueprint
+from megatron_moe2dense.trainer.model import ModelSpec
 from megatron_moe2dense.trainer.runtime import Runtime, peak_flops
 from megatron_moe2dense.trainer.runtime.peaks import bf16_peak
 from megatron_moe2dense.trainer.state import TrainState
@@ -126,12 +126,12 @@ def test_flops_are_those_of_the_matrix_products_of_stock_transformers(tmp_path: 
         )
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(input_ids=torch.zeros(1, length, dtype=torch.long))
-        blueprint = Blueprint.of(model.config.to_dict(), "the test", torch.float32)
-        dims = blueprint.dims
+        spec = ModelSpec.of(model.config.to_dict(), "the test", torch.float32)
+        dims = spec.dims
         not_attended = 2 * dims.layers * dims.heads * dims.head_dim * (length - 1)  # per token: the half above the diagonal
-        counted[family] = forward_flops(blueprint, length)
+        counted[family] = forward_flops(spec, length)
         assert counter.get_total_flops() / length == pytest.approx(counted[family] + not_attended, rel=1e-6), family
         if dims.experts:
-            router_and_more = forward_flops(blueprint, length, active=4) - counted[family]
+            router_and_more = forward_flops(spec, length, active=4) - counted[family]
             assert router_and_more == 2 * (4 - 2) * 3 * dims.hidden_size * dims.expert_width * dims.layers
-            assert training_flops(blueprint, blueprint, length, active=4) == 3 * counted[family] + counted[family] + router_and_more
+            assert training_flops(spec, spec, length, active=4) == 3 * counted[family] + counted[family] + router_and_more

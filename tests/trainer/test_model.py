@@ -18,7 +18,8 @@ from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime
 from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.mapping import NameTable
+from megatron_moe2dense.trainer.mapping import WeightMapping
+from megatron_moe2dense.trainer.outline import count_parameters
 from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.runtime.configs import config_of
 from megatron_moe2dense.trainer.runtime.modules import prepare_sinks
@@ -33,12 +34,12 @@ def groups() -> Iterator[Groups]:
         yield groups
 
 
-def blueprint(directory: Path) -> models.Blueprint:
-    return models.Blueprint.of(CheckpointIndex.open(directory).config, str(directory), torch.bfloat16)
+def spec_of(directory: Path) -> models.ModelSpec:
+    return models.ModelSpec.of(CheckpointIndex.open(directory).config, str(directory), torch.bfloat16)
 
 
 def test_the_gpu_config_asks_for_fused_kernels_and_grouped_experts(tmp_path: Path, groups: Groups):
-    fields = models.transformer_fields(blueprint(tiny_qwen3_moe(tmp_path / "moe")), groups, GPU)
+    fields = models.transformer_fields(spec_of(tiny_qwen3_moe(tmp_path / "moe")), groups, GPU)
     for name in ("moe_grouped_gemm", "moe_permute_fusion", "apply_rope_fusion", "bias_activation_fusion", "batch_p2p_comm", "bf16"):
         assert fields[name] is True
     assert fields["use_cpu_initialization"] is False
@@ -46,7 +47,7 @@ def test_the_gpu_config_asks_for_fused_kernels_and_grouped_experts(tmp_path: Pat
 
 def test_a_gpu_without_transformer_engine_gets_a_config_that_megatron_takes(tmp_path: Path, groups: Groups):
     plain = Runtime(torch.device("cuda", 0), "nccl", transformer_engine=False)
-    config = TransformerConfig(**models.transformer_fields(blueprint(tiny_qwen3_moe(tmp_path / "moe")), groups, plain))
+    config = TransformerConfig(**models.transformer_fields(spec_of(tiny_qwen3_moe(tmp_path / "moe")), groups, plain))
     assert config.num_moe_experts == 8
     assert not config.moe_grouped_gemm
 
@@ -66,9 +67,9 @@ EXPERTS = "decoder.layers.2.mlp.experts."
     ],
 )
 def test_names_of_the_transformer_engine_spec_mean_the_same_tensors(family: str, transformer_engine: str, local: str, tmp_path: Path):
-    model = blueprint(tiny(family, tmp_path / "moe"))
-    table = NameTable(model.family, model.dims, first_layer=2, first_expert=8)
-    assert table.entry(transformer_engine) == table.entry(local)
+    model = spec_of(tiny(family, tmp_path / "moe"))
+    mapping = WeightMapping(model.family, model.dims, first_layer=2, first_expert=8)
+    assert mapping.entry(transformer_engine) == mapping.entry(local)
 
 
 ONE_EXPERT = {"num_local_experts": 1, "num_experts_per_tok": 1}
@@ -76,7 +77,7 @@ ONE_EXPERT = {"num_local_experts": 1, "num_experts_per_tok": 1}
 
 @pytest.mark.parametrize("options", [{}, ONE_EXPERT])
 def test_the_gpu_config_of_gpt_oss_leaves_out_kernels_without_its_biases_and_clamp(options: dict[str, Any], tmp_path: Path, groups: Groups):
-    model = blueprint(tiny("gpt_oss", tmp_path / "model", **options))
+    model = spec_of(tiny("gpt_oss", tmp_path / "model", **options))
     fields = models.transformer_fields(model, groups, GPU)
     for name in ("bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion"):
         assert fields[name] is False
@@ -94,8 +95,8 @@ def test_sinks_of_any_attention_are_zero_and_counted_on_every_rank_that_has_some
 
 
 def test_numbers_of_layers_and_experts_are_global(tmp_path: Path):
-    model = blueprint(tiny_qwen3_moe(tmp_path / "moe"))
-    entry = NameTable(model.family, model.dims, first_layer=2, first_expert=4).entry(
+    model = spec_of(tiny_qwen3_moe(tmp_path / "moe"))
+    entry = WeightMapping(model.family, model.dims, first_layer=2, first_expert=4).entry(
         "decoder.layers.1.mlp.experts.local_experts.3.linear_fc2.weight"
     )
     assert entry.hf == ("model.layers.3.mlp.experts.7.down_proj.weight",)
@@ -112,11 +113,11 @@ def test_numbers_of_layers_and_experts_are_global(tmp_path: Path):
 )
 def test_parameters_are_counted_from_the_config_alone(family: str, options: dict[str, Any], tmp_path: Path):
     directory = tiny(family, tmp_path / "model", **options)
-    model = blueprint(directory)
+    model = spec_of(directory)
     # Biases and the gate of a shared expert are vectors, as norms are; a router with nothing to choose from is not trained.
     left_out = (*model.idle_router(), "bias", "shared_expert_gate.weight")
     tensors = load_file(directory / "model.safetensors")
     sizes = {name: t.numel() for name, t in tensors.items() if t.dim() > 1 and not name.endswith(left_out)}
     matrices, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
     idle = experts // model.dims.experts * (model.dims.experts - model.dims.active) if model.dims.experts else 0
-    assert models.count_parameters(model) == (matrices, matrices - idle)
+    assert count_parameters(model) == (matrices, matrices - idle)

@@ -12,9 +12,10 @@ import torch
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES
+from megatron_moe2dense.operations import dry_run
+from megatron_moe2dense.operations.plan.config import PlanConfig
 from megatron_moe2dense.trainer import distill
 from megatron_moe2dense.trainer.config import DistillConfig, MuonConfig
-from megatron_moe2dense.trainer.plan.config import PlanConfig
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 
 
@@ -70,6 +71,6 @@ def test_its_learning_rate_is_its_own_through_the_schedule_and_memory_is_told(tm
     assert records.read(tmp_path / "run" / "metrics.jsonl")[-1]["lr"] == pytest.approx(4e-3 * 0.5)
 
     alone = build(DistillConfig, {**raw, "optim": {}}, "the test")
-    told, more = (distill.dry_run(each) for each in (config, alone))
+    told, more = (dry_run.distill(each) for each in (config, alone))
     one_stage = [facts["memory_per_process"]["stage 0"]["optimizer"] for facts in (told, more)]
     assert more["memory_bytes"]["student"] - told["memory_bytes"]["student"] == one_stage[1] - one_stage[0] > 0

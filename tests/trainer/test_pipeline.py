@@ -20,7 +20,7 @@ from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer.config import DistillConfig, ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.pipeline import Split
+from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from megatron_moe2dense.trainer.runtime import Runtime
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe
 
@@ -33,9 +33,9 @@ def place() -> Iterator[tuple[Groups, Runtime]]:
 
 def test_layers_are_even_unless_said_otherwise():
     parallel = ParallelConfig(pipeline=2, virtual_pipeline=2, layers_per_stage=[2, 1, 1, 2], teacher_layers_per_stage=[7, 1])
-    assert Split.of_student(parallel, 6) == Split((2, 1, 1, 2), 2)
-    assert Split.of_teacher(parallel, 8) == Split((7, 1), 1)
-    assert Split.of_student(ParallelConfig(pipeline=2, virtual_pipeline=2), 8) == Split((2, 2, 2, 2), 2)
+    assert PipelineLayout.of_student(parallel, 6) == PipelineLayout((2, 1, 1, 2), 2)
+    assert PipelineLayout.of_teacher(parallel, 8) == PipelineLayout((7, 1), 1)
+    assert PipelineLayout.of_student(ParallelConfig(pipeline=2, virtual_pipeline=2), 8) == PipelineLayout((2, 2, 2, 2), 2)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_layers_are_even_unless_said_otherwise():
 )
 def test_layers_that_do_not_fit_the_stages_are_refused(parallel: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
-        Split.of_student(ParallelConfig(**parallel), 5)
+        PipelineLayout.of_student(ParallelConfig(**parallel), 5)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +117,9 @@ def test_recomputation_runs_what_it_says_a_second_time(
 ):
     """times: of attention and of the FFN, in a forward and a backward pass."""
     directory = make(tmp_path / "model", num_hidden_layers=2)
-    blueprint = models.Blueprint.of(CheckpointIndex.open(directory).config, str(directory), torch.float32)
-    fields = models.recompute_fields(ParallelConfig(recompute=recompute), blueprint)
-    (model,) = models.build(blueprint, *place, Split((2,), 1), **fields)
+    spec = models.ModelSpec.of(CheckpointIndex.open(directory).config, str(directory), torch.float32)
+    fields = models.recompute_fields(ParallelConfig(recompute=recompute), spec)
+    (model,) = models.build(spec, *place, PipelineLayout((2,), 1), **fields)
     calls: Counter[str] = Counter()
     inside = "router" if make is tiny_qwen3_moe else "linear_fc1"
     for name, module in model.decoder.layers[1].named_modules():

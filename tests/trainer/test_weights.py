@@ -18,7 +18,7 @@ from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime, weights
 from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.pipeline import Split
+from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from megatron_moe2dense.trainer.runtime import Runtime
 from tests.helpers.distributed import ROOT
 from tests.helpers.forks import launch
@@ -74,11 +74,11 @@ def place() -> Iterator[tuple[Groups, Runtime]]:
         yield groups, device
 
 
-def load(directory: Path, place: tuple[Groups, Runtime], dtype: torch.dtype) -> tuple[models.HeadlessGPT, models.Blueprint]:
-    blueprint = models.Blueprint.of(CheckpointIndex.open(directory).config, str(directory), dtype)
-    chunks = models.build(blueprint, *place, Split((blueprint.dims.layers,), 1))
-    weights.load(chunks, blueprint, place[0], directory)
-    return chunks[0].eval(), blueprint
+def load(directory: Path, place: tuple[Groups, Runtime], dtype: torch.dtype) -> tuple[models.HeadlessGPT, models.ModelSpec]:
+    spec = models.ModelSpec.of(CheckpointIndex.open(directory).config, str(directory), dtype)
+    chunks = models.build(spec, *place, PipelineLayout((spec.dims.layers,), 1))
+    weights.load(chunks, spec, place[0], directory)
+    return chunks[0].eval(), spec
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -100,11 +100,11 @@ def test_logits_equal_stock_transformers(name: str, tmp_path: Path, place: tuple
 
 def assert_same_logits(directory: Path, stock_directory: Path, place: tuple[Groups, Runtime]) -> None:
     """Ours from the first, transformers' from the second; sequences are longer than the windows."""
-    model, blueprint = load(directory, place, torch.float32)
+    model, spec = load(directory, place, torch.float32)
     stock = AutoModelForCausalLM.from_pretrained(stock_directory, dtype=torch.float32)
-    tokens = torch.randint(0, blueprint.dims.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, spec.dims.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        shard = model.vocab_shard(model(tokens, torch.arange(64).expand(2, -1), None), blueprint.dims.vocab_size)
+        shard = model.parallel_logits(model(tokens, torch.arange(64).expand(2, -1), None), spec.dims.vocab_size)
         expected = stock(input_ids=tokens).logits.transpose(0, 1).flatten(0, 1)
     assert (shard.logits(slice(None)) - expected).abs().max() < 1e-4
 

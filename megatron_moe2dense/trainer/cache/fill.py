@@ -14,8 +14,8 @@ from megatron_moe2dense.trainer.cache.files import CacheFacts, write_shard
 from megatron_moe2dense.trainer.data.samples import Samples
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses import chunked
-from megatron_moe2dense.trainer.losses.shards import VocabShard
 from megatron_moe2dense.trainer.losses.targets import TopKTarget
+from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits
 from megatron_moe2dense.trainer.runtime import context
 from megatron_moe2dense.trainer.step import on_this_rank
 from megatron_moe2dense.trainer.teacher import LiveTeacher
@@ -65,7 +65,7 @@ class Filler:
         for first in range(0, len(batches), at_once):
             local = [on_this_rank(batch, self.groups) for batch in batches[first : first + at_once]]
             for hidden_SBD in self.teacher.targets(local):
-                found += self._samples_of(top_k(self.teacher.known(hidden_SBD), self.facts.k))
+                found += self._samples_of(top_k(self.teacher.output(hidden_SBD), self.facts.k))
         writes = self.groups.tensor_rank == 0 and self.groups.collection.cp.rank() == 0
         return found[: len(shard)] if writes else []
 
@@ -86,8 +86,8 @@ class Filler:
         return whole_SX
 
 
-def top_k(teacher: VocabShard, k: int) -> TopKTarget:
+def top_k(teacher: VocabParallelLogits, k: int) -> TopKTarget:
     """The k best of all tokens of a micro-batch, a chunk of tokens at a time."""
-    slices = chunked.chunks(len(teacher.hidden_TD), max(teacher.valid, 1))
+    slices = chunked.token_slices(len(teacher.hidden_TD), max(teacher.valid, 1))
     found = [TopKTarget.of_logits(teacher.logits(tokens), k, teacher.start, teacher.group) for tokens in slices]
     return TopKTarget(*(torch.cat(parts) for parts in zip(*((t.indices_TK, t.log_p_TK, t.tail_T) for t in found), strict=True)))

@@ -31,8 +31,8 @@ class CachedTeacher:
         """See `Teacher.targets`: which samples to read; they are read when the student's hidden states are there."""
         return batches if self.groups.is_last_stage else []
 
-    def known(self, target: Batch) -> TopKTarget:
-        """See `Teacher.known`."""
+    def output(self, target: Batch) -> TopKTarget:
+        """See `Teacher.output`."""
         found = self.reader.read(target.samples, target.positions)
         return TopKTarget(*(part.to(self.device) for part in (found.indices_TK, found.log_p_TK, found.tail_T)))
 

@@ -22,7 +22,7 @@ from megatron_moe2dense.tokens.indexed import TokenFile
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime, teacher
-from megatron_moe2dense.trainer.agreement import together
+from megatron_moe2dense.trainer.agreement import raise_on_all_ranks
 from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
 from megatron_moe2dense.trainer.cache.files import STAGE, CacheFacts, shard_path, tokenizer_hash
 from megatron_moe2dense.trainer.cache.fill import Filler
@@ -31,7 +31,7 @@ from megatron_moe2dense.trainer.data.config import TrainDataConfig
 from megatron_moe2dense.trainer.data.datasets import Reading, identity, training_dataset
 from megatron_moe2dense.trainer.data.samples import Samples
 from megatron_moe2dense.trainer.flops import forward_flops
-from megatron_moe2dense.trainer.proof.prove import prove
+from megatron_moe2dense.trainer.verification.verify import verify_teacher
 
 # Where and how it is computed; the content of the cache is the same, or nearly so.
 _MAY_CHANGE = ("parallel", "micro_batch", "device", "overwrite", "teacher_check")
@@ -47,11 +47,11 @@ def run(config: CacheTeacherConfig) -> None:
         process_groups.require_sequence(config.parallel, config.data.sequence_length)
         working, facts = _claimed(config)
         with _nothing_left_of_a_refusal(working):
-            blueprint = models.Blueprint.of(CheckpointIndex.open(config.teacher).config, config.teacher, getattr(torch, config.dtype))
+            spec = models.ModelSpec.of(CheckpointIndex.open(config.teacher).config, config.teacher, getattr(torch, config.dtype))
             reading = Reading(config.data, config.seed, facts.vocab_size, working / "data_index")
             samples = Samples(training_dataset(reading, facts.samples), reading)
-            live = teacher.build(_as_a_run(config), blueprint, groups, device)
-            prove(live, _as_a_run(config), groups, samples.batch([0], device.device), recorded=None)
+            live = teacher.build(_as_a_run(config), spec, groups, device)
+            verify_teacher(live, _as_a_run(config), groups, samples.batch([0], device.device), recorded=None)
         filler = Filler(facts, working, groups, live, samples, config.micro_batch, device.device)
         filler.fill(_missing(working, facts))
         dist.barrier()
@@ -67,16 +67,16 @@ def run(config: CacheTeacherConfig) -> None:
 def dry_run(config: CacheTeacherConfig) -> dict[str, Any]:
     """Samples, tokens, FLOPs (`flops.forward_flops`), bytes of the cache, and of full bfloat16 logits beside it."""
     content = read_json(Path(config.teacher) / "config.json", "a Hugging Face directory with a config.json")
-    blueprint = models.Blueprint.of(content, config.teacher, getattr(torch, config.dtype))
+    spec = models.ModelSpec.of(content, config.teacher, getattr(torch, config.dtype))
     tokens = _samples(config) * config.data.sequence_length
-    per_token = forward_flops(blueprint, config.data.sequence_length, _as_a_run(config).active_experts())
+    per_token = forward_flops(spec, config.data.sequence_length, _as_a_run(config).active_experts())
     return {
         "samples": _samples(config),
         "tokens": tokens,
         "flops": int(per_token * tokens),
         "bytes": tokens * config.bytes_per_token(),
         "bytes_per_token": config.bytes_per_token(),
-        "bytes_per_token_of_full_logits": 2 * blueprint.dims.vocab_size,
+        "bytes_per_token_of_full_logits": 2 * spec.dims.vocab_size,
         "reads": [config.teacher, *(source.path for source in config.data.sources())],
         "writes": config.output,
     }
@@ -91,7 +91,7 @@ def _samples(config: CacheTeacherConfig) -> int:
 
 def _facts(config: CacheTeacherConfig) -> CacheFacts:
     index = CheckpointIndex.open(config.teacher)
-    dims = models.Blueprint.of(index.config, config.teacher, getattr(torch, config.dtype)).dims
+    dims = models.ModelSpec.of(index.config, config.teacher, getattr(torch, config.dtype)).dims
     if config.k > dims.vocab_size:
         raise UserError(f"k={config.k}", f"at most the vocabulary of {dims.vocab_size}", "choose a smaller k")
     active = _as_a_run(config).active_experts()
@@ -111,7 +111,7 @@ def _facts(config: CacheTeacherConfig) -> CacheFacts:
 def _claimed(config: CacheTeacherConfig) -> tuple[Path, CacheFacts]:
     """Rank 0 takes the working directory; its facts, or its error, reach every rank."""
     working = Path(config.output + ".tmp")
-    with together():
+    with raise_on_all_ranks():
         found = [_claim(config, working) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)
     assert found[0] is not None

@@ -1,1 +1,1 @@
-"""Saving a run and going on from it: complete, sealed, in any layout."""
+"""Saving a run and going on from it: complete, with checksums, in any layout."""

@@ -15,8 +15,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
-from megatron_moe2dense.trainer.agreement import together
-from megatron_moe2dense.trainer.checkpoints import pickles, seal
+from megatron_moe2dense.trainer.agreement import raise_on_all_ranks
+from megatron_moe2dense.trainer.checkpoints import checksums, pickles
 from megatron_moe2dense.trainer.checkpoints.writer import Writer, complete
 from megatron_moe2dense.trainer.config import TrainConfig
 from megatron_moe2dense.trainer.groups import Groups
@@ -126,12 +126,12 @@ def verify(path: Path) -> None:
     Raises:
         UserError: on every rank, when a file is not as it was written or would run code of its own.
     """
-    with together():
-        fault = seal.broken(path, slice(dist.get_rank(), None, dist.get_world_size()))
+    with raise_on_all_ranks():
+        fault = checksums.broken(path, slice(dist.get_rank(), None, dist.get_world_size()))
         if fault is not None:
             before = [other for other in complete(path.parent) if other.name < path.name]
             then = f"the same command then continues from {before[-1].name}" if before else "the same command then starts from step 0"
-            raise UserError(fault, f"the files that {seal.SEAL} lists, as they were written", f"remove {path}; {then}")
+            raise UserError(fault, f"the files that {checksums.LISTING} lists, as they were written", f"remove {path}; {then}")
         pickles.require_data(path)
 
 
@@ -139,7 +139,7 @@ def check_shapes(path: Path, weights: dict[str, Any]) -> None:
     """UserError when the checkpoint is one of another model than these weights belong to."""
     with pickles.as_data():
         saved = dist_checkpointing.load_tensors_metadata(str(path))
-    with together():
+    with raise_on_all_ranks():
         for tensor in nested_values(weights):
             found: Any = saved.get(tensor.key) if isinstance(tensor, ShardedTensor) else tensor
             if found is None or (found is not tensor and tuple(found.global_shape) != tuple(tensor.global_shape)):

@@ -1,4 +1,4 @@
-"""Puts checkpoints on disk, one at a time, behind the training: forked writers, then the seal, then one rename on rank 0."""
+"""Puts checkpoints on disk, one at a time, behind the training: forked writers, then the checksums, then one rename on rank 0."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import disk_errors
-from megatron_moe2dense.trainer.agreement import together
-from megatron_moe2dense.trainer.checkpoints import pickles, seal
+from megatron_moe2dense.trainer.agreement import raise_on_all_ranks
+from megatron_moe2dense.trainer.checkpoints import checksums, pickles
 from megatron_moe2dense.trainer.runtime import upstream
 
 _NAME = re.compile(r"step_(\d{8})")
@@ -73,7 +73,7 @@ class Writer:
             options = {"async_sharded_save": True, "content_metadata": metadata, **upstream.own_checkpoint_writers()}
             request = dist_checkpointing.save(content, str(partial), **options)
         assert request is not None
-        self._queue.schedule_async_request(_sealed(request, partial, functools.partial(self._publish, partial, self._final)))
+        self._queue.schedule_async_request(_with_checksums(request, partial, functools.partial(self._publish, partial, self._final)))
 
     def poll(self) -> None:
         """Publish the save in flight if all ranks have written; UserError when it failed."""
@@ -90,7 +90,7 @@ class Writer:
         name: list[Any] = [f"{final.name}.{uuid.uuid4().hex[:8]}.tmp"]
         dist.broadcast_object_list(name)
         partial = final.with_name(name[0])
-        with together():
+        with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 with disk_errors(final):
                     for stale in self._directory.glob("step_*.tmp"):
@@ -101,7 +101,7 @@ class Writer:
     def _finish(self, blocking: bool) -> None:
         assert self._final is not None
         final, self._final = self._final, None
-        with together():
+        with raise_on_all_ranks():
             try:
                 if not self._queue.maybe_finalize_async_calls(blocking):
                     self._final = final
@@ -113,12 +113,12 @@ class Writer:
         part = partial / _DIGESTS.format(rank=dist.get_rank())
         own = json.loads(part.read_text()) if part.exists() else {}
         part.unlink(missing_ok=True)
-        everyone: list[dict[str, seal.Digest]] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
+        everyone: list[dict[str, checksums.Digest]] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(own, everyone)
-        with together(), disk_errors(final):
+        with raise_on_all_ranks(), disk_errors(final):
             if everyone is not None:
                 pickles.make_portable(partial)
-                seal.write(partial, {name: found for digests in everyone for name, found in digests.items()})
+                checksums.write(partial, {name: found for digests in everyone for name, found in digests.items()})
                 partial.rename(final)
                 for path in complete(self._directory)[: -self._keep]:
                     # out of the way first: a deletion that is killed must not leave something that looks like a checkpoint
@@ -134,7 +134,7 @@ def _not_written(final: Path, error: CheckpointException) -> UserError:
     )
 
 
-def _sealed(request: AsyncRequest, partial: Path, publish: Callable[[], None]) -> AsyncRequest:
+def _with_checksums(request: AsyncRequest, partial: Path, publish: Callable[[], None]) -> AsyncRequest:
     request.add_finalize_fn(publish)
     if request.async_fn is None:  # nothing to write on this rank
         return request
@@ -145,5 +145,5 @@ def _write_and_digest(write: Callable[..., None], partial: Path, rank: int, buck
     """In the forked writer: write, then read the files back while they are in the page cache."""
     upstream.write_and_tell(write, rank, buckets, results)
     with contextlib.suppress(OSError):  # a failed write is reported through `results`
-        digests = {Path(path).name: seal.digest(Path(path)) for path, _, _ in buckets}
+        digests = {Path(path).name: checksums.digest(Path(path)) for path, _, _ in buckets}
         (partial / _DIGESTS.format(rank=rank)).write_text(json.dumps(digests))

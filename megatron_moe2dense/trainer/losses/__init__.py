@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_moe2dense.trainer.losses.chunked import Chunk
-    from megatron_moe2dense.trainer.losses.shards import VocabShard
-    from megatron_moe2dense.trainer.losses.targets import Known
+    from megatron_moe2dense.trainer.losses.targets import TeacherOutput
+    from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits
 
 
 class Loss(Method, ABC):
@@ -40,7 +40,7 @@ class Loss(Method, ABC):
         return self
 
     @abstractmethod
-    def per_token(self, student: VocabShard, teacher: Known | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:
+    def per_token(self, student: VocabParallelLogits, teacher: TeacherOutput | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:
         """Nats per token, float32 [T], not yet masked, the same on all ranks of the tensor-parallel group.
 
         Args:
@@ -57,7 +57,7 @@ class LogitLoss(Loss):
     def of_chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """(nats per token [T], gradient in the student's logits [T, V]) of one chunk."""
 
-    def per_token(self, student: VocabShard, teacher: Known | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:
+    def per_token(self, student: VocabParallelLogits, teacher: TeacherOutput | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:
         """See `Loss.per_token`."""
         from megatron_moe2dense.trainer.losses import chunked  # configs import this file, and it has no torch
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe2dense.trainer.losses.shards import VocabShard
-from megatron_moe2dense.trainer.losses.targets import Known, TopKTarget
+from megatron_moe2dense.trainer.losses.targets import TeacherOutput, TopKTarget
+from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits
 
 if TYPE_CHECKING:
     from megatron_moe2dense.trainer.losses import LogitLoss
@@ -50,8 +50,8 @@ class _ChunkedLoss(torch.autograd.Function):
         head_VD = weight_VD[: student.valid]
         grad_hidden_TD = torch.zeros_like(hidden_TD) if wants_gradient else None
         grad_head_VD = torch.zeros_like(weight_VD, dtype=dtype) if wants_gradient else None
-        for tokens in chunks(len(hidden_TD), max(student.valid, 1)):
-            teacher_TV = teacher.logits(tokens) if isinstance(teacher, VocabShard) else None
+        for tokens in token_slices(len(hidden_TD), max(student.valid, 1)):
+            teacher_TV = teacher.logits(tokens) if isinstance(teacher, VocabParallelLogits) else None
             top = teacher.at(tokens) if isinstance(teacher, TopKTarget) else None
             chunk = Chunk(student.logits(tokens), teacher_TV, top, labels_T[tokens], student.start, student.group)
             loss_T[tokens], grad_TV = loss.of_chunk(chunk)
@@ -82,16 +82,16 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def chunks(tokens: int, columns: int) -> list[slice]:
+def token_slices(tokens: int, columns: int) -> list[slice]:
     """Slices of `tokens` tokens, short enough for the float32 logits of `columns` columns."""
     size = max(32, _CHUNK_BYTES // (4 * COPIES * columns))
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
-def per_token(loss: LogitLoss, shards: tuple[VocabShard, Known | None], labels_T: Tensor, mask_T: Tensor) -> Tensor:
+def per_token(loss: LogitLoss, shards: tuple[VocabParallelLogits, TeacherOutput | None], labels_T: Tensor, mask_T: Tensor) -> Tensor:
     """Nats per token, float32 [T], unmasked; differentiable only as a multiple of `(result * mask_T).sum()`."""
     student, teacher = shards
-    if isinstance(teacher, VocabShard):
+    if isinstance(teacher, VocabParallelLogits):
         assert (student.start, student.valid) == (teacher.start, teacher.valid), "teacher and student shard the vocabulary differently"
     result = _ChunkedLoss.apply(student.hidden_TD, student.weight_VD, mask_T, (student, teacher, labels_T, loss))
     assert isinstance(result, Tensor)

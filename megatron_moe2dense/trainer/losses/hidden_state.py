@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer.losses import Loss, losses
-from megatron_moe2dense.trainer.losses.shards import VocabShard, wide
-from megatron_moe2dense.trainer.losses.targets import Known
+from megatron_moe2dense.trainer.losses.targets import TeacherOutput
+from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits, wide
 
 
 class _Shared(torch.autograd.Function):
@@ -35,9 +35,9 @@ class HiddenState(Loss):
         """See `Loss.trains_head`: never, hidden states come before it."""
         return False
 
-    def per_token(self, student: VocabShard, teacher: Known | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:  # noqa: ARG002
+    def per_token(self, student: VocabParallelLogits, teacher: TeacherOutput | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:  # noqa: ARG002
         """Squared units of the hidden states, [T]. UserError when the hidden sizes differ."""
-        assert isinstance(teacher, VocabShard)
+        assert isinstance(teacher, VocabParallelLogits)
         if student.hidden_TD.shape != teacher.hidden_TD.shape:
             raise UserError(
                 f"hidden sizes {student.hidden_TD.shape[-1]} and {teacher.hidden_TD.shape[-1]}",

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_moe2dense.common.config import key
 from megatron_moe2dense.trainer.losses import LogitLoss, losses
 from megatron_moe2dense.trainer.losses.chunked import Chunk
-from megatron_moe2dense.trainer.losses.shards import log_partition, scaled, total
+from megatron_moe2dense.trainer.losses.vocab_parallel import log_partition, scaled, total
 
 
 @losses.register("jensen_shannon")

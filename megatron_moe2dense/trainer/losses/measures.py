@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe2dense.trainer.losses import chunked
-from megatron_moe2dense.trainer.losses.shards import gather, shifted_exp
+from megatron_moe2dense.trainer.losses.vocab_parallel import gather, shifted_exp
 
 ALONE = ("cross_entropy", "student_entropy")
 AGAINST_TEACHER = (*ALONE, "teacher_cross_entropy", "teacher_entropy", "kl", "top1_agreement")
 
 
 class LogitShard(Protocol):
-    """A rank's columns of the logits of some tokens; `VocabShard` is one."""
+    """A rank's columns of the logits of some tokens; `VocabParallelLogits` is one."""
 
     @property
     def start(self) -> int:
@@ -52,7 +52,7 @@ def per_token(student: LogitShard, teacher: LogitShard | None, labels_T: Tensor)
     if teacher is not None:
         assert (student.start, student.valid) == (teacher.start, teacher.valid), "teacher and student shard the vocabulary differently"
     values_NT = torch.empty((len(names), len(labels_T)), dtype=torch.float32, device=labels_T.device)
-    for tokens in chunked.chunks(len(labels_T), max(student.valid, 1)):
+    for tokens in chunked.token_slices(len(labels_T), max(student.valid, 1)):
         s_TV, columns_T = student.logits(tokens), labels_T[tokens] - student.start
         if teacher is None:
             values_NT[:, tokens] = torch.stack(_alone(gather(_sums(s_TV, columns_T, student.start), student.group))[:2])

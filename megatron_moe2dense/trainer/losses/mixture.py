@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_moe2dense.common.config import Config, key
 from megatron_moe2dense.trainer.losses import Loss, losses
-from megatron_moe2dense.trainer.losses.shards import VocabShard
-from megatron_moe2dense.trainer.losses.targets import Known
+from megatron_moe2dense.trainer.losses.targets import TeacherOutput
+from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits
 
 
 class Term(Config):
@@ -52,7 +52,7 @@ class Mixture(Loss):
         """See `Loss.at`: without the terms that are over."""
         return Mixture(terms=[term for term in self.terms if term.until is None or share < term.until])
 
-    def per_token(self, student: VocabShard, teacher: Known | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:
+    def per_token(self, student: VocabParallelLogits, teacher: TeacherOutput | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:
         """The weighted sum, [T]."""
         values = [term.weight * term.loss.per_token(student, teacher, labels_T, mask_T) for term in self.terms]
         return sum(values[1:], values[0])

@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron_moe2dense.common.config import key
 from megatron_moe2dense.trainer.losses import LogitLoss, losses
 from megatron_moe2dense.trainer.losses.chunked import Chunk
-from megatron_moe2dense.trainer.losses.shards import combine, gather, scaled, shifted_exp
+from megatron_moe2dense.trainer.losses.vocab_parallel import combine, gather, scaled, shifted_exp
 
 
 @losses.register("reverse_kl")

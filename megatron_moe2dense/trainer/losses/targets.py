@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe2dense.trainer.losses.shards import VocabShard, gather, log_partition, total
+from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits, gather, log_partition, total
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TopKTarget:
 
 
 # What a loss may be given of the teacher.
-Known = VocabShard | TopKTarget
+TeacherOutput = VocabParallelLogits | TopKTarget
 
 
 def local(indices_TK: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,8 +8,8 @@ from torch import Tensor
 from megatron_moe2dense.common.config import key
 from megatron_moe2dense.trainer.losses import LogitLoss, losses
 from megatron_moe2dense.trainer.losses.chunked import Chunk
-from megatron_moe2dense.trainer.losses.shards import log_partition, total
 from megatron_moe2dense.trainer.losses.targets import TopKTarget, local
+from megatron_moe2dense.trainer.losses.vocab_parallel import log_partition, total
 
 
 @losses.register("top_k_kl")

@@ -16,19 +16,20 @@ from megatron_moe2dense.trainer.runtime.modules import HeadsNormedAttention, RMS
 from megatron_moe2dense.trainer.runtime.upstream import use_experts
 
 
-def block_spec(config: TransformerConfig, transformer_engine: bool, chunk: int) -> TransformerBlockSubmodules:
-    """The decoder layers of a model chunk of this pipeline stage; `config.moe_layer_freq` says which of them have experts."""
+def block_spec(config: TransformerConfig, transformer_engine: bool, chunk: int, stage: int) -> TransformerBlockSubmodules:
+    """The decoder layers of a model chunk of a pipeline stage; `config.moe_layer_freq` says which of them have experts."""
     if transformer_engine:
-        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization=config.normalization, vp_stage=chunk)
+        norm = config.normalization
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization=norm, vp_stage=chunk, pp_rank=stage)
         for layer in block.layer_specs or ():
             if config.multi_latent_attention:
                 use_latent_attention(layer.submodules, transformer_engine)
             _norm_over_heads(config, layer)
         return block
-    first = get_transformer_layer_offset(config, chunk)
-    numbers = range(first, first + get_num_layers_to_build(config, chunk))
-    norm: Any = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[_local_layer(config, number) for number in numbers], layer_norm=norm)
+    first = get_transformer_layer_offset(config, chunk, stage)
+    numbers = range(first, first + get_num_layers_to_build(config, chunk, stage))
+    own: Any = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[_local_layer(config, number) for number in numbers], layer_norm=own)
 
 
 def _local_layer(config: TransformerConfig, number: int) -> Any:

@@ -251,3 +251,20 @@ def distributed_optimizer_with_torch_adam() -> None:
     cls.load_state_dict = load_with_own_steps
     cls._get_main_param_and_optimizer_states = get_without_step
     cls._set_main_param_and_optimizer_states = set_without_step
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Modules that are built inside are on torch's meta device.
+
+    Megatron-Core (all versions) puts the rotary angles of YaRN and of latent attention on `torch.cuda.current_device()`, whatever the
+    default device is: inside, that is meta too, and no CUDA context is made.
+    https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.0/megatron/core/models/common/embeddings/yarn_rotary_pos_embedding.py#L76
+    """
+    asked = torch.cuda.current_device
+    torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment, return-value]
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.cuda.current_device = asked

@@ -1,0 +1,154 @@
+"""The parameters of a pipeline stage, from the outline of its model, and the buffers that Megatron-Core's DistributedDataParallel puts
+them into, element by element."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_moe2dense.operations.plan.job import Job, Which
+from megatron_moe2dense.trainer.model import ModelSpec
+from megatron_moe2dense.trainer.muon import is_matrix
+from megatron_moe2dense.trainer.outline import Weight, outline
+
+# Megatron-Core 0.16, param_and_grad_buffer.py: with the distributed optimizer a parameter starts at a multiple of 64 elements, and a
+# bucket ends at one of lcm(ranks, 128).
+_START, _END = 64, 128
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of one rank.
+
+    elements: on this rank. kind: "alone" is a tied embedding that stands on two stages, in a bucket of its own.
+    summed: whether tensor-parallel ranks add up its gradients, each having seen a part of the work: never, with sequence parallelism
+        only, or always.
+    matrix: whether Muon takes it.
+    """
+
+    elements: int
+    kind: Literal["dense", "expert", "alone"] = "dense"
+    summed: Literal["never", "sequence", "always"] = "never"
+    matrix: bool = False
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A DDP buffer: the range of each bucket, and of each parameter in it."""
+
+    buckets: tuple[tuple[int, int], ...]
+    parameters: tuple[tuple[int, int], ...]
+
+    @property
+    def elements(self) -> int:
+        """Padding included."""
+        return self.buckets[-1][1] if self.buckets else 0
+
+    def shard(self, rank: int, ranks: int) -> int:
+        """Elements of parameters in the parts of the buckets that `rank` updates; their sum over the ranks is that of the parameters."""
+        total = 0
+        for start, end in self.buckets:
+            part = (end - start) // ranks
+            low, high = start + rank * part, start + (rank + 1) * part
+            total += sum(max(0, min(last, high) - max(first, low)) for first, last in self.parameters)
+        return total
+
+
+def buffer_of(parameters: list[Parameter], ranks: int, sharded: bool) -> Buffer:
+    """How Megatron-Core lays parameters out over `ranks` data-parallel ranks: from the last to the first, padded when `sharded`."""
+    buckets: list[tuple[int, int]] = []
+    places: list[tuple[int, int]] = []
+    bucket, at = 0, 0
+
+    def close(end: int) -> int:
+        divisor = math.lcm(ranks, _END) if sharded else 1
+        buckets.append((bucket, -(-end // divisor) * divisor))
+        return buckets[-1][1]
+
+    for parameter in reversed(parameters):
+        at = -(-at // _START) * _START if sharded else at
+        alone = parameter.kind == "alone" and sharded
+        if alone and at > bucket:
+            bucket = at = close(at)
+        places.append((at, at + parameter.elements))
+        at += parameter.elements
+        if alone:
+            bucket = at = close(at)
+    if at > bucket:
+        close(at)
+    return Buffer(tuple(buckets), tuple(places))
+
+
+def buffers(job: Job, stage: int) -> list[tuple[Buffer, int]]:
+    """Of the student on this stage: each chunk's buffer and its expert-parallel one, with the number of ranks that share each."""
+    found = []
+    for own in chunks(job, "student", stage):
+        kinds = {
+            "dense": ([p for p in own if p.kind != "expert"], job.shards),
+            "expert": ([p for p in own if p.kind == "expert"], job.expert_shards),
+        }
+        found += [(buffer_of(kind, ranks, job.parallel.distributed_optimizer), ranks) for kind, ranks in kinds.values() if kind]
+    return found
+
+
+def chunks(job: Job, which: Which, stage: int) -> list[list[Parameter]]:
+    """Parameters of each chunk of a model on this stage, in the order in which Megatron-Core registers them."""
+    key = ("parameters", _place(job, which, stage))
+    if key not in job.memo:
+        job.memo[key] = _chunks(job, which, stage)
+    return job.memo[key]
+
+
+def _place(job: Job, which: Which, stage: int) -> tuple[Any, ...]:
+    parallel = job.parallel
+    sizes = (parallel.tensor, parallel.pipeline, parallel.expert, job.expert_tensor)
+    return which, stage, sizes, tuple(map(tuple, job.layers(which, stage)))
+
+
+def _chunks(job: Job, which: Which, stage: int) -> list[list[Parameter]]:
+    numbers = job.layers(which, stage)
+    found = []
+    for place, layers in enumerate(numbers):
+        first = stage == 0 and place == 0
+        last = job.is_last(stage) and place == len(numbers) - 1
+        found.append(list(_chunk(job, which, layers, (first, last))))
+    return found
+
+
+def _chunk(job: Job, which: Which, layers: list[int], ends: tuple[bool, bool]) -> Iterator[Parameter]:
+    spec, (first, last) = job.spec(which), ends
+    whole = outline(spec)
+    apart = spec.dims.tied_embeddings and first != last
+    embedding = _of_rank(job, whole.embedding, alone=apart)
+    if first:
+        yield embedding
+    moe = set(spec.moe_layers)
+    here = {kind: [_of_rank(job, weight) for weight in _held(job, spec, layer)] for kind, layer in whole.layers.items()}
+    for layer in layers:
+        yield from here[layer in moe]
+    if last:
+        yield from (_of_rank(job, weight) for weight in whole.last)
+        if apart:
+            yield embedding
+
+
+def _held(job: Job, spec: ModelSpec, layer: Sequence[Weight]) -> list[Weight]:
+    """Those of a layer that a rank holds: all but the experts of others."""
+    experts = spec.dims.experts // job.parallel.expert
+    return [weight for weight in layer if not weight.is_expert or weight.expert < experts]
+
+
+def _of_rank(job: Job, weight: Weight, alone: bool = False) -> Parameter:
+    """A rank's part. What tensor parallelism does not split each of its ranks has whole, and with sequence parallelism sees a part of the
+    tokens."""
+    shape, axis = list(weight.shape), weight.rule.split
+    if axis is not None:
+        matrices = 2 if weight.rule.kind == "gate_up" and axis == 0 else 1  # each is split on its own
+        parts = job.expert_tensor if weight.is_expert else job.parallel.tensor
+        shape[axis] = shape[axis] // matrices // parts * matrices
+    # with one rank a part Megatron-Core takes experts for ordinary parameters
+    kind = "alone" if alone else "expert" if weight.is_expert and job.parallel.expert > 1 else "dense"
+    summed = "always" if weight.summed_by_name else "sequence" if axis is None else "never"
+    return Parameter(math.prod(shape), kind, summed, is_matrix(weight.name, len(shape)))

@@ -1,0 +1,72 @@
+"""The family's router in Megatron-Core: config fields, and limits to groups of experts as the family ranks them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families import Router
+
+
+def router_fields(router: Router, experts: int, correction: bool) -> dict[str, Any]:
+    """TransformerConfig fields of a router. correction: it has a bias for the selection, which training leaves as it is.
+
+    Raises:
+        UserError: sigmoid gates that are not renormalised.
+    """
+    if router.score == "sigmoid" and not router.renormalize:
+        raise UserError("config.json: sigmoid router, norm_topk_prob false", "norm_topk_prob true", "use another model")
+    limit = router.limit
+    return {
+        "moe_router_score_function": router.score,
+        # Megatron's softmax after the top-k equals softmax, top-k, renormalise; it refuses to do so for one expert.
+        "moe_router_pre_softmax": router.score == "softmax" and (not router.renormalize or experts == 1),
+        "moe_router_topk_scaling_factor": router.scaling if router.scaling != 1.0 else None,
+        "moe_router_num_groups": limit.groups if limit else None,
+        "moe_router_group_topk": limit.used if limit else None,
+        "moe_router_enable_expert_bias": correction,
+        "moe_router_bias_update_rate": 0.0,
+    }
+
+
+class GroupRanking:
+    """Chooses experts within the best groups; stands where Megatron's router asks for a recorded choice.
+
+    Megatron-Core 0.16 ranks a group by the sum of its `top-k // groups used` best scores, which is DeepSeek-V3's rule for its published
+    sizes only, and not DeepSeek-V2's.
+    """
+
+    def __init__(self, best: int):
+        self._best = best
+
+    def get_replay_topk(self, scores: Tensor, topk: int, num_groups: int, group_topk: int, _otherwise: Callable) -> tuple[Tensor, Tensor]:
+        """scores [T, E] to the chosen scores and expert numbers [T, topk]."""
+        blocks = scores.unflatten(1, (num_groups, -1))
+        rank = blocks.topk(self._best, dim=-1).values.sum(-1)
+        used = torch.zeros_like(rank, dtype=torch.bool).scatter(1, rank.topk(group_topk, dim=1).indices, True)
+        return torch.topk(blocks.masked_fill(~used.unsqueeze(-1), float("-inf")).flatten(1), topk, dim=1)
+
+
+def finish_routers(model: torch.nn.Module, router: Router) -> None:
+    """Give the routers of a model its family's group ranking, and their correction float32 whatever the model's type.
+
+    Raises:
+        UserError: more experts asked for than the used groups have.
+    """
+    for module in model.modules():
+        if not isinstance(module, TopKRouter):
+            continue
+        module._maintain_float32_expert_bias()
+        if router.limit is None:
+            continue
+        within = module.weight.shape[0] // router.limit.groups * router.limit.used
+        if module.topk > within:
+            found = f"{module.topk} active experts, {router.limit.used} of {router.limit.groups} groups used"
+            raise UserError(found, f"at most the {within} experts of these groups", "choose a smaller teacher_routing.active")
+        ranking: Any = GroupRanking({"best": 1, "two_best": 2}[router.limit.rank_by])
+        module.router_replay = ranking

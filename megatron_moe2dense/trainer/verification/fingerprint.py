@@ -1,0 +1,163 @@
+"""Are the weights in the model those of the files? An exact sum per tensor, the same in every parallel layout.
+
+The sum is that of the bits of all values as integers, modulo 2^64, in the model's dtype: nothing is rounded, so order and layout do not
+matter and a single other bit does. The files are read a second time for it, past the loader, each rank its share of the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_moe2dense.checkpoint import mxfp4
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES, CheckpointReader
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.trainer.groups import Groups
+from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec
+from megatron_moe2dense.trainer.weights import weights_of_rank
+
+_BITS = {2: torch.int16, 4: torch.int32}
+_READ = 1024**2  # bytes
+_LAYER = re.compile(r"layers\.(\d+)\.")
+_CHUNK = 256 * 1024  # values summed at once: their 64-bit copy stays in the cache
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a verified model holds.
+
+    Attributes:
+        digest: hash over name, shape and sum of every tensor. zeros: names of the matrices that hold nothing but zeros.
+    """
+
+    digest: str
+    zeros: tuple[str, ...]
+
+
+@torch.no_grad()
+def bit_sum(values: Tensor) -> int:
+    """Sum of the values' bits as signed integers, modulo 2^64, as a signed integer."""
+    step = _CHUNK if values.device.type == "cpu" else values.numel() or 1
+    total = torch.zeros((), dtype=torch.int64, device=values.device)
+    for part in values.detach().reshape(-1).view(_BITS[values.element_size()]).split(step):
+        total += part.sum(dtype=torch.int64)
+    return int(total)
+
+
+def verify(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups, directory: Path) -> Fingerprint:
+    """Compare what stands in the model's parameters with the files it was loaded from; a collective of all ranks.
+
+    It can not see a tensor at the place of another of its own parameter (q for k): that takes a forward pass.
+
+    Raises:
+        UserError: a parameter holds other values than its tensors in the files; a tensor of the files is in no parameter.
+    """
+    index = CheckpointIndex.open(directory)
+    names = sorted(index.tensors)
+    device = next(chunks[0].parameters()).device
+    in_model_N, parameter_N, bytes_N = _of_model(chunks, (spec, groups), {name: i for i, name in enumerate(names)}, device)
+    left_over = [name for name, number in zip(names, parameter_N, strict=True) if number < 0 and not _may_be_left(name, spec)]
+    if left_over:
+        raise UserError(
+            f"{directory}: {len(left_over)} tensors that no parameter of the model takes, first {left_over[0]}",
+            f"the tensors of {spec.family.architecture}",
+            "check that config.json and the weights are of the same model",
+        )
+    # in bfloat16 models a few parameters are float32 all the same
+    dtypes = {name: torch.float32 if nbytes == 4 else spec.dtype for name, nbytes in zip(names, bytes_N, strict=True)}
+    in_files_N = _of_files(index, dtypes, device)
+    expected_N = [0] * len(names)
+    for value, number in zip(in_files_N, parameter_N, strict=True):
+        if number >= 0:
+            expected_N[number] = _wrapped(expected_N[number] + value)
+    wrong = [name for name, found, expected in zip(names, in_model_N, expected_N, strict=True) if found != expected]
+    if wrong:
+        raise UserError(
+            f"{directory}: {len(wrong)} parameters of the model are not what the files hold, first that of {wrong[0]}",
+            "the weights of the files in the model",
+            "nothing was trained; a family's weight mapping may be wrong (docs/adding.md), or the files change while they are read",
+        )
+    matrices = {name for name in names if len(index.tensors[name].shape) > 1 and not _is_exponents(name, index)}
+    zeros = tuple(name for name, value in zip(names, in_files_N, strict=True) if value == 0 and name in matrices)
+    content = [(name, index.tensors[name].shape, value) for name, value in zip(names, in_files_N, strict=True)]
+    return Fingerprint(hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32], zeros)
+
+
+def _of_model(
+    chunks: Sequence[HeadlessGPT], place: tuple[ModelSpec, Groups], number_of: dict[str, int], device: torch.device
+) -> tuple[list[int], list[int], list[int]]:
+    """By number of a tensor: sum of the parameter whose first tensor it is; number of its parameter's first tensor, -1 for none; bytes of
+    a value in the parameter."""
+    sums_N = torch.zeros(len(number_of), dtype=torch.int64, device=device)
+    first_N, bytes_N = torch.full_like(sums_N, -1), torch.zeros_like(sums_N)
+    for parameter, entry, counts in weights_of_rank(chunks, *place, number_of):
+        first = number_of[entry.hf[0]]
+        mine = [number_of[name] for name in entry.hf]
+        first_N[mine], bytes_N[mine] = first, parameter.element_size()
+        if counts:
+            sums_N[first] += bit_sum(parameter)
+    dist.all_reduce(sums_N)
+    dist.all_reduce(first_N, op=dist.ReduceOp.MAX)
+    dist.all_reduce(bytes_N, op=dist.ReduceOp.MAX)
+    return sums_N.tolist(), first_N.tolist(), bytes_N.tolist()
+
+
+def _of_files(index: CheckpointIndex, dtypes: Mapping[str, torch.dtype], device: torch.device) -> list[int]:
+    """Sum of every tensor after conversion to its dtype; each rank reads tensors of its share of the bytes."""
+    sums_N = torch.zeros(len(dtypes), dtype=torch.int64, device=device)
+    rank, share, passed = dist.get_rank(), index.nbytes / dist.get_world_size(), 0
+    with CheckpointReader(index) as reader:
+        for number, (name, dtype) in enumerate(dtypes.items()):
+            info = index.tensors[name]
+            mine = int((passed + info.nbytes / 2) / share) == rank
+            passed += info.nbytes
+            if mine:
+                sums_N[number] += _of_file(reader, name, dtype)
+    dist.all_reduce(sums_N)
+    return sums_N.tolist()
+
+
+def _of_file(reader: CheckpointReader, name: str, dtype: torch.dtype) -> int:
+    """Sum of one tensor; MXFP4 values count where their blocks are, their exponents nowhere."""
+    tensors = reader.index.tensors
+    matrix = name.removesuffix("_blocks")
+    if _is_exponents(name, reader.index):
+        return 0
+    if f"{matrix}_scales" in tensors:
+        experts = range(tensors[name].shape[0])
+        pairs = ([reader.rows(f"{matrix}_{part}", 0, expert, expert + 1) for part in ("blocks", "scales")] for expert in experts)
+        return _wrapped(sum(bit_sum(mxfp4.decode(blocks, scales, matrix).to(dtype)) for blocks, scales in pairs))
+    stored = TORCH_DTYPES[tensors[name].dtype]
+    return _wrapped(sum(bit_sum(torch.from_numpy(raw).view(stored).to(dtype)) for _, raw in reader.chunks(name, _READ)))
+
+
+def _is_exponents(name: str, index: CheckpointIndex) -> bool:
+    """True for the exponents of MXFP4 blocks."""
+    return name.endswith("_scales") and name.removesuffix("_scales") + "_blocks" in index.tensors
+
+
+def _wrapped(value: int) -> int:
+    """A Python integer as int64 arithmetic would have it."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _may_be_left(name: str, spec: ModelSpec) -> bool:
+    """The head of a tied model saved a second time, rotary frequencies (computed), layers beyond the model's (next-token predictors),
+    routers with one expert."""
+    layer = _LAYER.search(name)
+    beyond = layer is not None and int(layer[1]) >= spec.dims.layers
+    return (
+        beyond
+        or name in spec.idle_router()
+        or name.endswith("rotary_emb.inv_freq")
+        or (spec.dims.tied_embeddings and name == "lm_head.weight")
+    )
