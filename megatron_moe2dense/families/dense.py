@@ -6,7 +6,6 @@ constant. Each is built on meta and has to take every tensor outside the MoE blo
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import re
@@ -17,26 +16,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families.candidates import candidates
 from megatron_moe2dense.families.ffn import FfnPlace
 from megatron_moe2dense.families.probe import _Experts, _first, _run, _tokens, real
 from megatron_moe2dense.families.stock import MoePlace, Stock
 from megatron_moe2dense.families.table import EXCEPTIONS, FamilyException
 
-# Config keys by which classes make a layer dense, with the value for `layers` layers.
-_SWITCHES: dict[str, Any] = {
-    "first_k_dense_replace": lambda layers: layers,
-    "num_dense_layers": lambda layers: layers,
-    "mlp_only_layers": lambda layers: list(range(layers)),
-    "mlp_layer_types": lambda layers: ["dense"] * layers,
-    "moe_layer_start_index": lambda layers: layers,
-    "moe_layers": lambda _layers: [],
-}
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
-_GROUPS = ("n_group", "topk_group", "num_expert_group")
 _WIDTHS = r"intermediate|ffn_(hidden|dim)|hidden_dim$"  # in the names of keys that count neurons
 _ROWS = 8  # a width that stock grouped matrix products run in every type: rows of 16 bytes in bfloat16
 _MARKS = (999_983, 1_000_003, 1_000_033, 1_000_037, 1_000_039, 1_000_081, 1_000_099, 1_000_117, 1_000_121, 1_000_133)  # primes
@@ -97,7 +84,7 @@ class DenseForm:
         if self.exception.refused or not source.moe:
             raise _refusal(source, self.exception.refused or "it has no layer of experts that could be found")
         reasons = []
-        for kind, config in _candidates(source, self.exception):
+        for kind, config in candidates(source, self.exception):
             reason = self._try(kind, config)
             if reason is None:
                 return
@@ -294,54 +281,6 @@ class DenseForm:
         """Neurons of the source's own FFN that takes the new ones."""
         place = self.source.ffns(layer)[str(self.exception.into)]
         return place.sizes(self.source.layer_shapes[layer])[0]
-
-
-def _candidates(source: Stock, exception: FamilyException) -> Iterator[tuple[str, Any]]:
-    if exception.sibling is not None:
-        yield exception.sibling, _sibling(source, exception)
-        return
-    if not exception.experts and exception.into is None:
-        yield "itself, all layers dense", _all_dense(source)
-    count = exception.experts or 1
-    config = copy.deepcopy(source.config)
-    for names, value in ((_COUNTS, count), (_ACTIVE, count), (_GROUPS, 1)):
-        for name in names:
-            for place in (config, getattr(config, "ffn_config", None)):
-                if place is not None and isinstance(getattr(place, name, None), int):
-                    _assign(place, name, value)
-    for name, value in exception.config.items():
-        _assign(config, name, value)
-    yield ("itself, one expert", "itself, two experts")[count - 1] if exception.into is None else "itself, no experts", config
-
-
-def _all_dense(source: Stock) -> Any:
-    config = copy.deepcopy(source.config)
-    for name, value in _SWITCHES.items():
-        if hasattr(config, name):
-            _assign(config, name, value(len(source.layers)))
-    for name in ("layers_block_type", "layer_types"):
-        types = getattr(config, name, None)
-        if types is not None and "moe" in types:
-            _assign(config, name, ["mlp" if kind == "moe" else kind for kind in types])
-    for name, value in EXCEPTIONS.get(source.name, FamilyException()).config.items():
-        _assign(config, name, value)
-    return config
-
-
-def _sibling(source: Stock, exception: FamilyException) -> Any:
-    """The source's values of every key that the sibling has; of those it lacks, what the class computes instead."""
-    known = AutoConfig.for_model(exception.sibling).to_dict()
-    given = {
-        name: value for name, value in source.config.to_dict().items() if name in known and name not in ("model_type", "architectures")
-    }
-    if "head_dim" in known and given.get("head_dim") is None:
-        given["head_dim"] = source.config.hidden_size // source.config.num_attention_heads
-    return AutoConfig.for_model(exception.sibling, **{**given, **exception.config})
-
-
-def _assign(config: Any, name: str, value: Any) -> None:
-    with contextlib.suppress(AttributeError):
-        setattr(config, name, value)
 
 
 def _sizes(config: Any) -> Iterator[tuple[str, int]]:

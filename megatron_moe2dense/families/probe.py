@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.stock import MoePlace, Stock
 
 _TOKENS = 64
@@ -72,7 +73,18 @@ def real(module: nn.Module, without: nn.Module | None = None, put: nn.Module | N
 
 @torch.no_grad()
 def probe(stock: Stock, place: MoePlace) -> BlockFacts:
-    """The facts of one layer's MoE."""
+    """The facts of one layer's MoE. UserError when the block does not run with this config."""
+    try:
+        return _probe(stock, place)
+    except (RuntimeError, ValueError, TypeError, AttributeError, UnboundLocalError, StopIteration) as error:
+        raise UserError(
+            f"{stock.name}: a MoE block that stock transformers can not run with this config ({error})",
+            "a config as it was published",
+            "compare config.json with the published one",
+        ) from None
+
+
+def _probe(stock: Stock, place: MoePlace) -> BlockFacts:
     layer = stock.layers[place.layer]
     experts = layer.get_submodule(_called(place))
     stand_in = _Experts()

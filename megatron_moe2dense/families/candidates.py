@@ -1,0 +1,75 @@
+"""Configs in which a MoE class, or a dense sibling of it, may hold one FFN in the place of its experts; dense.py tries them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import AutoConfig
+
+from megatron_moe2dense.families.stock import Stock
+from megatron_moe2dense.families.table import EXCEPTIONS, FamilyException
+
+# Config keys by which classes make a layer dense, with the value for `layers` layers.
+_SWITCHES: dict[str, Any] = {
+    "first_k_dense_replace": lambda layers: layers,
+    "num_dense_layers": lambda layers: layers,
+    "mlp_only_layers": lambda layers: list(range(layers)),
+    "mlp_layer_types": lambda layers: ["dense"] * layers,
+    "moe_layer_start_index": lambda layers: layers,
+    "moe_layers": lambda _layers: [],
+}
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
+_GROUPS = ("n_group", "topk_group", "num_expert_group")
+
+
+def candidates(source: Stock, exception: FamilyException) -> Iterator[tuple[str, Any]]:
+    """Forms to try, best first: what they are called, and the config of each."""
+    if exception.sibling is not None:
+        yield exception.sibling, _sibling(source, exception)
+        return
+    if not exception.experts and exception.into is None:
+        yield "itself, all layers dense", _all_dense(source)
+    count = exception.experts or 1
+    config = copy.deepcopy(source.config)
+    for names, value in ((_COUNTS, count), (_ACTIVE, count), (_GROUPS, 1)):
+        for name in names:
+            for place in (config, getattr(config, "ffn_config", None)):
+                if place is not None and isinstance(getattr(place, name, None), int):
+                    _assign(place, name, value)
+    for name, value in exception.config.items():
+        _assign(config, name, value)
+    yield ("itself, one expert", "itself, two experts")[count - 1] if exception.into is None else "itself, no experts", config
+
+
+def _all_dense(source: Stock) -> Any:
+    config = copy.deepcopy(source.config)
+    for name, value in _SWITCHES.items():
+        if hasattr(config, name):
+            _assign(config, name, value(len(source.layers)))
+    for name in ("layers_block_type", "layer_types"):
+        types = getattr(config, name, None)
+        if types is not None and "moe" in types:
+            _assign(config, name, ["mlp" if kind == "moe" else kind for kind in types])
+    for name, value in EXCEPTIONS.get(source.name, FamilyException()).config.items():
+        _assign(config, name, value)
+    return config
+
+
+def _sibling(source: Stock, exception: FamilyException) -> Any:
+    """The source's values of every key that the sibling has; of those it lacks, what the class computes instead."""
+    known = AutoConfig.for_model(exception.sibling).to_dict()
+    given = {
+        name: value for name, value in source.config.to_dict().items() if name in known and name not in ("model_type", "architectures")
+    }
+    if "head_dim" in known and given.get("head_dim") is None:
+        given["head_dim"] = source.config.hidden_size // source.config.num_attention_heads
+    return AutoConfig.for_model(exception.sibling, **{**given, **exception.config})
+
+
+def _assign(config: Any, name: str, value: Any) -> None:
+    with contextlib.suppress(AttributeError):
+        setattr(config, name, value)

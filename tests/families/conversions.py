@@ -1,0 +1,259 @@
+"""One tiny checkpoint on its whole way through the commands, and what the stock model says of it: for test_every_conversion.py.
+
+Nothing here reads how the package describes a family: experts and routers are found in the stock model by the names of their modules.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import softplus
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from megatron_moe2dense.cli import main
+from tests.families.every import experts_modules
+from tests.families.every_table import LAYER
+
+Score = Callable[[torch.Tensor], torch.Tensor]
+Loaded = tuple[PreTrainedModel, dict[str, Any]]
+
+# What a stock router makes of its first output (the only one, where it has one) before it selects, as read in its file.
+SCORES: dict[Score, tuple[str, ...]] = {
+    lambda logits: logits.sigmoid(): (
+        *("afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v3", "deepseek_v32", "dots1", "dots3_note_text", "exaone_moe"),
+        *("flint", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "hy_v4", "inkling2_text", "kimi_linear", "kolibri1", "laguna"),
+        *("lfm2_moe", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "nemotron_h", "solar_open"),
+    ),
+    lambda logits: softplus(logits).sqrt(): ("deepseek_v4",),
+    lambda probabilities: probabilities: ("gemma4_text",),
+}
+
+
+def score_of(model_type: str) -> Score:
+    """Softmax for every type that SCORES does not name: a new type of another kind shows as wrong sums."""
+    return next((score for score, types in SCORES.items() if model_type in types), lambda logits: logits.softmax(-1))
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One checkpoint and what the commands made of it. dense: K = G, the experts of a token; merged: K = 2 G. inspected: of inspect."""
+
+    model_type: str
+    source: Path
+    inspected: dict[str, Any]
+
+    @property
+    def statistics(self) -> Path:
+        return self.source.parent / "statistics"
+
+    @property
+    def dense(self) -> Path:
+        return self.source.parent / "dense"
+
+    @property
+    def merged(self) -> Path:
+        return self.source.parent / "merged"
+
+    @cached_property
+    def stock(self) -> PreTrainedModel:
+        return load(self.source)[0]
+
+    @cached_property
+    def loaded(self) -> dict[Path, Loaded]:
+        """The dense results."""
+        return {directory: load(directory) for directory in (self.dense, self.merged)}
+
+
+def convert(model_type: str, source: Path, text: list[str]) -> Conversion:
+    """Inspect, calibrate and convert; the outputs stand beside the source. text: the keys of the calibration text."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        main(["inspect", str(source), "--json"])
+    made = Conversion(model_type, source, json.loads(printed.getvalue()))
+    methods = [f"source={source}", f"statistics={made.statistics}", "scale.method=proportional"]  # scales differ from expert to expert
+    keep = 2 * made.inspected["dims"]["active"]
+    with redirect_stdout(printed):
+        main(["calibrate", f"source={source}", f"output={made.statistics}", *text])
+        main(["convert", *methods, f"output={made.dense}"])
+        main(["convert", *methods, f"output={made.merged}", f"keep={keep}", "group.method=weight_cluster"])
+    return made
+
+
+def load(directory: Path, dtype: torch.dtype = torch.float32) -> Loaded:
+    """The class that config.json names, and what of the checkpoint it did not take as it is; experts one by one, in any type."""
+    config = AutoConfig.from_pretrained(directory)
+    cls = getattr(transformers, config.architectures[0], AutoModelForCausalLM)
+    model, report = cls.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    model.set_experts_implementation("eager")
+    return model.eval().to(dtype), {kind: faults for kind, faults in report.items() if faults}
+
+
+@torch.no_grad()
+def hidden_states(model: PreTrainedModel, tokens_BS: torch.Tensor) -> list[torch.Tensor]:
+    """Before the first and after every decoder layer."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = max(stacks, key=lambda stack: sum(parameter.numel() for parameter in stack.parameters()))
+    found: list[torch.Tensor] = []
+
+    def before(_layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.append(arguments[0] if arguments else named["hidden_states"])
+
+    hooks = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
+    hooks += [layer.register_forward_hook(lambda _, __, output: found.append(_first(output))) for layer in layers]
+    model(input_ids=tokens_BS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def constant_routing(model: PreTrainedModel, plan: dict[str, Any], kept: nn.Module) -> Iterator[None]:
+    """Every token uses the plan's experts, weighed by its scales; gates of shared experts have the plan's value, but for those that the
+    dense model `kept`."""
+    layers, hooks = {layer["layer"]: layer for layer in plan["layers"]}, []
+    gates = {name: module for name, module in model.named_modules() if name.endswith("shared_expert_gate")}
+    for name, module in experts_modules(model).items():
+        layer = layers[number_of(name)]
+        experts_K, scales_G = torch.tensor(layer["experts"]), torch.tensor(layer["scales"])
+        scales_K = scales_G[torch.tensor(layer["group_of"])]
+
+        def fixed(_module: nn.Module, arguments: Any, experts_K: torch.Tensor = experts_K, scales_K: torch.Tensor = scales_K) -> Any:
+            x, _, gates_TA = arguments
+            shape = (len(gates_TA), len(experts_K))
+            return x, experts_K.expand(shape), scales_K.to(gates_TA).expand(shape)
+
+        hooks.append(module.register_forward_pre_hook(fixed))
+    for name in gates.keys() - dict(kept.named_modules()).keys():
+        share = layers[number_of(name)]["shared_scale"]
+        logit = math.log(share / (1 - share))
+        hooks.append(gates[name].register_forward_hook(lambda _, __, output, logit=logit: torch.full_like(output, logit)))
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def number_of(name: str) -> int:
+    """Of the layer that a module stands in."""
+    found = LAYER.match(name)
+    assert found is not None, name
+    return int(found[1])
+
+
+@torch.no_grad()
+def reference_statistics(model: PreTrainedModel, score: Score, tokens_BS: torch.Tensor) -> dict[int, dict[str, torch.Tensor]]:
+    """By layer, the sums of docs/method.md section 1, written out: from what the stock blocks hand to their experts."""
+    seen: dict[str, Any] = {}
+    hooks = []
+    for name, module in experts_modules(model).items():
+        block = name.rpartition(".")[0]
+        parts = dict(model.get_submodule(block).named_children())
+        watched = {part: parts[part] for part in ("gate", "router", "shared_expert", "shared_expert_gate") if part in parts}
+        for part, child in watched.items():
+            key = f"{block}.{'router' if part == 'gate' else part}"
+            hooks.append(child.register_forward_hook(lambda _, __, output, key=key: seen.update({key: _first(output)})))
+        hooks.append(module.register_forward_pre_hook(lambda _, arguments, name=name: seen.update({name: arguments})))
+    model(input_ids=tokens_BS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    found = {}
+    for name, module in experts_modules(model).items():
+        block = name.rpartition(".")[0]
+        x, experts, gates = seen[name]
+        experts_TA, gates_TA = (each.reshape(-1, each.shape[-1]) for each in (experts, gates.double()))
+        sums = _sums(module, x.reshape(-1, x.shape[-1]), experts_TA, gates_TA, _rows(score(seen[f"{block}.router"].double())))
+        if f"{block}.shared_expert_gate" in seen:
+            squares_T = _rows(seen[f"{block}.shared_expert"]).square().sum(-1)
+            shares_T = _rows(seen[f"{block}.shared_expert_gate"]).sigmoid()[:, 0]
+            sums |= {"shared_square_sum": squares_T.sum()[None], "shared_gated_square_sum": (shares_T * squares_T).sum()[None]}
+        found[number_of(name)] = sums
+    return found
+
+
+def _rows(values: torch.Tensor) -> torch.Tensor:
+    return values.reshape(-1, values.shape[-1])
+
+
+def _sums(
+    module: nn.Module, x_TD: torch.Tensor, experts_TA: torch.Tensor, gates_TA: torch.Tensor, scores: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    down = _Down.of(module)
+    # A choice that is no expert is no selection: LongCat has identity experts beyond the others, ZAYA masks the skipping class as expert 0
+    # with weight 0.
+    chosen_TA = (experts_TA < down.experts) & (gates_TA != 0)
+    probs_TE = scores[:, : down.experts]
+    chosen_TAE = nn.functional.one_hot(experts_TA.where(chosen_TA, 0), down.experts) * chosen_TA[..., None]
+    selected_TE, gates_TE = chosen_TAE.double().sum(1), (chosen_TAE * gates_TA[..., None]).sum(1)
+    f_ETD, h_ETI = down.outputs(x_TD), down.neurons(x_TD)
+    norms_TE = f_ETD.norm(dim=-1).T
+    return {
+        "tokens": torch.tensor([float(len(x_TD))]),
+        "selected_count": selected_TE.sum(0),
+        "prob_sum": probs_TE.sum(0),
+        "selected_prob_sum": (probs_TE * selected_TE).sum(0),
+        "gate_sum": gates_TE.sum(0),
+        "gated_norm_sum": (gates_TE * norms_TE).sum(0),
+        "selected_norm_sum": (selected_TE * norms_TE).sum(0),
+        "gram": torch.einsum("itd,jtd->ij", f_ETD, f_ETD),
+        "output_sum": f_ETD.sum(1),
+        "prob_gram": probs_TE.T @ probs_TE,
+        "neuron_energy": torch.einsum("te,eti->ei", gates_TE.square(), h_ETI.square()),
+    }
+
+
+@dataclass(frozen=True)
+class _Down:
+    """A stock module of experts, every one of which it runs on every token. name, weight: its down projections, [E, D, I], [E, I, D] or
+    [E * I, D]."""
+
+    module: nn.Module
+    name: str
+    weight: torch.Tensor
+    experts: int
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Down:
+        weights = dict(module.named_parameters())
+        name = next(name for name in weights if name.rpartition(".")[2] in ("down_proj", "w2"))
+        weight = weights[name]
+        return cls(module, name, weight, len(weight) if weight.ndim == 3 else int(module.num_experts))
+
+    def outputs(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """f_ETD, not weighed."""
+        return self._run(x_TD, {})
+
+    def neurons(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """h_ETI, what goes into the down projection: read off the module with projections that pass some neurons on as they are."""
+        hidden = x_TD.shape[1]
+        matrices = self.weight.reshape(self.experts, -1, self.weight.shape[-1])
+        inputs_first = matrices.shape[2] == hidden
+        width = matrices.shape[1 if inputs_first else 2]
+        parts = []
+        for start in range(0, width, hidden):
+            passing_ID = torch.eye(width, dtype=x_TD.dtype)[:, start : start + hidden]
+            passing_ID = nn.functional.pad(passing_ID, (0, hidden - passing_ID.shape[1]))
+            passing = (passing_ID if inputs_first else passing_ID.T).expand_as(matrices).reshape(self.weight.shape)
+            biases = {name: torch.zeros_like(bias) for name, bias in self.module.named_parameters() if name.endswith("down_proj_bias")}
+            parts.append(self._run(x_TD, {self.name: passing, **biases})[..., : width - start])
+        return torch.cat(parts, dim=-1)
+
+    def _run(self, x_TD: torch.Tensor, changed: dict[str, torch.Tensor]) -> torch.Tensor:
+        experts_N2 = torch.arange(self.experts).repeat_interleave(len(x_TD))[:, None].expand(-1, 2)
+        weights_N2 = torch.tensor([1.0, 0.0], dtype=x_TD.dtype).expand(experts_N2.shape)  # LongCat's class takes no single column
+        arguments = (x_TD.repeat(self.experts, 1), experts_N2, weights_N2)
+        return functional_call(self.module, changed, arguments).view(self.experts, len(x_TD), -1)

@@ -1,0 +1,184 @@
+"""docs/families.md: what becomes of every mixture-of-experts type of the installed transformers, asked of tiny checkpoints.
+
+python -m tests.families.document > docs/families.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+import transformers
+
+from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families import FAMILIES
+from megatron_moe2dense.surgery.layout import dense_steps
+from megatron_moe2dense.surgery.source import MoeSource
+from megatron_moe2dense.surgery.stream import Compute, StreamedModel
+from tests.families.every import moe_types, stock_class, tiny_checkpoint, tiny_config, wrapper_types
+from tests.families.facts import ENGINES, MODELS
+
+COLUMNS = ("`model_type`", "models", "dense class", "form", "lost", "runs", "trainer", "engines")
+PAGE = """\
+# Model families
+
+Every mixture-of-experts type of transformers {version} that is a causal language model, and what `moe2dense convert` makes of it. A type is
+supported when stock transformers has a class in which a dense FFN in the place of the experts is exact.
+
+**Exact** means: where every token gets the same experts with the same gates, MoE and dense result have the same logits, but for at most 1e-5 of the
+largest one (float32). So nothing but the routing is lost in the change of class; what the routing did is for calibration to choose and for
+distillation to learn again. `tests/families` proves it for every type of the table, on tiny random models with the features of the type
+switched on. Published models have not been converted here.
+
+How to read the table:
+
+- *models*: some that are published, by name; nothing of them was downloaded. `moe2dense inspect DIRECTORY` says what becomes of yours.
+  Weights are read in bfloat16, float16 or float32, and GPT-OSS's in MXFP4: what is published in FP8 has to be dequantised first.
+- *form*: how the dense class holds the FFN. *Dense sibling*: a class without experts that is otherwise the same. *Itself, all layers dense*:
+  the MoE's class, by its own switch for dense layers. *Itself, one expert* (or *two*): its class with an expert whose gate is constant; it
+  serves like a MoE with nothing to choose. *Itself, no experts*: the neurons stand in an FFN that the class has beside the experts.
+- *lost*: what the dense result can not have of the MoE, beyond the routing. A gate of shared experts that depends on the token becomes the
+  constant that is nearest on the calibration text ([method.md](method.md)). Layers that predict later tokens (MTP) are left out everywhere.
+- *runs*: *layer by layer*, one decoder layer in memory at a time. *In lockstep*: as little memory, but all windows go through the model
+  together, as its layers hand more to each other than hidden states. `sweep`, `auto` and a refit in sequential mode (the default)
+  are refused then; `refit.mode=parallel` works.
+- *trainer*: whether `distill` knows MoE and dense result in Megatron-Core. Without it the result is a checkpoint for another trainer.
+- *engines*: where a dense result gave the logits of transformers ([below](#engines)).
+
+{table}
+
+## Refused
+
+These have no exact dense form in stock transformers, and `convert` says so:
+
+{refused}
+
+## Inside models for images and sound
+
+What wraps a MoE for text is converted without the rest: the result is the language model alone.
+
+{wrapped}
+
+Not supported yet (what stops the opening of a tiny one):
+
+{unread}
+
+## Engines
+
+Dense results of tiny models on a CPU, without a GPU kernel: vLLM 0.32.0 and llama.cpp (converter b11434, runtime b11739). The figures are the
+largest difference of next-token log-probabilities from stock transformers over five prompts and the whole vocabulary, in float32 [nats]; 24 tokens
+of greedy decoding were equal for all five. The results were written by an earlier version of this package, with fewer keys in config.json.
+
+{engines}
+
+1. With the MoE's own router keys in config.json, as they are written now; without them llama.cpp does not load it (vLLM's figure is from one without).
+2. Both engines compute with `swiglu_limit` 7, as published, whatever config.json says.
+3. Readers choose the tokenizer of a `qwen2` by that name, not by `tokenizer_class`: compare the tokens when yours is another one.
+
+This page is written by `python -m tests.families.document > docs/families.md`; edit that.
+"""
+
+
+def page() -> str:
+    """The document."""
+    rows, refused = [], []
+    for model_type in moe_types():
+        try:
+            rows.append(_row(model_type))
+        except UserError as error:
+            refused.append((f"`{model_type}`", _models(model_type), error.found.removeprefix(f"{model_type}: ")))
+    wrapped, unread = [], []
+    for model_type, text_type in _text_types().items():
+        start = (f"`{model_type}`", MODELS[model_type], f"`{text_type}`")
+        try:
+            wrapped.append((*start, _wrapped(model_type)))
+        except Exception as error:  # whatever stops it is what the page has to say
+            unread.append((*start, _in_short(error)))
+    engines = [(f"`{model_type}`", figures["vLLM"], figures["llama.cpp"]) for model_type, figures in ENGINES.items()]
+    return PAGE.format(
+        version=transformers.__version__,
+        table=_table(COLUMNS, rows),
+        refused=_table(("`model_type`", "models", "why"), refused),
+        wrapped=_table(("`model_type`", "models", "text type", "dense class"), wrapped),
+        unread=_table(("`model_type`", "models", "text type", "error"), unread),
+        engines=_table(("dense result of", "vLLM", "llama.cpp"), engines),
+    )
+
+
+@contextmanager
+def _tiny_source(model_type: str) -> Iterator[MoeSource]:
+    with TemporaryDirectory() as folder:
+        yield MoeSource.open(tiny_checkpoint(Path(folder) / "model", model_type))
+
+
+def _row(model_type: str) -> tuple[str, ...]:
+    """Of a type that can be converted; UserError where it is refused."""
+    with _tiny_source(model_type) as source:
+        spec = FAMILIES.get(model_type)
+        trainer = "yes" if spec is not None and spec.megatron is not None else "no"
+        engines = ", ".join(ENGINES.get(model_type, ())) or "not tried"
+        return (f"`{model_type}`", _models(model_type), _class(source), _form(source), _lost(source), _runs(source), trainer, engines)
+
+
+@cache
+def _text_types() -> dict[str, str]:
+    """Of each wrapper."""
+    return {model_type: tiny_config(model_type).text_config.model_type for model_type in wrapper_types()}
+
+
+def _models(model_type: str) -> str:
+    """Published models, those around it too."""
+    around = [f"{MODELS[name]} (inside `{name}`)" for name, text_type in _text_types().items() if text_type == model_type]
+    return "; ".join(filter(None, [MODELS.get(model_type, ""), *around]))
+
+
+def _class(source: MoeSource) -> str:
+    return f"`{stock_class(source.form.exception.sibling or source.family).__name__}`"
+
+
+def _form(source: MoeSource) -> str:
+    exception = source.form.exception
+    if exception.sibling is not None:
+        return "dense sibling"
+    return source.form.kind if exception.into is None else f"{source.form.kind} (neurons in `{exception.into}`)"
+
+
+def _lost(source: MoeSource) -> str:
+    gate = next(iter(source.stock.moe.values())).shared_gate
+    constant = "the gate of the shared experts (a constant)" if gate is not None and source.seam == "block" else ""
+    return ", ".join(filter(None, (source.form.exception.lost, constant))) or "-"
+
+
+def _runs(source: MoeSource) -> str:
+    with CheckpointReader(source.index) as reader:
+        model = StreamedModel(source, reader, Compute(torch.device("cpu"), torch.float32, batch=1))
+        model._load_outside()
+        return "in lockstep" if model._hand_more(np.arange(3, 27)[None]) else "layer by layer"
+
+
+def _wrapped(model_type: str) -> str:
+    """The dense class, once every tensor of the result has its place."""
+    with _tiny_source(model_type) as source:
+        dense_steps(source, source.dims.active)
+        return _class(source)
+
+
+def _in_short(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return error.found.rpartition("/model: ")[2]  # without the directory
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+def _table(header: Iterable[str], rows: list[tuple[str, ...]]) -> str:
+    columns = list(header)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows))
+
+
+if __name__ == "__main__":
+    print(page(), end="")
