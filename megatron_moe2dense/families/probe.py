@@ -164,6 +164,8 @@ def _shared_factor(block: nn.Module, place: MoePlace, x: torch.Tensor, nothing: 
 def _score(stock: Stock, output: Any, indices: torch.Tensor, weights: torch.Tensor) -> str:
     """Of SCORES, the one that the gates are, or are proportional to within a token."""
     logits = logits_of(stock, output)
+    if (logits >= 0).all() and ((logits.sum(-1) - 1).abs() < _EXACT).all():
+        return "probabilities"
     chosen = {
         name: score(logits).reshape(-1, logits.shape[-1]).gather(1, indices.reshape(len(indices.flatten()) // indices.shape[-1], -1))
         for name, score in SCORES.items()

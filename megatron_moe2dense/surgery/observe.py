@@ -38,7 +38,8 @@ class Observation:
         self._names = tuple(names)
         self._x_TD, self._experts = x_TD, experts
         self._routing = routing
-        self._selected_TE = torch.zeros_like(routing.probs_TE, dtype=torch.float64).scatter_(1, routing.experts_TA, 1.0)
+        self._chosen_TA = (routing.gates_TA != 0).double()  # a weight of 0 stands for a choice that is no expert
+        self._selected_TE = torch.zeros_like(routing.probs_TE, dtype=torch.float64).scatter_add_(1, routing.experts_TA, self._chosen_TA)
         self._probs_TE = routing.probs_TE.double()
         self._f_ETD: torch.Tensor | None = None
         if runs_every_expert(self._names):
@@ -60,7 +61,7 @@ class Observation:
     def scatter(self, value_TA: torch.Tensor) -> torch.Tensor:
         """Sum a value per selected expert over tokens: [T, A] to [E]."""
         zeros_TE = torch.zeros_like(self._probs_TE)
-        return zeros_TE.scatter_(1, self._routing.experts_TA, value_TA.double()).sum(0)
+        return zeros_TE.scatter_add_(1, self._routing.experts_TA, value_TA.double()).sum(0)
 
     def tokens(self) -> torch.Tensor:
         """1 per token."""
@@ -92,7 +93,7 @@ class Observation:
 
     def selected_norm_sum(self) -> torch.Tensor:
         """||f_e(t)||_2 1[e in S(t)]."""
-        return self.scatter(self.norms_TA())
+        return self.scatter(self.norms_TA() * self._chosen_TA)
 
     def gram(self) -> torch.Tensor:
         """<f_i(t), f_j(t)>: one GEMM over tokens and hidden size, in float32 at least (bfloat16 would round the sums)."""

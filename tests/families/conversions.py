@@ -199,7 +199,7 @@ def _sums(
     probs_TE = scores[:, : down.experts]
     chosen_TAE = nn.functional.one_hot(experts_TA.where(chosen_TA, 0), down.experts) * chosen_TA[..., None]
     selected_TE, gates_TE = chosen_TAE.double().sum(1), (chosen_TAE * gates_TA[..., None]).sum(1)
-    f_ETD, h_ETI = down.outputs(x_TD), down.neurons(x_TD)
+    f_ETD, h_ETI = down.outputs(x_TD).double(), down.neurons(x_TD).double()
     norms_TE = f_ETD.norm(dim=-1).T
     return {
         "tokens": torch.tensor([float(len(x_TD))]),

@@ -31,7 +31,8 @@ PAGE = """\
 Every mixture-of-experts type of transformers {version} that is a causal language model, and what `moe2dense convert` makes of it. A type is
 supported when stock transformers has a class in which a dense FFN in the place of the experts is exact.
 
-**Exact** means: where every token gets the same experts with the same gates, MoE and dense result have the same logits, but for at most 1e-5 of the
+**Exact** means: where every token gets the same experts with the same gates, MoE and dense result have the same logits, but for at most
+1e-5 of the
 largest one (float32). So nothing but the routing is lost in the change of class; what the routing did is for calibration to choose and for
 distillation to learn again. `tests/families` proves it for every type of the table, on tiny random models with the features of the type
 switched on. Published models have not been converted here.
@@ -40,7 +41,8 @@ How to read the table:
 
 - *models*: some that are published, by name; nothing of them was downloaded. `moe2dense inspect DIRECTORY` says what becomes of yours.
   Weights are read in bfloat16, float16 or float32, and GPT-OSS's in MXFP4: what is published in FP8 has to be dequantised first.
-- *form*: how the dense class holds the FFN. *Dense sibling*: a class without experts that is otherwise the same. *Itself, all layers dense*:
+- *form*: how the dense class holds the FFN. *Dense sibling*: a class without experts that is otherwise the same. *Itself, all layers
+  dense*:
   the MoE's class, by its own switch for dense layers. *Itself, one expert* (or *two*): its class with an expert whose gate is constant; it
   serves like a MoE with nothing to choose. *Itself, no experts*: the neurons stand in an FFN that the class has beside the experts.
 - *lost*: what the dense result can not have of the MoE, beyond the routing. A gate of shared experts that depends on the token becomes the
@@ -71,13 +73,16 @@ Not supported yet (what stops the opening of a tiny one):
 
 ## Engines
 
-Dense results of tiny models on a CPU, without a GPU kernel: vLLM 0.32.0 and llama.cpp (converter b11434, runtime b11739). The figures are the
-largest difference of next-token log-probabilities from stock transformers over five prompts and the whole vocabulary, in float32 [nats]; 24 tokens
+Dense results of tiny models on a CPU, without a GPU kernel: vLLM 0.32.0 and llama.cpp (converter b11434, runtime b11739). The figures
+are the
+largest difference of next-token log-probabilities from stock transformers over five prompts and the whole vocabulary, in float32 [nats];
+24 tokens
 of greedy decoding were equal for all five. The results were written by an earlier version of this package, with fewer keys in config.json.
 
 {engines}
 
-1. With the MoE's own router keys in config.json, as they are written now; without them llama.cpp does not load it (vLLM's figure is from one without).
+1. With the MoE's own router keys in config.json, as they are written now; without them llama.cpp does not load it (vLLM's figure is from
+one without).
 2. Both engines compute with `swiglu_limit` 7, as published, whatever config.json says.
 3. Readers choose the tokenizer of a `qwen2` by that name, not by `tokenizer_class`: compare the tokens when yours is another one.
 
@@ -95,7 +100,7 @@ def page() -> str:
             refused.append((f"`{model_type}`", _models(model_type), error.found.removeprefix(f"{model_type}: ")))
     wrapped, unread = [], []
     for model_type, text_type in _text_types().items():
-        start = (f"`{model_type}`", MODELS[model_type], f"`{text_type}`")
+        start = (f"`{model_type}`", MODELS.get(model_type, ""), f"`{text_type}`")
         try:
             wrapped.append((*start, _wrapped(model_type)))
         except Exception as error:  # whatever stops it is what the page has to say

@@ -31,6 +31,8 @@ from tests.families.every import as_in_memory, moe_types, tiny_checkpoint, tiny_
 from tests.helpers.tiny_models import write_tokens
 
 EXACT = 1e-5  # of the largest entry: float32 beside float64, or beside another order of float32
+SQUARES = ("gram", "neuron_energy", "shared_square_sum", "shared_gated_square_sum")  # have twice the error of what is squared
+NO_FLOAT64 = ("inkling2_text",)  # its class computes in float32 inside
 WINDOWS = np.random.default_rng(0).integers(0, 128, (16, 16))
 REFUSED = {name: exception.refused for name, exception in EXCEPTIONS.items() if exception.refused}
 CONVERTED = [model_type for model_type in moe_types() if model_type not in REFUSED]
@@ -81,11 +83,11 @@ def _register(name: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _require_close(found: Any, expected: torch.Tensor, what: Any) -> None:
+def _require_close(found: Any, expected: torch.Tensor, what: Any, exact: float = EXACT) -> None:
     found = torch.as_tensor(found)
     assert found.shape == expected.shape, what
     error = (found.double() - expected.double()).abs().max().item() / expected.abs().max().item()
-    assert error <= EXACT, f"{what}: {error:.1e}"
+    assert error <= exact, f"{what}: {error:.1e}"
 
 
 def test_at_least_fifty_types_are_converted():
@@ -111,14 +113,15 @@ def test_streamed_hidden_states_are_those_of_the_stock_model(made: Conversion):
 
 
 def test_statistics_are_those_of_the_stock_model_in_float64(made: Conversion):
-    model, _ = load(made.source, torch.float64)
+    dtype = torch.float32 if made.model_type in NO_FLOAT64 else torch.float64
+    model, _ = load(made.source, dtype)
     expected = reference_statistics(model, score_of(made.model_type), torch.from_numpy(WINDOWS))
     found = CalibratedStats.open(made.statistics).layers
     assert found.keys() == expected.keys()
     for layer, sums in expected.items():
         assert found[layer].sums.keys() == sums.keys()
         for name, value in sums.items():
-            _require_close(found[layer][name], value, (layer, name))
+            _require_close(found[layer][name], value, (layer, name), 2 * EXACT if name in SQUARES else EXACT)
 
 
 def test_the_stock_class_takes_exactly_the_dense_checkpoint(made: Conversion):
