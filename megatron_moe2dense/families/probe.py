@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_moe2dense.families.stock import MoePlace, Stock
 
 _TOKENS = 64
 _EXACT = 1e-5
+_ROUTING = r"top_?k|scor|rout|group"  # in names of config keys
 Score = Callable[[torch.Tensor], torch.Tensor]
 
 # What a router may make of its logits before it selects and weighs, by name.
@@ -77,8 +79,9 @@ def probe(stock: Stock, place: MoePlace) -> BlockFacts:
     try:
         return _probe(stock, place)
     except (RuntimeError, ValueError, TypeError, AttributeError, UnboundLocalError, StopIteration) as error:
+        said = ", ".join(f"{name} {value!r}" for name, value in vars(stock.config).items() if re.search(_ROUTING, name))
         raise UserError(
-            f"{stock.name}: a MoE block that stock transformers can not run with this config ({error})",
+            f"{stock.name}: a MoE block that stock transformers can not run ({error}) with {said}",
             "a config as it was published",
             "compare config.json with the published one",
         ) from None

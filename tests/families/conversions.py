@@ -157,7 +157,7 @@ def number_of(name: str) -> int:
 
 @torch.no_grad()
 def reference_statistics(model: PreTrainedModel, score: Score, tokens_BS: torch.Tensor) -> dict[int, dict[str, torch.Tensor]]:
-    """By layer, the sums of docs/method.md section 1, written out: from what the stock blocks hand to their experts."""
+    """By layer, the sums of docs/method.md#statistics, written out: from what the stock blocks hand to their experts."""
     seen: dict[str, Any] = {}
     hooks = []
     for name, module in experts_modules(model).items():
