@@ -61,6 +61,7 @@ def _all_dense(source: Stock) -> Any:
 
 def _sibling(source: Stock, exception: FamilyException) -> Any:
     """The source's values of every key that the sibling has; of those it lacks, what the class computes instead."""
+    assert exception.sibling is not None, "asked of a family with one"
     known = AutoConfig.for_model(exception.sibling).to_dict()
     given = {
         name: value for name, value in source.config.to_dict().items() if name in known and name not in ("model_type", "architectures")

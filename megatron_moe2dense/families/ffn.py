@@ -165,8 +165,7 @@ def experts_at(layer: nn.Module, path: str) -> FfnPlace | None:
     own = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
     if {"w1", "v1", "w2"} <= set(own):
         count = int(module.moe_num_experts)
-        names = {role: f"{path}.{name}" for role, name in (("gate", "w1"), ("up", "v1"), ("down", "w2"))}
-        return FfnPlace(path, **names, experts=count, flat=True)
+        return FfnPlace(path, up=f"{path}.v1", down=f"{path}.w2", gate=f"{path}.w1", experts=count, flat=True)
     up = next((name for name in ("gate_up_proj", "up_proj") if len(own.get(name, ())) == 3), None)
     if up is None or len(own.get("down_proj", ())) != 3 or "gate_proj" in own:
         return None

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_moe2dense.common.errors import UserError, did_you_mean
 from megatron_moe2dense.common.outputs import read_json
@@ -66,7 +66,7 @@ class Stock:
     def read(cls, directory: Any, dtype: torch.dtype | None = None) -> Stock:
         """Of a checkpoint's config.json. UserError when transformers has no such class, or can not build it."""
         try:
-            return cls(AutoConfig.from_pretrained(directory, trust_remote_code=False), dtype)
+            stock = cls(AutoConfig.from_pretrained(directory, trust_remote_code=False), dtype)
         except (ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
             _require_known(directory)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -75,6 +75,14 @@ class Stock:
                 "the config of a causal language model that stock transformers has",
                 "check the config, or install a transformers that knows it",
             ) from None
+        inner = stock.config.get_text_config()
+        if inner is not stock.config:
+            raise UserError(
+                f"{directory}/config.json: a language model ({inner.model_type}) inside a {stock.name}",
+                "a checkpoint of a language model alone: what is around it is not read yet",
+                "save the language model alone with transformers (docs/families.md)",
+            )
+        return stock
 
     @property
     def name(self) -> str:
@@ -168,11 +176,12 @@ class Stock:
 def _require_known(directory: Any) -> None:
     """UserError for a model_type that transformers does not know."""
     found = read_json(Path(directory) / "config.json", "a config").get("model_type")
-    if found not in CONFIG_MAPPING_NAMES:
+    known = set(CONFIG_MAPPING.keys())
+    if found not in known:
         raise UserError(
             f"{directory}/config.json: model_type {found!r}",
             f"a type that transformers {transformers.__version__} has",
-            did_you_mean(str(found), CONFIG_MAPPING_NAMES) or "docs/families.md lists the MoE types",
+            did_you_mean(str(found), known) or "docs/families.md lists the MoE types",
         )
 
 

@@ -129,3 +129,10 @@ def test_inspect_of_what_is_no_supported_moe(moe: Path, tmp_path: Path, user_err
     assert "keep=9" in user_error("inspect", str(moe), "--keep", "9")
     (tmp_path / "dense/config.json").write_text('{"model_type": "qwen33"}')
     assert "did you mean 'qwen3'" in user_error("inspect", str(tmp_path / "dense"))
+
+
+def test_a_language_model_inside_another_model_is_named(tmp_path: Path, user_error: Refused):
+    from tests.families.every import tiny_checkpoint
+
+    said = user_error("inspect", str(tiny_checkpoint(tmp_path / "moe", "qwen3_vl_moe")))
+    assert "a language model (qwen3_vl_moe_text) inside a qwen3_vl_moe" in said
