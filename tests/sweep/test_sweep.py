@@ -142,7 +142,7 @@ def test_equal_plans_are_evaluated_once_and_recorded_each(made, tmp_path: Path, 
 def test_a_killed_sweep_loses_the_pass_in_flight_only(made, tmp_path: Path, monkeypatch):
     folder, output = made("qwen3_moe"), tmp_path / "killed"
     few = f"memory_budget={5 * LENGTH * 64 * 4 * 5}"
-    plain, passes = bench.measure, []
+    plain, passes = bench.against_teacher, []
 
     def measure(*given: Any) -> Any:
         passes.append(len(given[3]))
@@ -150,7 +150,7 @@ def test_a_killed_sweep_loses_the_pass_in_flight_only(made, tmp_path: Path, monk
             raise KilledError
         return plain(*given)
 
-    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "against_teacher", measure)
     with pytest.raises(KilledError):
         main(arguments(folder, output, few))
     done = {row["plan_hash"] for row in rows_of(output)}
