@@ -25,31 +25,48 @@ from tests.families.every import moe_types, stock_class, tiny_checkpoint, tiny_c
 from tests.families.facts import ENGINES, MODELS
 
 COLUMNS = ("`model_type`", "models", "dense class", "form", "lost", "runs", "trainer", "engines")
+RECIPE = """\
+import copy
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+whole = AutoModelForImageTextToText.from_pretrained("DIRECTORY", dtype="auto")
+if hasattr(whole, "model"):  # a head beside a model of all parts
+    with torch.device("meta"):
+        text = AutoModelForCausalLM.from_config(whole.config.text_config)
+    text.base_model.load_state_dict(whole.model.language_model.state_dict(), assign=True)
+    text.get_output_embeddings().load_state_dict(copy.deepcopy(whole.get_output_embeddings().state_dict()), assign=True)
+    text.tie_weights()
+else:
+    text = whole.language_model
+text.save_pretrained("TEXT")
+"""
 PAGE = """\
 # Model families
 
-Every mixture-of-experts type of transformers {version} that is a causal language model, and what `moe2dense convert` makes of it. A type is
-supported when stock transformers has a class in which a dense FFN in the place of the experts is exact.
+Every mixture-of-experts type of transformers {version} that is a causal language model, and what `moe2dense convert` makes of it. A type
+is supported when stock transformers has a class in which a dense FFN in the place of the experts is exact.
 
 **Exact** means: where every token gets the same experts with the same gates, MoE and dense result have the same logits, but for at most
-1e-5 of the
-largest one (float32). So nothing but the routing is lost in the change of class; what the routing did is for calibration to choose and for
-distillation to learn again. `tests/families` proves it for every type of the table, on tiny random models with the features of the type
-switched on. Published models have not been converted here.
+1e-5 of the largest one (float32). So the change of class loses nothing but the routing, and what the column *lost* says; what the routing
+did is for calibration to choose and for distillation to learn again. `tests/families` proves it for every type of the table, on tiny
+random models with the features of the type switched on. Published models have not been converted here.
 
 How to read the table:
 
 - *models*: some that are published, by name; nothing of them was downloaded. `moe2dense inspect DIRECTORY` says what becomes of yours.
-  Weights are read in bfloat16, float16 or float32, and GPT-OSS's in MXFP4: what is published in FP8 has to be dequantised first.
+  Weights are read in bfloat16, float16 or float32, and GPT-OSS's in MXFP4: what is published in FP8 has to be dequantised first. *Inside*
+  another type: the language model is a part of it, and has to be [taken out](#inside-models-for-images-and-sound).
 - *form*: how the dense class holds the FFN. *Dense sibling*: a class without experts that is otherwise the same. *Itself, all layers
-  dense*:
-  the MoE's class, by its own switch for dense layers. *Itself, one expert* (or *two*): its class with an expert whose gate is constant; it
-  serves like a MoE with nothing to choose. *Itself, no experts*: the neurons stand in an FFN that the class has beside the experts.
-- *lost*: what the dense result can not have of the MoE, beyond the routing. A gate of shared experts that depends on the token becomes the
-  constant that is nearest on the calibration text ([method.md](method.md)). Layers that predict later tokens (MTP) are left out everywhere.
+  dense*: the MoE's class, by its own switch for dense layers. *Itself, one expert* (or *two*): its class with an expert whose gate is
+  constant; it serves like a MoE with nothing to choose. *Itself, no experts*: the neurons stand in an FFN that the class has beside the
+  experts.
+- *lost*: what the dense result can not have of the MoE, beyond the routing. A gate of shared experts that depends on the token becomes
+  the constant that is nearest on the calibration text ([method.md](method.md)). Layers that predict later tokens (MTP) are not converted.
 - *runs*: *layer by layer*, one decoder layer in memory at a time. *In lockstep*: as little memory, but all windows go through the model
-  together, as its layers hand more to each other than hidden states. `sweep`, `auto` and a refit in sequential mode (the default)
-  are refused then; `refit.mode=parallel` works.
+  together, as its layers hand more to each other than hidden states. `sweep`, `auto` and a refit in sequential mode (the default) are
+  refused then; `refit.mode=parallel` works.
 - *trainer*: whether `distill` knows MoE and dense result in Megatron-Core. Without it the result is a checkpoint for another trainer.
 - *engines*: where a dense result gave the logits of transformers ([below](#engines)).
 
@@ -57,32 +74,36 @@ How to read the table:
 
 ## Refused
 
-These have no exact dense form in stock transformers, and `convert` says so:
+These have no exact dense form in stock transformers; a command that opens one says why:
 
 {refused}
 
 ## Inside models for images and sound
 
-What wraps a MoE for text is converted without the rest: the result is the language model alone.
+Commands read a language model alone. This takes it out of a larger model, bit for bit; the tokenizer's files have to be copied beside it:
 
-{wrapped}
+```python
+{recipe}```
 
-Not supported yet (what stops the opening of a tiny one):
+It was run on a tiny model of each of these, and the language model that it saved was opened:
 
-{unread}
+{alone}
+
+It does not help with these:
+
+{inseparable}
 
 ## Engines
 
-Dense results of tiny models on a CPU, without a GPU kernel: vLLM 0.32.0 and llama.cpp (converter b11434, runtime b11739). The figures
-are the
-largest difference of next-token log-probabilities from stock transformers over five prompts and the whole vocabulary, in float32 [nats];
-24 tokens
-of greedy decoding were equal for all five. The results were written by an earlier version of this package, with fewer keys in config.json.
+Dense results of tiny models on a CPU, without a GPU kernel: vLLM 0.32.0 and llama.cpp (converter b11434, runtime b11739). The figures are
+the largest difference of next-token log-probabilities from stock transformers over five prompts and the whole vocabulary, in float32
+[nats]; 24 tokens of greedy decoding were equal for all five. The results were written by an earlier version of this package, with fewer
+keys in config.json.
 
 {engines}
 
 1. With the MoE's own router keys in config.json, as they are written now; without them llama.cpp does not load it (vLLM's figure is from
-one without).
+   one without).
 2. Both engines compute with `swiglu_limit` 7, as published, whatever config.json says.
 3. Readers choose the tokenizer of a `qwen2` by that name, not by `tokenizer_class`: compare the tokens when yours is another one.
 
@@ -98,20 +119,21 @@ def page() -> str:
             rows.append(_row(model_type))
         except UserError as error:
             refused.append((f"`{model_type}`", _models(model_type), error.found.removeprefix(f"{model_type}: ")))
-    wrapped, unread = [], []
+    alone, inseparable = [], []
     for model_type, text_type in _text_types().items():
-        start = (f"`{model_type}`", MODELS.get(model_type, ""), f"`{text_type}`")
+        row = (f"`{model_type}`", MODELS.get(model_type, ""), f"`{text_type}`")
         try:
-            wrapped.append((*start, _wrapped(model_type)))
-        except Exception as error:  # whatever stops it is what the page has to say
-            unread.append((*start, _in_short(error)))
+            alone.append((*row, _dense_class_alone(model_type, text_type)))
+        except UserError as error:
+            inseparable.append((*row, error.found.removeprefix(f"{text_type}: ")))
     engines = [(f"`{model_type}`", figures["vLLM"], figures["llama.cpp"]) for model_type, figures in ENGINES.items()]
     return PAGE.format(
         version=transformers.__version__,
         table=_table(COLUMNS, rows),
         refused=_table(("`model_type`", "models", "why"), refused),
-        wrapped=_table(("`model_type`", "models", "text type", "dense class"), wrapped),
-        unread=_table(("`model_type`", "models", "text type", "error"), unread),
+        recipe=RECIPE,
+        alone=_table(("`model_type`", "models", "language model", "dense class"), alone),
+        inseparable=_table(("`model_type`", "models", "language model", "why"), inseparable),
         engines=_table(("dense result of", "vLLM", "llama.cpp"), engines),
     )
 
@@ -167,17 +189,16 @@ def _runs(source: MoeSource) -> str:
         return "in lockstep" if model._hand_more(np.arange(3, 27)[None]) else "layer by layer"
 
 
-def _wrapped(model_type: str) -> str:
-    """The dense class, once every tensor of the result has its place."""
-    with _tiny_source(model_type) as source:
+def _dense_class_alone(model_type: str, text_type: str) -> str:
+    """Of the language model that the recipe takes out of a tiny wrapper, once every tensor of the result has its place."""
+    if text_type not in moe_types():
+        raise UserError("transformers has no class for it alone", "a causal language model", "wait for one")
+    with TemporaryDirectory() as folder:
+        whole, text = tiny_checkpoint(Path(folder) / "whole", model_type), f"{folder}/text"
+        exec(RECIPE.replace("DIRECTORY", str(whole)).replace("TEXT", text), {})
+        source = MoeSource.open(text)
         dense_steps(source, source.dims.active)
         return _class(source)
-
-
-def _in_short(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return error.found.rpartition("/model: ")[2]  # without the directory
-    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
 def _table(header: Iterable[str], rows: list[tuple[str, ...]]) -> str:

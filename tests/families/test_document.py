@@ -1,0 +1,58 @@
+"""The documents on families say what the code says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from megatron_moe2dense.families.table import EXCEPTIONS
+from tests.families.document import RECIPE, page
+from tests.families.every import moe_types, tiny_checkpoint, wrapper_types
+from tests.families.facts import ENGINES, MODELS
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASS = r"`(\w+ForCausalLM)`"
+
+
+def test_the_page_is_what_its_script_prints():
+    expected = (ROOT / "docs/families.md").read_text().splitlines()
+    assert page().splitlines() == expected, "python -m tests.families.document > docs/families.md"
+
+
+def test_facts_are_of_types_that_there_are():
+    assert set(MODELS) <= {*moe_types(), *wrapper_types()}
+    assert set(ENGINES) <= set(moe_types())
+
+
+def test_the_readme_names_no_other_class_than_the_page():
+    section = (ROOT / "README.md").read_text().partition("## Supported families")[2].partition("\n## ")[0]
+    refused = [model_type for model_type in moe_types() if model_type in EXCEPTIONS and EXCEPTIONS[model_type].refused]
+    assert f"{len(moe_types()) - len(refused)} of the {len(moe_types())} causal MoE types" in section
+    assert set(re.findall(CLASS, section)) <= set(re.findall(CLASS, (ROOT / "docs/families.md").read_text()))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe", "gemma4", "kimi_k25", "nemotron_h_omni"])
+@torch.no_grad()
+def test_a_language_model_taken_out_of_a_larger_one_gives_its_logits(model_type: str, tmp_path: Path):
+    whole = tiny_checkpoint(tmp_path / "whole", model_type)
+    exec(RECIPE.replace("DIRECTORY", str(whole)).replace("TEXT", str(tmp_path / "text")), {})
+    text, report = AutoModelForCausalLM.from_pretrained(tmp_path / "text", output_loading_info=True)
+    assert not any(report.values()), report
+    tokens = torch.arange(3, 27).view(2, 12)
+    expected = AutoModelForImageTextToText.from_pretrained(whole)(input_ids=tokens, use_cache=False).logits
+    assert text(input_ids=tokens, use_cache=False).logits.equal(expected)
+
+
+def test_what_is_derived_can_be_seen_as_the_document_says(capsys: pytest.CaptureFixture[str]):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adding.md").read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if "DenseForm" in block]
+    exec(compile(code, "docs/adding.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "MoePlace(layer=0, block='mlp'" in printed
+    assert "BlockFacts(active=8, score='softmax', routed_factor=1.0" in printed
+    assert "itself, one expert" in printed
+    assert "'intermediate_size': 8192" in printed
