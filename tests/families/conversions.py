@@ -29,21 +29,20 @@ from tests.families.every_table import LAYER
 Score = Callable[[torch.Tensor], torch.Tensor]
 Loaded = tuple[PreTrainedModel, dict[str, Any]]
 
-# What a stock router makes of its first output (the only one, where it has one) before it selects, as read in its file.
-SCORES: dict[Score, tuple[str, ...]] = {
-    lambda logits: logits.sigmoid(): (
-        *("afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v3", "deepseek_v32", "dots1", "dots3_note_text", "exaone_moe"),
-        *("flint", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "hy_v4", "inkling2_text", "kimi_linear", "kolibri1", "laguna"),
-        *("lfm2_moe", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "nemotron_h", "solar_open"),
+# What a stock router makes of its first output (the only one, where it has one) before it selects, as read in its file; softmax where
+# nothing is said, so that a new type of another kind shows as wrong sums.
+SCORES: dict[str, Score] = {
+    **dict.fromkeys(
+        (
+            *("afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v3", "deepseek_v32", "dots1", "dots3_note_text", "exaone_moe"),
+            *("flint", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "hy_v4", "inkling2_text", "kimi_linear", "kolibri1", "laguna"),
+            *("lfm2_moe", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "nemotron_h", "solar_open"),
+        ),
+        torch.sigmoid,
     ),
-    lambda logits: softplus(logits).sqrt(): ("deepseek_v4",),
-    lambda probabilities: probabilities: ("gemma4_text",),
+    "deepseek_v4": lambda logits: softplus(logits).sqrt(),
+    "gemma4_text": lambda probabilities: probabilities,
 }
-
-
-def score_of(model_type: str) -> Score:
-    """Softmax for every type that SCORES does not name: a new type of another kind shows as wrong sums."""
-    return next((score for score, types in SCORES.items() if model_type in types), lambda logits: logits.softmax(-1))
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,8 @@ class Conversion:
         return {directory: load(directory) for directory in (self.dense, self.merged)}
 
 
-def convert(model_type: str, source: Path, text: list[str]) -> Conversion:
-    """Inspect, calibrate and convert; the outputs stand beside the source. text: the keys of the calibration text."""
+def convert(model_type: str, source: Path, calibration: list[str]) -> Conversion:
+    """Inspect, calibrate and convert; the outputs stand beside the source. calibration: keys of that command."""
     printed = io.StringIO()
     with redirect_stdout(printed):
         main(["inspect", str(source), "--json"])
@@ -85,19 +84,19 @@ def convert(model_type: str, source: Path, text: list[str]) -> Conversion:
     methods = [f"source={source}", f"statistics={made.statistics}", "scale.method=proportional"]  # scales differ from expert to expert
     keep = 2 * made.inspected["dims"]["active"]
     with redirect_stdout(printed):
-        main(["calibrate", f"source={source}", f"output={made.statistics}", *text])
+        main(["calibrate", f"source={source}", f"output={made.statistics}", *calibration])
         main(["convert", *methods, f"output={made.dense}"])
         main(["convert", *methods, f"output={made.merged}", f"keep={keep}", "group.method=weight_cluster"])
     return made
 
 
-def load(directory: Path, dtype: torch.dtype = torch.float32) -> Loaded:
-    """The class that config.json names, and what of the checkpoint it did not take as it is; experts one by one, in any type."""
+def load(directory: Path) -> Loaded:
+    """The class that config.json names, in float32, and what of the checkpoint it did not take as it is; experts run one by one."""
     config = AutoConfig.from_pretrained(directory)
     cls = getattr(transformers, config.architectures[0], AutoModelForCausalLM)
-    model, report = cls.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    model, report = cls.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     model.set_experts_implementation("eager")
-    return model.eval().to(dtype), {kind: faults for kind, faults in report.items() if faults}
+    return model.eval(), {kind: faults for kind, faults in report.items() if faults}
 
 
 @torch.no_grad()
@@ -156,8 +155,10 @@ def number_of(name: str) -> int:
 
 
 @torch.no_grad()
-def reference_statistics(model: PreTrainedModel, score: Score, tokens_BS: torch.Tensor) -> dict[int, dict[str, torch.Tensor]]:
-    """By layer, the sums of docs/method.md#statistics, written out: from what the stock blocks hand to their experts."""
+def reference_statistics(model: PreTrainedModel, model_type: str, tokens_BS: torch.Tensor) -> dict[int, dict[str, torch.Tensor]]:
+    """By layer, the sums of docs/method.md#statistics, written out in float64: from what the stock blocks hand to their experts, in
+    whatever type the model runs (it is made a float64 one then)."""
+    score: Score = SCORES.get(model_type, lambda logits: logits.softmax(-1))
     seen: dict[str, Any] = {}
     hooks = []
     for name, module in experts_modules(model).items():
@@ -172,11 +173,10 @@ def reference_statistics(model: PreTrainedModel, score: Score, tokens_BS: torch.
     for hook in hooks:
         hook.remove()
     found = {}
-    for name, module in experts_modules(model).items():
+    for name, module in experts_modules(model.double()).items():
         block = name.rpartition(".")[0]
         x, experts, gates = seen[name]
-        experts_TA, gates_TA = (each.reshape(-1, each.shape[-1]) for each in (experts, gates.double()))
-        sums = _sums(module, x.reshape(-1, x.shape[-1]), experts_TA, gates_TA, _rows(score(seen[f"{block}.router"].double())))
+        sums = _sums(module, _rows(x), _rows(experts), _rows(gates), score(_rows(seen[f"{block}.router"])))
         if f"{block}.shared_expert_gate" in seen:
             squares_T = _rows(seen[f"{block}.shared_expert"]).square().sum(-1)
             shares_T = _rows(seen[f"{block}.shared_expert_gate"]).sigmoid()[:, 0]
@@ -186,12 +186,15 @@ def reference_statistics(model: PreTrainedModel, score: Score, tokens_BS: torch.
 
 
 def _rows(values: torch.Tensor) -> torch.Tensor:
-    return values.reshape(-1, values.shape[-1])
+    """Of tokens, flattened; numbers in float64."""
+    rows = values.reshape(-1, values.shape[-1])
+    return rows.double() if rows.is_floating_point() else rows
 
 
 def _sums(
     module: nn.Module, x_TD: torch.Tensor, experts_TA: torch.Tensor, gates_TA: torch.Tensor, scores: torch.Tensor
 ) -> dict[str, torch.Tensor]:
+    """scores: of all that the router chooses from, the experts first."""
     down = _Down.of(module)
     # A choice that is no expert is no selection: LongCat has identity experts beyond the others, ZAYA masks the skipping class as expert 0
     # with weight 0.
@@ -199,7 +202,7 @@ def _sums(
     probs_TE = scores[:, : down.experts]
     chosen_TAE = nn.functional.one_hot(experts_TA.where(chosen_TA, 0), down.experts) * chosen_TA[..., None]
     selected_TE, gates_TE = chosen_TAE.double().sum(1), (chosen_TAE * gates_TA[..., None]).sum(1)
-    f_ETD, h_ETI = down.outputs(x_TD).double(), down.neurons(x_TD).double()
+    f_ETD, h_ETI = down.outputs(x_TD), down.neurons(x_TD)
     norms_TE = f_ETD.norm(dim=-1).T
     return {
         "tokens": torch.tensor([float(len(x_TD))]),

@@ -1,10 +1,14 @@
-"""Every mixture-of-experts type that transformers has, from a tiny checkpoint to a dense one, judged by its stock class."""
+"""Every mixture-of-experts type that transformers has, from a tiny checkpoint to a dense one, judged by its stock class.
+
+One type alone: -k "[mixtral]". Without the slower half of the laws: -k "not layout_in_memory and not float64".
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,14 +30,16 @@ from megatron_moe2dense.surgery.seam import MoeWatcher
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import CalibratedStats
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
-from tests.families.conversions import Conversion, constant_routing, convert, hidden_states, load, reference_statistics, score_of
+from tests.families.conversions import SCORES, Conversion, constant_routing, convert, hidden_states, load, reference_statistics
 from tests.families.every import as_in_memory, moe_types, tiny_checkpoint, tiny_config, tiny_model
 from tests.helpers.tiny_models import write_tokens
 
 EXACT = 1e-5  # of the largest entry: float32 beside float64, or beside another order of float32
-SQUARES = ("gram", "neuron_energy", "shared_square_sum", "shared_gated_square_sum")  # have twice the error of what is squared
-NO_FLOAT64 = ("inkling2_text",)  # its class computes in float32 inside
-WINDOWS = np.random.default_rng(0).integers(0, 128, (16, 16))
+# A gated delta rule multiplies the rounding of float32 by some hundred: these types are calibrated in float64.
+IN_FLOAT64 = ("qwen3_5_moe_text", "qwen3_next")
+# Its router computes in float32 whatever type its weights have, so the stock model runs in no other.
+IN_FLOAT32 = ("inkling2_text",)
+WINDOWS = np.random.default_rng(0).integers(0, 128, (10, 16))
 REFUSED = {name: exception.refused for name, exception in EXCEPTIONS.items() if exception.refused}
 CONVERTED = [model_type for model_type in moe_types() if model_type not in REFUSED]
 # Types that no transformers has: Qwen3-MoE under names of its own, one with a line in the table of exceptions, one without.
@@ -54,7 +60,7 @@ def _quiet() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     prefix = write_tokens(tmp_path_factory.mktemp("text") / "tokens", WINDOWS.flatten(), vocab=128)
-    return [f"data.path={prefix}", "data.sequence_length=16", "batch_tokens=96"]  # batches of 6, 6 and 4 windows
+    return [f"data.path={prefix}", "data.sequence_length=16", "batch_tokens=64"]  # batches of 4, 4 and 2 windows
 
 
 @pytest.fixture(scope="module", params=[*CONVERTED, *ADDED])
@@ -68,7 +74,7 @@ def made(request: pytest.FixtureRequest, text: list[str], tmp_path_factory: pyte
                 patch.setitem(EXCEPTIONS, model_type, line)
         else:
             tiny_checkpoint(folder / "moe", model_type)
-        yield convert(model_type, folder / "moe", text)
+        yield convert(model_type, folder / "moe", [*text, f"dtype={'float64' if model_type in IN_FLOAT64 else 'float32'}"])
 
 
 def _register(name: str, folder: Path) -> None:
@@ -83,16 +89,16 @@ def _register(name: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _require_close(found: Any, expected: torch.Tensor, what: Any, exact: float = EXACT) -> None:
+def _require_close(found: Any, expected: torch.Tensor, what: Any) -> None:
     found = torch.as_tensor(found)
     assert found.shape == expected.shape, what
     error = (found.double() - expected.double()).abs().max().item() / expected.abs().max().item()
-    assert error <= exact, f"{what}: {error:.1e}"
+    assert error <= EXACT, f"{what}: {error:.1e}"
 
 
 def test_at_least_fifty_types_are_converted():
     assert len(CONVERTED) >= 50
-    assert set(REFUSED) <= set(moe_types())
+    assert {*REFUSED, *SCORES, *IN_FLOAT32, *IN_FLOAT64} <= set(moe_types())
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
@@ -106,22 +112,21 @@ def test_streamed_hidden_states_are_those_of_the_stock_model(made: Conversion):
     expected = hidden_states(made.stock, torch.from_numpy(WINDOWS))
     source = MoeSource.open(str(made.source))
     with CheckpointReader(source.index) as reader:
-        streamed = StreamedModel(source, reader, Compute(torch.device("cpu"), torch.float32, 6))
+        streamed = StreamedModel(source, reader, Compute(torch.device("cpu"), torch.float32, 4))
         found = [torch.cat(list(hidden)) for hidden in streamed.run(WINDOWS, MoeWatcher())]
     for layer, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         _require_close(ours, theirs, layer)
 
 
 def test_statistics_are_those_of_the_stock_model_in_float64(made: Conversion):
-    dtype = torch.float32 if made.model_type in NO_FLOAT64 else torch.float64
-    model, _ = load(made.source, dtype)
-    expected = reference_statistics(model, score_of(made.model_type), torch.from_numpy(WINDOWS))
+    model = deepcopy(made.stock) if made.model_type in IN_FLOAT32 else deepcopy(made.stock).double()
+    expected = reference_statistics(model, made.model_type, torch.from_numpy(WINDOWS))
     found = CalibratedStats.open(made.statistics).layers
     assert found.keys() == expected.keys()
     for layer, sums in expected.items():
         assert found[layer].sums.keys() == sums.keys()
         for name, value in sums.items():
-            _require_close(found[layer][name], value, (layer, name), 2 * EXACT if name in SQUARES else EXACT)
+            _require_close(found[layer][name], value, (layer, name))
 
 
 def test_the_stock_class_takes_exactly_the_dense_checkpoint(made: Conversion):
@@ -151,12 +156,12 @@ def test_with_constant_routing_the_moe_is_the_dense_model(made: Conversion):
 
 def test_perplexity_is_finite(made: Conversion):
     for directory, (model, _) in made.loaded.items():
-        assert math.isfinite(measure(Loaded(directory.name, model), WINDOWS, 16).perplexity)
+        assert math.isfinite(measure(Loaded(directory.name, model), WINDOWS, 4).perplexity)
 
 
 @pytest.mark.parametrize("made", CONVERTED, indirect=True)
 def test_the_layout_in_memory_gives_the_same_tensors(made: Conversion, tmp_path: Path):
-    other = MoeSource.open(as_in_memory(made.source, tmp_path / "moe"))
+    other = MoeSource.open(str(as_in_memory(made.source, tmp_path / "moe")))
     plan = json.loads((made.dense / "plan.json").read_text())
     plan["source"]["fingerprint"] = other.fingerprint  # the only thing that a plan knows of the files
     (tmp_path / "plan.json").write_text(json.dumps(plan))
@@ -170,3 +175,11 @@ def test_the_layout_in_memory_gives_the_same_tensors(made: Conversion, tmp_path:
 def test_a_type_is_added_by_one_line_or_by_none(made: Conversion):
     becomes = json.loads((made.dense / "config.json").read_text())["model_type"]
     assert becomes == ("qwen3" if ADDED[made.model_type] else made.model_type)
+
+
+def test_a_type_without_an_exact_form_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    _register("added_without_form", tmp_path / "moe")
+    monkeypatch.setitem(EXCEPTIONS, "added_without_form", FamilyException(sibling="llama"))  # which has no norms of queries and keys
+    with pytest.raises(UserError) as refused:
+        _ = MoeSource.open(tmp_path / "moe").form
+    assert refused.value.found == "added_without_form: llama: no model.layers.0.self_attn.q_norm.weight"
