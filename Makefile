@@ -2,13 +2,16 @@
 # Python 3.11 to 3.13 that there is.
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench format chaos parity versions pythons python study-smoke
+.PHONY: quickstart test test-fast lint bench format chaos parity versions pythons python study-smoke
 
 quickstart: .venv/.installed-train-plot  ## a trained MoE becomes a distilled dense model, in out/quickstart
 	launch/quickstart_cpu.sh
 
 test: .venv/.installed-dev  ## all tests, in two processes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: .venv/.installed-dev  ## between edits, under two minutes: the tests of one process that take no seconds; says which should be marked slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m 'not distributed and not slow' --durations=10 --durations-min=2
 
 chaos: .venv/.installed-dev  ## every stage killed at random moments and in every phase, ranks that hang, full disks, damage; all resumed
 	MOE2DENSE_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20 tests/surgery/test_kills.py tests/trainer/test_resume.py \

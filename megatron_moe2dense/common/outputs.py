@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -30,8 +31,10 @@ def config_hash(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """Package, Python and library versions that can change a result; libraries that are absent are left out."""
+    """Package, Python and library versions that can change a result; libraries that are absent are left out. Read once: a process does
+    not change them."""
     found = {"megatron_moe2dense": megatron_moe2dense.__version__, "python": platform.python_version()}
     for name in (
         "torch",
@@ -50,8 +53,9 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def commit() -> str | None:
-    """The git commit of this package's checkout, or None outside one."""
+    """The git commit of this package's checkout when first asked for, or None outside one: the code that runs is not that of later ones."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None

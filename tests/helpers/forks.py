@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_moe2dense import cli
+from megatron_moe2dense.common import outputs
 from tests.helpers.distributed import ROOT, environment, free_port
 
 
@@ -74,7 +76,9 @@ class Forks:
         self._jobs: list[Job] = []
         self._folder = tempfile.TemporaryDirectory()
         command = [sys.executable, "-m", "tests.helpers.forks"]
-        self._server = subprocess.Popen(command, env=environment(), cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # Megatron-Core's small functions as they are written: every rank would compile anew what the tests of one process compile once.
+        variables = {**environment(), "TORCHDYNAMO_DISABLE": "1"}
+        self._server = subprocess.Popen(command, env=variables, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def close(self) -> None:
         """End it, and all ranks that are left."""
@@ -147,9 +151,7 @@ def _rank(job: dict[str, Any], rank: int) -> None:
     if "call" in job:
         _call(Path(job["call"]))
         return
-    from megatron_moe2dense.cli import main
-
-    main(job["arguments"])
+    cli.main(job["arguments"])
 
 
 def _call(folder: Path) -> None:
@@ -185,14 +187,8 @@ def _fork(job: dict[str, Any], rank: int) -> int:
         os._exit(code)
 
 
-# What commands and transformers import when they run: a rank would pay for each again.
-_IMPORTED = (
-    "megatron_moe2dense.surgery.calibrate",
-    "megatron_moe2dense.surgery.convert",
-    "megatron_moe2dense.surgery.prune_dense.prune",
-    "megatron_moe2dense.trainer.cache.write",
-    "megatron_moe2dense.trainer.distill",
-    "megatron_moe2dense.trainer.export",
+# What commands, Megatron-Core and transformers import when they run: a rank would pay for each again.
+_IMPORTED_LATE = (
     "megatron_moe2dense.trainer.verification.stock",
     "megatron_moe2dense.trainer.runtime.cpu",
     "megatron.core.dist_checkpointing.strategies.filesystem_async",
@@ -204,8 +200,10 @@ _IMPORTED = (
 
 
 def _serve() -> None:
-    for name in _IMPORTED:
+    commands = (f"megatron_moe2dense.{command.run.partition(':')[0]}" for command in cli.COMMANDS.values())
+    for name in (*commands, *_IMPORTED_LATE):
         importlib.import_module(name)
+    outputs.versions(), outputs.commit()  # what they read is kept
     gc.freeze()  # ranks need not look through all imports for cycles, nor copy them as they do
     answers = os.fdopen(os.dup(1), "w")
     ended: dict[int, int] = {}

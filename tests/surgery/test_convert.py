@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -152,29 +150,6 @@ def test_a_sharded_source_gives_the_same_bytes(moe: Path, tokens: str, tmp_path:
         results.append(convert(path, tmp_path / f"stats_{name}", tmp_path / f"dense_{name}"))
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
-
-
-KILLED = """
-import os, sys
-from megatron_moe2dense.cli import main
-from megatron_moe2dense.surgery import layout
-densify = layout.densify
-layout.densify = lambda plan, *rest: os._exit(9) if plan.layer == 2 else densify(plan, *rest)
-main(sys.argv[1:])
-"""
-
-
-def test_a_run_killed_half_way_leaves_no_output_and_runs_again(moe: Path, statistics: Path, tmp_path: Path):
-    arguments = ["convert", f"source={moe}", f"statistics={statistics}", f"output={tmp_path / 'dense'}"]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False)
-    assert killed.returncode == 9, killed.stderr
-    assert not (tmp_path / "dense").exists()
-    assert json.loads((tmp_path / "dense.tmp/moe2dense.json").read_text())["status"] == "unfinished"
-    assert not (tmp_path / "dense.tmp/config.json").exists()
-    again, whole = convert(moe, statistics, tmp_path / "dense"), convert(moe, statistics, tmp_path / "whole")
-    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
-    assert not (tmp_path / "dense.tmp").exists()
-    assert {p.name for p in (tmp_path / "dense").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
 
 
 def test_dry_run_tells_the_size_it_will_write(moe: Path, statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -16,6 +16,8 @@ from tests.surgery.kills import assert_the_same_bytes_when_killed
 
 KILLS = int(os.environ.get("MOE2DENSE_KILLS", "5"))
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:

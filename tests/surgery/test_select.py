@@ -142,8 +142,9 @@ def test_chosen_neurons_read_the_output_out_better_than_the_papers_experts(famil
 
 
 def test_a_killed_selection_goes_on_and_gives_the_same_plan(
-    family: tuple[Path, Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moe: Path, statistics: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    family = moe, statistics
     straight, finish_layer = selected(family, text, tmp_path / "straight"), Resume.finish_layer
 
     def interrupted(self: Resume, done: int, *rest: Any) -> None:

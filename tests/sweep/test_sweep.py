@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from megatron_moe2dense.surgery.dense_stream import DenseStream
 from megatron_moe2dense.sweep import bench
 from megatron_moe2dense.sweep.config import GridConfig
 from megatron_moe2dense.sweep.grid import in_slice, points
+from tests.helpers.forks import forks
 from tests.helpers.tiny_models import tiny, write_tokens
 
 # Deepseek: first layer dense, shared experts, latent attention. GPT-OSS: biases, sinks, sliding windows. Qwen2: gated shared expert.
@@ -164,19 +162,16 @@ def test_a_killed_sweep_loses_the_pass_in_flight_only(made, tmp_path: Path, monk
     assert [row["point"] for row in rows_of(output)] == list(range(16))
 
 
+@pytest.mark.distributed
 def test_processes_share_an_output_and_no_plan_is_evaluated_twice(made, tmp_path: Path):
     folder, output = made("qwen3_moe"), tmp_path / "shared"
     few = f"memory_budget={5 * LENGTH * 64 * 4 * 3}"  # one plan a pass
     commands = [arguments(folder, output, few, f"slice={part}") for part in ("1/2", "1/1")]  # the second one's holds the first one's
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, "-m", "megatron_moe2dense", *command], env=environment, stderr=subprocess.PIPE, text=True)
-        for command in commands
-    ]
-    ends = [process.communicate()[1] for process in processes]
-    assert 0 in [process.returncode for process in processes], ends
-    for process, end in zip(processes, ends, strict=True):  # the other one may have found everything done before it started
-        assert process.returncode == 0 or "finished output" in end, end
+    jobs = [forks().start(command) for command in commands]
+    ends = [(*job.wait(), job.said()) for job in jobs]
+    assert 0 in [code for code, _ in ends], ends
+    for code, said in ends:  # the other one may have found everything done before it started
+        assert code == 0 or "finished output" in said, said
     rows = records.read(output / "records.jsonl")
     assert sorted(row["point"] for row in rows) == list(range(16))
     evaluated = [row["plan_hash"] for row in rows if "same_plan_as" not in row]

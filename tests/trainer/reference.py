@@ -88,8 +88,8 @@ def step_config(root: Path, models: tuple[str, str | None], output: Path, parall
         "schedule": {"style": "constant", "warmup": 0.0},
         "batch": {"micro": 2, "global": SAMPLES},
         "train": {"steps": 1},
-        # The teacher's weights are random. That its forward pass is stock transformers' one process shows as well as many.
-        "teacher_check": {"loss_bound": None, "stock_forward": "never" if parallel else "auto"} if teacher else None,
+        # The teacher's weights are random. That its forward pass is stock transformers' one layout shows as well as all.
+        "teacher_check": {"loss_bound": None, "stock_forward": "auto" if set(parallel) <= {"expert"} else "never"} if teacher else None,
         "dtype": "float32",
     }
 

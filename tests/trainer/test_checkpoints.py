@@ -25,16 +25,15 @@ from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 
 STEPS, SAVED, LENGTH = 6, 3, 16
 TP2, PP2, DP2, WHOLE = {"tensor": 2}, {"pipeline": 2}, {}, {"distributed_optimizer": False}
-RESHARDED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # layout that saved (two processes), that resumes, its processes
+# Layout that saved (two processes), that resumes, its processes. A checkpoint's tensors are whole ones, so each way to write them and
+# each way to read them is enough.
+RESHARDED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "TP2 to PP2": (TP2, PP2, 2),
-    "PP2 to TP2": (PP2, TP2, 2),
-    "DP2 distributed optimizer to TP2": (DP2, TP2, 2),
     "PP2 to DP2 distributed optimizer": (PP2, DP2, 2),
+    "DP2 distributed optimizer to TP2": (DP2, TP2, 2),
     "DP2 distributed optimizer to TP1": (DP2, {}, 1),
-    "TP2 to TP1": (TP2, {}, 1),
     "Muon, TP2 to PP2": ({**TP2, **WHOLE}, {**PP2, **WHOLE}, 2),
     "Muon, DP2 to TP2": (WHOLE, {**TP2, **WHOLE}, 2),
-    "Muon, TP2 to TP1": ({**TP2, **WHOLE}, WHOLE, 1),
 }
 
 
@@ -188,7 +187,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut off", "one bit flipped", "a file missing", "no checksums", "cut checksums"])
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_goes_on(how: str, stopped: dict[str, Any], straight: Path):
+def test_a_damaged_checkpoint_is_refused(how: str, stopped: dict[str, Any]):
     output = Path(stopped["output"])
     newest = output / "checkpoints" / "step_00000004"
     damage(newest, how)
@@ -197,7 +196,12 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_goes_on(how: str,
     assert f"remove {newest}; the same command then continues from step_00000002" in refused.value.do
     with pytest.raises(UserError, match="step_00000004"):
         weights(output)
-    shutil.rmtree(newest)
+
+
+def test_without_a_damaged_checkpoint_the_one_before_it_goes_on(stopped: dict[str, Any], straight: Path):
+    output = Path(stopped["output"])
+    damage(output / "checkpoints" / "step_00000004", "cut off")
+    shutil.rmtree(output / "checkpoints" / "step_00000004")
     run(stopped)
     expected = load_file(export_once(straight))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(output).items())

@@ -23,12 +23,11 @@ PAIRS: dict[str, tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]] 
 }
 # Families whose experts can not be split: tensor parallelism comes with expert parallelism.
 WHOLE_EXPERTS = {"gpt_oss"}
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one process": (1, {}),
-    "TP2 SP": (2, {"tensor": 2, "sequence": True}),
-    "PP2": (2, {"pipeline": 2}),
-    "EP2 teacher": (2, {"expert": 2}),
-    "CP2": (2, {"context": 2}),
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2 SP": {"tensor": 2, "sequence": True},
+    "PP2": {"pipeline": 2},
+    "EP2 teacher": {"expert": 2},
+    "CP2": {"context": 2},
 }
 
 pytestmark = pytest.mark.distributed
@@ -36,21 +35,19 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models and tokens of all families, and all runs; one spawn for each number of processes."""
+    """Models and tokens of all families, and all runs, one after the other on two processes."""
     root = tmp_path_factory.mktemp("families")
     write_tokens(root / "tokens", LENGTH * SAMPLES + 1)
     for name, ((teacher, of_teacher), (student, of_student)) in PAIRS.items():
         tiny(teacher, root / f"{name} teacher", seed=1, **of_teacher)
         without_routing(tiny(student, root / f"{name} student", seed=2, **of_student))
-    for processes in (1, 2):
-        configs = [
-            step_config(root, (f"{name} student", f"{name} teacher"), root / f"{name}, {layout}", parallel | whole)
-            for name in PAIRS
-            for layout, (count, parallel) in LAYOUTS.items()
-            if count == processes
-            for whole in ({"expert": 2} if name in WHOLE_EXPERTS and "tensor" in parallel else {},)
-        ]
-        launch(processes, "tests.trainer.cases:distill_all", configs)
+    configs = [
+        step_config(root, (f"{name} student", f"{name} teacher"), root / f"{name}, {layout}", parallel | whole)
+        for name in PAIRS
+        for layout, parallel in LAYOUTS.items()
+        for whole in ({"expert": 2} if name in WHOLE_EXPERTS and "tensor" in parallel else {},)
+    ]
+    launch(2, "tests.trainer.cases:distill_all", configs)
     return root
 
 

@@ -154,15 +154,15 @@ def test_a_loss_equals_float64_on_one_process(name: str):
     assert_equal(loss_and_gradients([CASES[name]])[0], CASES[name])
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def over_ranks(request: pytest.FixtureRequest) -> list[dict[str, Tensor]]:
-    """The results of all cases with the vocabulary split over processes."""
-    return launch(request.param, "tests.trainer.cases:loss_and_gradients", list(CASES.values()))
+@pytest.fixture(scope="module")
+def over_ranks() -> list[dict[str, Tensor]]:
+    """The results of all cases with the vocabulary split over processes, and last that of the loss which is not split."""
+    return launch(4, "tests.trainer.cases:loss_and_gradients", [*CASES.values(), hidden_case()])
 
 
 @pytest.mark.distributed
 def test_a_loss_is_the_same_over_tensor_parallel_ranks(over_ranks: list[dict[str, Tensor]]):
-    for result, case in zip(over_ranks, CASES.values(), strict=True):
+    for result, case in zip(over_ranks[:-1], CASES.values(), strict=True):
         assert_equal(result, case)
 
 
@@ -173,7 +173,7 @@ def test_measures_equal_float64_on_one_process(name: str):
 
 @pytest.mark.distributed
 def test_measures_are_the_same_over_tensor_parallel_ranks(over_ranks: list[dict[str, Tensor]]):
-    for result, case in zip(over_ranks, CASES.values(), strict=True):
+    for result, case in zip(over_ranks[:-1], CASES.values(), strict=True):
         assert_measures(result["measures"], case)
 
 
@@ -192,7 +192,7 @@ def test_chunks_do_not_change_the_result(method: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("method", list(losses))
 def test_gradients_pass_gradcheck(method: str):
-    """Numeric differences in float64, of hidden states and head, with masked tokens."""
+    """Numeric differences in float64, of hidden states and head at once in a random direction, with masked tokens."""
     case = make(method)
     teacher = VocabParallelLogits.of(case["teacher_hidden"].double(), case["teacher_head"].double(), case["vocab"], None)
     loss, mask_T = losses.build(case["loss"]), case["mask"].double()
@@ -214,7 +214,7 @@ def test_gradients_pass_gradcheck(method: str):
             return tuple(grads[0] * gradient for gradient in ctx.gradients)
 
     inputs = (case["hidden"].double().requires_grad_(True), case["head"].double().requires_grad_(True))
-    assert torch.autograd.gradcheck(Total.apply, inputs, rtol=1e-6, atol=1e-7)
+    assert torch.autograd.gradcheck(Total.apply, inputs, rtol=1e-6, atol=1e-7, fast_mode=True)
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
@@ -288,8 +288,8 @@ def test_the_hidden_state_loss_is_the_mean_squared_error():
 
 
 @pytest.mark.distributed
-def test_the_hidden_state_loss_is_not_multiplied_by_the_ranks_that_share_it():
-    assert_hidden_state(launch(2, "tests.trainer.cases:loss_and_gradients", [hidden_case()])[0])
+def test_the_hidden_state_loss_is_not_multiplied_by_the_ranks_that_share_it(over_ranks: list[dict[str, Tensor]]):
+    assert_hidden_state(over_ranks[-1])
 
 
 def test_the_hidden_state_loss_refuses_another_width():

@@ -66,8 +66,7 @@ def test_a_masked_step_equals_a_plain_loop_over_the_unmasked_predictions(tmp_pat
     assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("changed", ["tokens", "held-out"])
-def test_a_run_is_not_resumed_on_token_files_that_changed(changed: str, tmp_path: Path):
+def test_a_run_is_not_resumed_on_token_files_that_changed(tmp_path: Path):
     tiny_qwen3(tmp_path / "student", seed=2)
     for name in ("tokens", "held-out"):
         write_tokens(tmp_path / name, LENGTH * SAMPLES + 1)
@@ -78,11 +77,17 @@ def test_a_run_is_not_resumed_on_token_files_that_changed(changed: str, tmp_path
         "validation_sequences": 2,
     }
     settings = config(tmp_path, data=data)
-    distill.run(settings)
-    manifest = tmp_path / "run/moe2dense.json"
-    manifest.write_text(manifest.read_text().replace('"status": "finished"', '"status": "unfinished"'))
-    distill.run(settings)
-    manifest.write_text(manifest.read_text().replace('"status": "finished"', '"status": "unfinished"'))
-    write_tokens(tmp_path / changed, LENGTH * SAMPLES + 1, seed=4)
-    with pytest.raises(UserError, match="was begun with token files of other content"):
+
+    def again() -> None:
+        manifest = tmp_path / "run/moe2dense.json"
+        manifest.write_text(manifest.read_text().replace('"status": "finished"', '"status": "unfinished"'))
         distill.run(settings)
+
+    distill.run(settings)
+    again()
+    for name in ("tokens", "held-out"):
+        write_tokens(tmp_path / name, LENGTH * SAMPLES + 1, seed=4)
+        with pytest.raises(UserError, match="was begun with token files of other content"):
+            again()
+        write_tokens(tmp_path / name, LENGTH * SAMPLES + 1)
+    again()

@@ -31,12 +31,16 @@ def run(root: Path, name: str) -> list[dict[str, Any]]:
     return records.read(root / name / "metrics.jsonl")
 
 
-def test_a_term_ends_after_its_share_of_the_steps(root: Path):
-    rows = run(root, "straight")
-    assert [round(row["loss"] / row["cross_entropy"], 5) for row in rows] == [3, 3, 3, 1, 1, 1]
+@pytest.fixture(scope="module")
+def straight(root: Path) -> list[dict[str, Any]]:
+    return run(root, "straight")
 
 
-def test_a_resumed_run_ends_it_at_the_same_step(root: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_term_ends_after_its_share_of_the_steps(straight: list[dict[str, Any]]):
+    assert [round(row["loss"] / row["cross_entropy"], 5) for row in straight] == [3, 3, 3, 1, 1, 1]
+
+
+def test_a_resumed_run_ends_it_at_the_same_step(root: Path, straight: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
     measure, left = loop.student_pass, iter(range(3))
 
     def killed(*arguments: Any, **options: Any) -> Any:
@@ -44,7 +48,6 @@ def test_a_resumed_run_ends_it_at_the_same_step(root: Path, monkeypatch: pytest.
             raise KeyboardInterrupt
         return measure(*arguments, **options)
 
-    straight = run(root, "whole")
     monkeypatch.setattr(loop, "student_pass", killed)
     with pytest.raises(KeyboardInterrupt):
         run(root, "killed")

@@ -16,15 +16,14 @@ from megatron_moe2dense.trainer import distill, loop
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.step import StepLoss
 from tests.helpers.forks import launch
-from tests.trainer.run_cases import POISONS
 from tests.trainer.runs import alone, with_student
 
 CASES: dict[str, tuple[dict[str, Any], str, str]] = {
-    **{f"DP2, {poison}": ({}, "float32", poison) for poison in POISONS},
-    "DP2 plain optimizer": ({"distributed_optimizer": False}, "float32", "NaN"),
+    "DP2, NaN": ({}, "float32", "NaN"),
+    "DP2, overflowing norm": ({}, "float32", "overflowing norm"),
+    "DP2 plain optimizer": ({"distributed_optimizer": False}, "float32", "infinity"),
     "DP2 bfloat16": ({}, "bfloat16", "NaN"),
     "DP2 bfloat16 plain optimizer": ({"distributed_optimizer": False}, "bfloat16", "NaN"),
-    "TP2": ({"tensor": 2}, "float32", "NaN"),
     "TP2 bfloat16": ({"tensor": 2}, "bfloat16", "infinity"),
     "PP2": ({"pipeline": 2}, "float32", "NaN"),
 }

@@ -125,15 +125,14 @@ def another_rotary_base() -> FamilySpec:
     return replace(family, dims=lambda config: replace(dims(config), rope_theta=100.0))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("fault", [swapped_norms, swapped_gate_and_up, another_rotary_base])
 def test_a_wrong_name_table_or_architecture_is_refused(
-    fault: Callable[[], FamilySpec], dtype: str, pico: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: Callable[[], FamilySpec], pico: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Of a trained teacher: random weights hardly use their attention."""
+    """Of a trained teacher: random weights hardly use their attention. In bfloat16, which has the wider bound."""
     monkeypatch.setitem(FAMILIES, "qwen3_moe", fault())
     with pytest.raises(UserError, match="to the stock transformers forward"):
-        run(tmp_path, tmp_path / "run", None, dtype=dtype, **pico)
+        run(tmp_path, tmp_path / "run", None, dtype="bfloat16", **pico)
 
 
 def test_an_unknown_layout_of_weights_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

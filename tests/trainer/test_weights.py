@@ -132,7 +132,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": {"tensor": 2},
     "TP2 x EP2": {"tensor": 2, "expert": 2},
     "PP2": {"pipeline": 2},
-    "EP2": {"expert": 2},
 }
 # Same tensors as another of the table, or too large.
 LEFT_OUT = ("pico_moe", "YaRN", "positions", "groups", "not renormalised", "windows", "sharded")
