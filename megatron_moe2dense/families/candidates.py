@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import AutoConfig
@@ -26,11 +26,26 @@ _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", 
 _GROUPS = ("n_group", "topk_group", "num_expert_group")
 
 
-def candidates(source: Stock, exception: FamilyException) -> Iterator[tuple[str, Any]]:
-    """Forms to try, best first: what they are called, and the config of each."""
-    if exception.sibling is not None:
-        yield exception.sibling, _sibling(source, exception)
-        return
+def candidates(source: Stock, exception: FamilyException, alone: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Forms to try, best first: what they are called, and what makes the config of each. alone: without what is around the language
+    model, which may take no sibling."""
+    sibling = exception.alone if alone and exception.alone is not None else exception.sibling
+    if sibling is not None:
+        yield sibling, lambda: _around(source, _sibling(source, sibling, exception), alone, exception.wrapper)
+    if sibling is None or (source.wrapped and not alone):
+        for kind, config in _of_itself(source, exception):
+            yield kind, lambda config=config: _around(source, config, alone)
+
+
+def _around(source: Stock, config: Any, alone: bool, wrapper: str | None = None) -> Any:
+    if not alone:
+        return source.around(config, wrapper)
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = source.dims.tied_embeddings  # as the class around it says
+    return config
+
+
+def _of_itself(source: Stock, exception: FamilyException) -> Iterator[tuple[str, Any]]:
     if not exception.experts and exception.into is None:
         yield "itself, all layers dense", _all_dense(source)
     count = exception.experts or 1
@@ -59,16 +74,15 @@ def _all_dense(source: Stock) -> Any:
     return config
 
 
-def _sibling(source: Stock, exception: FamilyException) -> Any:
+def _sibling(source: Stock, sibling: str, exception: FamilyException) -> Any:
     """The source's values of every key that the sibling has; of those it lacks, what the class computes instead."""
-    assert exception.sibling is not None, "asked of a family with one"
-    known = AutoConfig.for_model(exception.sibling).to_dict()
+    known = AutoConfig.for_model(sibling).to_dict()
     given = {
         name: value for name, value in source.config.to_dict().items() if name in known and name not in ("model_type", "architectures")
     }
     if "head_dim" in known and given.get("head_dim") is None:
         given["head_dim"] = source.config.hidden_size // source.config.num_attention_heads
-    return AutoConfig.for_model(exception.sibling, **{**given, **exception.config})
+    return AutoConfig.for_model(sibling, **{**given, **exception.config})
 
 
 def _assign(config: Any, name: str, value: Any) -> None:

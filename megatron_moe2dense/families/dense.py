@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from torch import nn
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.candidates import candidates
 from megatron_moe2dense.families.ffn import FfnPlace
-from megatron_moe2dense.families.probe import _Experts, _first, _run, _tokens, real
+from megatron_moe2dense.families.probe import StandIn, first_of, random_tokens, real, run_block
 from megatron_moe2dense.families.stock import MoePlace, Stock
 from megatron_moe2dense.families.table import EXCEPTIONS, FamilyException
 
@@ -57,10 +57,11 @@ class Dense:
     def config(self, source: Mapping[str, Any]) -> dict[str, Any]:
         """The content of config.json: every key that the class has, none left to a default that another reader may not share. source: the
         MoE's, for the type of its numbers."""
-        written = {name: value for name, value in self.stock.config.to_diff_dict().items() if name != "quantization_config"}
+        whole = self.stock.model.config
+        written = {name: value for name, value in whole.to_diff_dict().items() if name != "quantization_config"}
         written["architectures"] = [type(self.stock.model).__name__]
         dtype = source.get("dtype", source.get("torch_dtype"))
-        return {**written, "model_type": self.stock.name, **({} if dtype is None else {"dtype": dtype})}
+        return {**written, "model_type": whole.model_type, **({} if dtype is None else {"dtype": dtype})}
 
     def width(self, layer: int) -> int:
         """Neurons that the layer holds."""
@@ -72,29 +73,29 @@ class DenseForm:
     """The dense form of a MoE class, whatever its width.
 
     Args:
-        source: the MoE's class.
+        source: the MoE's class. alone: without what is around the language model.
 
     Raises:
         UserError: none is exact.
     """
 
-    def __init__(self, source: Stock):
+    def __init__(self, source: Stock, alone: bool = False):
         self.source = source
+        self.alone = alone and source.wrapped
         self.exception = EXCEPTIONS.get(source.name, FamilyException())
-        if self.exception.refused or not source.moe:
-            raise _refusal(source, self.exception.refused or "it has no layer of experts that could be found")
+        require_known(source)
         reasons = []
-        for kind, config in candidates(source, self.exception):
+        for kind, config in candidates(source, self.exception, self.alone):
             reason = self._try(kind, config)
             if reason is None:
                 return
             reasons.append(f"{kind}: {reason}")
         raise _refusal(source, "; ".join(reasons))
 
-    def _try(self, kind: str, config: Any) -> str | None:
+    def _try(self, kind: str, config: Callable[[], Any]) -> str | None:
         """Take this form if it holds all that is no MoE block; else why not."""
         try:
-            found = Stock(config)
+            found = Stock(config())
         except Exception as error:
             return f"{type(error).__name__} {error}".splitlines()[0]
         if len(found.layers) != len(self.source.layers):
@@ -140,11 +141,21 @@ class DenseForm:
         source, base = self.source.shapes, self._base.shapes
         gone = self.replaced | self.of_dense_layers
         for name, shape in source.items():
-            if name not in gone and base.get(name) not in (shape, None):
-                return f"{name} is {list(base[name])} instead of {list(shape)}"
-            if name not in gone and name not in base:
-                return f"no {name}"
+            taken = None if name in gone else self.takes(name)
+            if taken is not None and base.get(taken) not in (shape, None):
+                return f"{taken} is {list(base[taken])} instead of {list(shape)}"
+            if taken is not None and taken not in base:
+                return f"no {taken}"
         return None
+
+    def takes(self, name: str) -> str | None:
+        """The name in the dense class of a tensor of the MoE's class; None for what is around a language model that is wanted alone."""
+        if not self.alone:
+            return name
+        if name.startswith(self.source.base_prefix):
+            return self._base.base_prefix + name.removeprefix(self.source.base_prefix)
+        head = name.rpartition("lm_head.")
+        return f"{head[1]}{head[2]}" if head[1] else None
 
     @cached_property
     def of_dense_layers(self) -> set[str]:
@@ -195,7 +206,7 @@ class DenseForm:
         for name, mark in zip(names, _MARKS, strict=False):
             marks[mark] = name
             _set(config, name, mark)
-        marked, found = Stock(config), {}
+        marked, found = Stock(self._base.around(config)), {}
         for layer in range(len(marked.layers)):
             for path, place in marked.ffns(layer).items():
                 width = place.sizes(marked.layer_shapes[layer])[0]
@@ -241,7 +252,7 @@ class DenseForm:
         inside = () if moe is None else (f"{moe.router}.", f"{moe.block}." if moe.block else f"{moe.router}.")
         found = {}
         for name, shape in after.items():
-            if name in made or (name in before and stock.in_model(layer, name) not in self.replaced):
+            if name in made or (name in before and self.source.in_model(layer, name) not in self.replaced):
                 continue
             given = next((value for end, value in self.exception.values.items() if name.endswith(end)), None)
             if given is None and not name.startswith(inside) and not name.endswith(".bias"):
@@ -250,15 +261,16 @@ class DenseForm:
         return found
 
     @cache  # noqa: B019 - one form a source
-    def of(self, neurons: int) -> Dense:
-        """With room for `neurons` in every MoE layer."""
+    def of(self, neurons: int, multiple: int = 1) -> Dense:
+        """With room for `neurons` in every MoE layer. multiple: what the width of each FFN that is written is one of."""
         slots = {layer: self.slots(layer) for layer in self.source.moe}
         wanted: dict[str, int] = {}
         for layer, each in slots.items():
             kept = 0 if self.exception.into is None else self._kept_width(layer)
             stacked = any(slot.place.experts for slot in each)
             width = math.ceil((neurons + kept) / sum(slot.times for slot in each))
-            width = math.ceil(width / _ROWS) * _ROWS if stacked else width
+            rows = math.lcm(multiple, _ROWS) if stacked else multiple
+            width = math.ceil(width / rows) * rows
             wanted[each[0].key] = max(wanted.get(each[0].key, 0), width)
         dense_layers = {}
         for layer in range(len(self.source.layers)):
@@ -267,12 +279,12 @@ class DenseForm:
                     key, times = self._keys.get((layer, path), ("", 1))
                     if key in wanted and path in self.source.ffns(layer):
                         width = self.source.ffns(layer)[path].sizes(self.source.layer_shapes[layer])[0]
-                        wanted[key] = max(wanted[key], math.ceil(width / times))
+                        wanted[key] = max(wanted[key], math.ceil(width / times / multiple) * multiple)
                         dense_layers[layer] = (Slot(place, None, 1.0, key, times),)
         config = copy.deepcopy(self._base.config)
         for key, width in wanted.items():
             _set(config, key, width)
-        stock = Stock(config)
+        stock = Stock(self._base.around(config))
         layers = range(len(stock.layers))
         added = {stock.in_model(layer, name): value for layer in layers for name, value in self._values(stock, layer).items()}
         return Dense(stock, {**slots, **dense_layers}, added)
@@ -297,6 +309,24 @@ def _set(config: Any, name: str, value: int) -> None:
     setattr(getattr(config, outer) if outer else config, inner or name, value)
 
 
+def require_known(source: Stock) -> None:
+    """UserError for a class whose experts can not become one FFN, or have not been found."""
+    refused = EXCEPTIONS.get(source.name, FamilyException()).refused
+    if refused or not source.moe:
+        raise _refusal(source, refused or "it has no layer of experts that could be found")
+    if (more := _beside_matrices(source)) is not None:
+        raise _refusal(source, f"its experts are no plain FFNs: they hold {more} beside their matrices")
+
+
+def _beside_matrices(source: Stock) -> str | None:
+    """A parameter of the experts that no role of an FFN is known for."""
+    for layer, moe in source.moe.items():
+        inside = [name for name in source.layer_shapes[layer] if name.startswith(f"{moe.experts.path}.")]
+        if more := [name for name in inside if name not in moe.experts.names]:
+            return source.in_model(layer, more[0])
+    return None
+
+
 def _refusal(source: Stock, why: str) -> UserError:
     return UserError(f"{source.name}: {why}", "a MoE class with an exact dense form in stock transformers", "docs/families.md lists them")
 
@@ -304,22 +334,21 @@ def _refusal(source: Stock, why: str) -> UserError:
 @torch.no_grad()
 def _constant_factors(stock: Stock, moe: MoePlace, place: FfnPlace, values: dict[str, torch.Tensor]) -> list[float]:
     """The factor of each expert, or of a shared FFN, in a block of the dense class; AssertionError where it is not constant."""
-    layer, stand_in = stock.layers[moe.layer], _Experts()
+    layer, stand_in = stock.layers[moe.layer], StandIn()
     if not moe.block:
         router = real(layer.get_submodule(moe.router))
         _fill(router, moe.router, values)
-        return _gates(router(_tokens(stock)[0]), place.experts)
-    called = moe.experts.path.rpartition(".")[0] if moe.experts.flat else moe.experts.path
-    block = real(layer.get_submodule(moe.block), layer.get_submodule(called), stand_in)
+        return _gates(router(random_tokens(stock)[0]), place.experts)
+    block = real(layer.get_submodule(moe.block), layer.get_submodule(moe.called), stand_in)
     _fill(block, moe.block, values)
-    x = _tokens(stock)
-    nothing = _first(_run(block, x))
+    x = random_tokens(stock)
+    nothing = first_of(run_block(block, x))
     if not place.experts:
         own = block.get_submodule(place.path.removeprefix(f"{moe.block}."))(x)
         return [_ratio(nothing, own)]
     gates = _gates(stand_in.calls[-1][1:], place.experts)
     stand_in.value = torch.randn_like(stand_in.calls[-1][0])
-    both = _first(_run(block, x))
+    both = first_of(run_block(block, x))
     factor = _ratio((both - nothing).reshape(stand_in.value.shape), stand_in.value) if both.shape[-1] == stand_in.value.shape[-1] else 1.0
     return [gate * factor for gate in gates]
 

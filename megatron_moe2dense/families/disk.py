@@ -99,7 +99,7 @@ class Disk:
             for name in names if rows is None or not each else names[rows]:
                 converter.add_tensor(target, name, pattern, read(name, None if each else rows))  # type: ignore[arg-type]
         model = self._stock.model if rows is None else _SomeExperts(self._stock.shapes, rows)
-        found = converter.convert(target, model=model, config=self._stock.config)
+        found = converter.convert(target, model=model, config=self._stock.model.config)
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in found.items()}
 
     def names_of(self, name: str) -> list[str]:
@@ -148,10 +148,7 @@ def _mapping(stock: Stock) -> tuple[list[WeightRenaming], list[WeightConverter]]
 
 def _tied(stock: Stock) -> set[str]:
     """Tensors that a checkpoint may leave out, as they are another's."""
-    if not getattr(stock.config, "tie_word_embeddings", False):
-        return set()
-    keys = getattr(stock.model, "_tied_weights_keys", None) or {}
-    return set(keys)
+    return set(stock.model.all_tied_weights_keys)
 
 
 def revert(stock: Stock, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -170,7 +167,7 @@ def revert(stock: Stock, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
         else:
             running.setdefault(renamed, deepcopy(by_pattern[pattern])).add_tensor(renamed, name, pattern, tensors[name])  # type: ignore[arg-type]
     for first, converter in running.items():
-        for name, tensor in converter.convert(first, model=stock.model, config=stock.config).items():
+        for name, tensor in converter.convert(first, model=stock.model, config=stock.model.config).items():
             found[apply_renamings(name, renamings)] = tensor[0] if isinstance(tensor, list) else tensor
     return found
 

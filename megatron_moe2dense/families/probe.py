@@ -46,7 +46,7 @@ class BlockFacts:
     returns_more: bool
 
 
-class _Experts(nn.Module):
+class StandIn(nn.Module):
     """In the place of the experts: keeps what they are called with and returns what it is told."""
 
     def __init__(self) -> None:
@@ -89,24 +89,24 @@ def probe(stock: Stock, place: MoePlace) -> BlockFacts:
 
 def _probe(stock: Stock, place: MoePlace) -> BlockFacts:
     layer = stock.layers[place.layer]
-    experts = layer.get_submodule(_called(place))
-    stand_in = _Experts()
+    experts = layer.get_submodule(place.called)
+    stand_in = StandIn()
     block = real(layer.get_submodule(place.block), experts, stand_in) if place.block else None
     router = layer.get_submodule(place.router)
     routed: list[Any] = []
     if block is None:
-        routed.append(real(router)(_tokens(stock)[0]))
+        routed.append(real(router)(random_tokens(stock)[0]))
         indices, weights = _of_router(routed[0])
         return BlockFacts(indices.shape[-1], _score(stock, routed[0], indices, weights), None, 1.0, False)
     own = block.get_submodule(place.router.removeprefix(f"{place.block}."))
     own.register_forward_hook(lambda _module, _inputs, output: routed.append(output))
-    x = _tokens(stock)
-    first = _run(block, x)
-    nothing = _first(first)
+    x = random_tokens(stock)
+    first = run_block(block, x)
+    nothing = first_of(first)
     call = stand_in.calls[-1]
     value = torch.randn(call[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     stand_in.value = value
-    both = _first(_run(block, x))
+    both = first_of(run_block(block, x))
     factor = _factor((both - nothing).reshape(-1, both.shape[-1]), value.reshape(-1, value.shape[-1]))
     indices = next(item for item in call if _is_index(item))
     weights = next(item for item in call[1:] if not _is_index(item) and torch.is_tensor(item))
@@ -114,22 +114,20 @@ def _probe(stock: Stock, place: MoePlace) -> BlockFacts:
     return BlockFacts(indices.shape[-1], score, factor, _shared_factor(block, place, x, nothing), isinstance(first, tuple))
 
 
-def _called(place: MoePlace) -> str:
-    """The module that the block calls (dbrx: around the one with the matrices)."""
-    return place.experts.path.rpartition(".")[0] if place.experts.flat else place.experts.path
-
-
-def _tokens(stock: Stock) -> torch.Tensor:
+def random_tokens(stock: Stock) -> torch.Tensor:
+    """[1, T, D], the same ones every time."""
     hidden = stock.config.hidden_size if hasattr(stock.config, "hidden_size") else stock.config.d_model
     return torch.randn(1, _TOKENS, hidden, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
 
 
-def _run(block: nn.Module, x: torch.Tensor) -> Any:
+def run_block(block: nn.Module, x: torch.Tensor) -> Any:
+    """What a stock MoE block, or an FFN in its place, makes of [B, T, D]; one that routes by token id gets token 0."""
     more = {"input_ids": torch.zeros(x.shape[:2], dtype=torch.long)} if "input_ids" in inspect.signature(block.forward).parameters else {}
     return block(x.clone(), **more)
 
 
-def _first(output: Any) -> torch.Tensor:
+def first_of(output: Any) -> torch.Tensor:
+    """The hidden states among what a block or a layer returns."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -186,7 +184,7 @@ def _score(stock: Stock, output: Any, indices: torch.Tensor, weights: torch.Tens
 
 def logits_of(stock: Stock, output: Any) -> torch.Tensor:
     """Logits out of a router's outputs, the entry that transformers itself records: [T, E], wider where there is more to choose."""
-    recorded = getattr(stock.model, "_can_record_outputs", None) or getattr(stock.model.base_model, "_can_record_outputs", None) or {}
+    recorded = getattr(stock.model, "_can_record_outputs", None) or getattr(stock.base, "_can_record_outputs", None) or {}
     index = getattr(recorded.get("router_logits"), "index", 0) or 0
     logits = output[index] if isinstance(output, tuple) else output
     return logits.reshape(-1, logits.shape[-1])

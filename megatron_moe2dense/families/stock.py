@@ -4,6 +4,7 @@ Nothing of it is written down by hand; what has to be is in table.py."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_moe2dense.common.errors import UserError, did_you_mean
@@ -42,23 +43,30 @@ class MoePlace:
     shared: tuple[FfnPlace, ...] = ()
     shared_gate: str | None = None
 
+    @property
+    def called(self) -> str:
+        """The module that the block calls for the experts (dbrx: around the one with the matrices)."""
+        return self.experts.path.rpartition(".")[0] if self.experts.flat else self.experts.path
+
 
 class Stock:
-    """A stock causal language model on the meta device.
+    """A stock causal language model on the meta device, alone or inside a model for text and images or sound.
 
     Args:
-        config: of the class; with a text model inside, AutoModelForCausalLM takes that. dtype: of its parameters, float32 by default.
+        config: of the class. dtype: of its parameters, float32 by default.
 
     Attributes:
-        model: the whole class. config: what its class believes. layers: the decoder layers. prefix: of their parameters' names,
-            without the number.
+        model: the whole class. config: what the language model believes. base: that model without its head. base_prefix: of the names of
+            base's parameters in the whole. layers: the decoder layers. prefix: of their parameters' names, without the number.
     """
 
     def __init__(self, config: Any, dtype: torch.dtype | None = None):
         with _quiet(), torch.device("meta"):
             self.model: Any = _build(config, torch.float32 if dtype is None else dtype).eval()
-        self.config: Any = self.model.config
-        found = [(name, module) for name, module in self.model.named_modules() if _is_stack(module)]
+        self.config: Any = self.model.config.get_text_config()
+        path, self.base = _language_model(self.model, self.config)
+        self.base_prefix = f"{path}." if path else ""
+        found = [(name, module) for name, module in self.base.named_modules(prefix=path) if _is_stack(module)]
         assert found, f"{type(self.model).__name__} has no list of decoder layers"
         self.prefix, self.layers = max(found, key=lambda item: len(item[1]))
 
@@ -75,19 +83,28 @@ class Stock:
                 "the config of a causal language model that stock transformers has",
                 "check the config, or install a transformers that knows it",
             ) from None
-        inner = stock.config.get_text_config()
-        if inner is not stock.config:
-            raise UserError(
-                f"{directory}/config.json: a language model ({inner.model_type}) inside a {stock.name}",
-                "a checkpoint of a language model alone: what is around it is not read yet",
-                "save the language model alone with transformers (docs/families.md)",
-            )
         return stock
 
     @property
     def name(self) -> str:
-        """The model_type of the class that computes (of the text model inside a multimodal one)."""
+        """The model_type of the language model."""
         return self.config.model_type
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether the language model stands inside another model."""
+        return self.config is not self.model.config
+
+    def around(self, config: Any, wrapper: str | None = None) -> Any:
+        """A config of the whole class with another one of the language model. wrapper: another type than the own for what is around."""
+        if not self.wrapped:
+            return config
+        whole = copy.deepcopy(self.model.config)
+        if wrapper is not None:
+            given = {name: value for name, value in whole.to_dict().items() if name in CONFIG_MAPPING[wrapper]().to_dict()}
+            whole = CONFIG_MAPPING[wrapper](**_without_types(given))
+        whole.text_config = config
+        return whole
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
@@ -120,7 +137,7 @@ class Stock:
             head_dim=_head_dim(config, hidden, heads),
             vocab_size=config.vocab_size,
             max_positions=_first_of(config, "max_position_embeddings", "max_seq_len", default=0),
-            tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+            tied_embeddings=bool(self.model.all_tied_weights_keys),
             norm_eps=float(_first_of(config, "rms_norm_eps", "norm_eps", "layer_norm_epsilon", default=0.0)),
             rope_theta=float(rope.get("rope_theta", 0.0) or 0.0) if isinstance(rope, dict) else 0.0,
             dense_width=_first_of(config, "intermediate_size", default=0) or 0,
@@ -129,11 +146,6 @@ class Stock:
     def in_model(self, layer: int, name: str) -> str:
         """The name in the model's state dict of a parameter of a layer."""
         return f"{self.prefix}.{layer}.{name}"
-
-    @property
-    def base_prefix(self) -> str:
-        """What the names of the base model's parameters begin with in the whole model's state dict."""
-        return f"{self.model.base_model_prefix}." if self.model.base_model is not self.model else ""
 
     @property
     def layers_in_base(self) -> str:
@@ -160,7 +172,7 @@ class Stock:
                 inner._buffers[name] = torch.empty_like(inner._buffers[name], device=device)  # type: ignore[arg-type]
             if gone:
                 with torch.no_grad():
-                    self.model._init_weights(inner)
+                    self.base._init_weights(inner)
 
     def ffns(self, layer: int) -> dict[str, FfnPlace]:
         """FFNs of linear layers and stacks of experts in a layer, by path; the inner ones of a block, not the shared stacks."""
@@ -186,11 +198,33 @@ def _require_known(directory: Any) -> None:
 
 
 def _build(config: Any, dtype: torch.dtype) -> Any:
-    """By AutoModelForCausalLM or, for a class that it does not list, by the architecture that config.json names."""
-    if type(config) in AutoModelForCausalLM._model_mapping or not config.architectures:
+    """By AutoModelForCausalLM or, for a class that it does not list and what is around a language model, by the architecture that
+    config.json names."""
+    wraps = config.get_text_config() is not config
+    if not wraps and type(config) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    cls = getattr(transformers, config.architectures[0], None)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype) if cls is None else cls._from_config(config, dtype=dtype)
+    cls: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    if cls is not None and isinstance(config, cls.config_class):
+        return cls._from_config(config, dtype=dtype)
+    auto = AutoModelForImageTextToText if wraps else AutoModelForCausalLM
+    if type(config) not in auto._model_mapping:
+        raise ValueError(f"transformers has no class for it {'around another' if wraps else 'alone'} ({type(config).__name__})")
+    return auto.from_config(config, dtype=dtype)
+
+
+def _language_model(model: Any, config: Any) -> tuple[str, Any]:
+    """Path and module of the language model without its head: what computes hidden states from tokens by this config."""
+    if config is model.config:
+        return (model.base_model_prefix if model.base_model is not model else ""), model.base_model
+    inside = ((path, module) for path, module in model.named_modules() if getattr(module, "config", None) is config)
+    path, module = next((path, module) for path, module in inside if isinstance(module, PreTrainedModel))
+    return (path, module) if module.base_model is module else (f"{path}.{module.base_model_prefix}", module.base_model)
+
+
+def _without_types(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a config and those in it, what does not say of which class they are."""
+    named = ("model_type", "architectures")
+    return {name: _without_types(value) if isinstance(value, dict) else value for name, value in config.items() if name not in named}
 
 
 def _is_stack(module: nn.Module) -> bool:

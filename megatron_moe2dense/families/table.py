@@ -12,6 +12,8 @@ class FamilyException:
 
     Attributes:
         sibling: model_type of a dense stock class with the same tensors outside the FFN.
+        wrapper: of a language model inside another: type of that model around the sibling, where it is another than around the MoE.
+        alone: the sibling of the language model without what is around it, where it is another one.
         experts: so many experts with constant gates, where the class has no dense layers that are otherwise the same.
         into: the dense FFN of the class that takes the neurons, path in the layer, in place of experts.
         config: keys of the dense config.json. values: of tensors that are neither copied nor made, by the end of their name.
@@ -20,6 +22,8 @@ class FamilyException:
     """
 
     sibling: str | None = None
+    wrapper: str | None = None
+    alone: str | None = None
     experts: Literal[0, 1, 2] = 0
     into: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -32,7 +36,9 @@ EXCEPTIONS: dict[str, FamilyException] = {
     "qwen3_moe": FamilyException(sibling="qwen3"),
     "qwen2_moe": FamilyException(sibling="qwen2"),
     "mixtral": FamilyException(sibling="mistral"),
-    "qwen3_5_moe_text": FamilyException(sibling="qwen3_5_text"),
+    "qwen3_5_moe_text": FamilyException(sibling="qwen3_5_text", wrapper="qwen3_5"),
+    "qwen3_vl_moe_text": FamilyException(sibling="qwen3_vl_text", wrapper="qwen3_vl", alone="qwen3"),
+    "qwen3_omni_moe_text": FamilyException(alone="qwen3"),
     "solar_open": FamilyException(sibling="llama"),
     "aria_text": FamilyException(sibling="llama"),
     "flex_olmo": FamilyException(sibling="olmo2"),
@@ -45,6 +51,8 @@ EXCEPTIONS: dict[str, FamilyException] = {
     "axk2": FamilyException(experts=2),
     "phimoe": FamilyException(experts=2),
     "longcat_flash": FamilyException(experts=2, config={"zero_expert_num": 0}, lost="identity experts"),
+    # Its dense layers do not hold their neurons back as its experts do.
+    "step3p5": FamilyException(experts=1),
     "kolibri1": FamilyException(experts=1, config={"norm_topk_prob": True}),
     "gemma4_text": FamilyException(experts=1, values={"per_expert_scale": [1.0]}),
     "zaya": FamilyException(experts=1, values={"balancing_biases": [0.0, -1.0]}, lost="the class that skips the block"),
@@ -52,5 +60,7 @@ EXCEPTIONS: dict[str, FamilyException] = {
     "inkling_text": FamilyException(refused="its shared experts are weighed together with the routed ones, token by token"),
     "llama4_text": FamilyException(refused="its gates multiply what goes into an expert, not what comes out"),
     "jetmoe": FamilyException(refused="its attention is a mixture of experts too, counted by the same key"),
+    "ernie4_5_vl_moe_text": FamilyException(refused="it has experts for text and experts for images, chosen by the kind of token"),
+    "hy_v4": FamilyException(refused="its experts clamp their neurons, its dense layers and shared experts do not"),
     "doge": FamilyException(refused="its experts are single neurons without gates"),
 }

@@ -26,6 +26,7 @@ with warnings.catch_warnings():
 
         source: str = key(..., "Hugging Face checkpoint directory")
         keep: int | None = key(None, "experts of width in the dense FFN; null: the router's top-k", "experts", gt=0)
+        text_only: bool = key(False, "the dense result of a language model without the images and sound around it")
         json: bool = key(False, "print one JSON object instead of the table")  # type: ignore[assignment]
 
 
@@ -144,6 +145,8 @@ class ConvertConfig(Config):
     outputs: dict[str, str] | None = key(
         None, "several outputs in one pass over the source, {directory: plan.json, ...}; takes the place of output and plan", min_length=1
     )
+    text_only: bool = key(False, "convert the language model of a model for images or sound alone; they are carried over otherwise")
+    pad_to: int = key(1, "the width of the dense FFN is a multiple of it, by neurons of zeros; 256: for k-quants", "neurons", gt=0)
     shard_size: Bytes = key("4GiB", "largest .safetensors file of an output", "bytes", gt=0)
     memory_budget: Bytes = key("4GiB", "memory for layers in the making and waiting writes; the plan needs a part of it", "bytes", gt=0)
     overwrite: bool = key(False, "replace an existing output")

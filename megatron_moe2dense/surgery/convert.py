@@ -31,7 +31,7 @@ def run(config: ConvertConfig) -> None:
     Raises:
         UserError: source, statistics, plan and methods do not fit each other; a NaN expert; an output exists.
     """
-    source = MoeSource.open(config.source)
+    source = _opened(config)
     with joined() as ranks, CheckpointReader(source.index) as reader:
         jobs = [(job, resolve_plan(job, source, reader, ranks)) for job in config.jobs()]
         pending = [(job, plan) for job, plan in jobs if not _is_done(job, source, plan)]
@@ -50,6 +50,12 @@ def run(config: ConvertConfig) -> None:
     for job, plan in jobs if ranks.rank == 0 else []:
         parameters, nbytes = dense_size(source, plan.groups)
         print(f"{job.output}: {parameters:,} parameters, {nbytes / 1e6:,.1f} MB, plan {plan.hash()}")
+
+
+def _opened(config: ConvertConfig) -> MoeSource:
+    source = MoeSource.open(config.source, config.text_only, config.pad_to)
+    source.require_whole()
+    return source
 
 
 def _is_done(job: ConvertConfig, source: MoeSource, plan: ConversionPlan) -> bool:
@@ -121,7 +127,7 @@ def flat_weights(source: MoeSource, reader: CheckpointReader, layer: int) -> Fla
 
 def dry_run(config: ConvertConfig) -> dict[str, Any]:
     """The plans in short, what would be read and written (bytes), and the memory (bytes). The plans are really made."""
-    source = MoeSource.open(config.source)
+    source = _opened(config)
     with CheckpointReader(source.index) as reader:
         plans = {str(job.output): resolve_plan(job, source, reader, Ranks()) for job in config.jobs()}
     facts = {output: _plan_facts(source, plan) for output, plan in plans.items()}

@@ -44,7 +44,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     """All facts. Parameters are counts, bytes as stored."""
     index = CheckpointIndex.open(config.source)
     stock = Stock.read(index.directory)
-    source = MoeSource.open(config.source) if stock.moe or EXCEPTIONS.get(stock.name, FamilyException()).refused else None
+    source = MoeSource.open(config.source, config.text_only) if stock.moe or EXCEPTIONS.get(stock.name, FamilyException()).refused else None
     parameters, nbytes = _parts(index, source)
     facts = {
         "source": str(index.directory),

@@ -45,7 +45,8 @@ class Step:
 
 def dense_of(source: MoeSource, groups: int) -> Dense:
     """The dense class with room for `groups` experts and the shared ones."""
-    return source.form.of(groups * source.dims.expert_width + (source.dims.shared_width if source.form.absorbs_shared else 0))
+    shared = source.dims.shared_width if source.form.absorbs_shared else 0
+    return source.form.of(groups * source.dims.expert_width + shared, source.pad_to)
 
 
 def dense_width(source: MoeSource, groups: int) -> int:
@@ -108,10 +109,14 @@ def _copied(source: MoeSource, dense: Dense, gone: set[str]) -> dict[str, str]:
     found = {}
     for name in names:
         target, pattern = source.disk.where(name)
-        if name in source.disk.unknown or taken.where(name) == (target, pattern):
+        wanted = source.form.takes(target)
+        if wanted is None:
+            continue
+        same = taken.where(name) == (wanted, pattern)
+        if name in source.disk.unknown or (same and (pattern or not source.form.alone)):
             found[name] = name
             continue
-        renamed = plain_names(dense.stock, [target]).get(target)
+        renamed = plain_names(dense.stock, [wanted]).get(wanted)
         if pattern or renamed is None:
             raise UserError(
                 f"{source.index.directory}: {name}, which {dense.stock.name} stores in another form",

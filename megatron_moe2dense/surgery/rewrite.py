@@ -21,6 +21,7 @@ from megatron_moe2dense.common.outputs import write_json
 from megatron_moe2dense.common.progress import progress
 from megatron_moe2dense.surgery.layout import Step, dense_of, dense_steps, layer_ffn, making_bytes, replaced, stored_added, stored_ffn
 from megatron_moe2dense.surgery.plan import ConversionPlan
+from megatron_moe2dense.surgery.proof import prove
 from megatron_moe2dense.surgery.refit.store import FittedLayers
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.written import Written
@@ -60,7 +61,8 @@ def write_dense(source: MoeSource, reader: CheckpointReader, outputs: Sequence[D
         reader: open on the source. memory_budget: bytes that dense layers in the making and waiting writes may take together.
 
     Raises:
-        UserError: a NaN or infinite weight in a MoE block; a full disk; a budget too small for one layer.
+        UserError: the dense class does not compute what the first MoE layer does; a NaN or infinite weight in a MoE block; a full disk; a
+            budget too small for one layer.
     """
     queue_bytes = _queue_bytes(source, outputs, memory_budget)
     with ExitStack() as stack:
@@ -68,6 +70,8 @@ def write_dense(source: MoeSource, reader: CheckpointReader, outputs: Sequence[D
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         writers = [stack.enter_context(output.prepare(source, queue_bytes)) for output in outputs]
         first, last = min(output.done for output in outputs), 1 + source.dims.layers
+        if not first:
+            prove(source, reader, outputs[0].plan.groups, memory_budget)
         checks = {first: _check(source, reader, pool, first - 1)} if first < last else {}
         for number in progress(range(first, last), "convert", unit="layer", initial=first, total=last):
             for future in checks.pop(number):

@@ -41,15 +41,9 @@ class Seam:
         assert source is not None, "only a MoE has seams"
         self._layer, self._source, self._number = layer, source, number
         self._place = source.stock.moe[number]
-        self._experts = layer.get_submodule(self._called)
+        self._experts = layer.get_submodule(self._place.called)
         self._block = layer.get_submodule(self._place.block) if self._place.block else None
         self._hooks: list[Any] = []
-
-    @property
-    def _called(self) -> str:
-        """The module that the block calls (dbrx: around the one with the matrices)."""
-        path = self._place.experts.path
-        return path.rpartition(".")[0] if self._place.experts.flat else path
 
     def replaces(self, name: str) -> bool:
         """Whether a parameter of the layer belongs to what a dense FFN takes the place of."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.checkpoint.values import Values
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families.dense import DenseForm
+from megatron_moe2dense.families.dense import DenseForm, require_known
 from megatron_moe2dense.families.disk import Disk, ReadTensor
 from megatron_moe2dense.families.ffn import Ffn, FfnPlace, Gating, gating_of
 from megatron_moe2dense.families.probe import BlockFacts, probe
@@ -27,29 +28,31 @@ _PLAIN = ("BF16", "F16", "F32", "F64")
 
 @dataclass(frozen=True, eq=False)
 class MoeSource:
-    """An opened MoE checkpoint. stock: its class. values, disk: its tensors, by name in the files and in the class."""
+    """An opened MoE checkpoint. stock: its class. values, disk: its tensors, by name in the files and in the class. text_only: whether
+    what is around the language model stays behind. pad_to: what the width of the dense FFN is a multiple of."""
 
     index: CheckpointIndex
     stock: Stock
     values: Values
     disk: Disk
     facts_of_block: BlockFacts
+    text_only: bool = False
+    pad_to: int = 1
 
     @classmethod
-    def open(cls, directory: str | Path) -> MoeSource:
-        """Read headers and check the tensors against what the stock class holds.
+    def open(cls, directory: str | Path, text_only: bool = False, pad_to: int = 1) -> MoeSource:
+        """Read headers and check the tensors against what the stock class holds. text_only, pad_to: keys of `convert`.
 
         Raises:
             UserError: no MoE with an exact dense form, damaged files, tensors missing, unknown or of another shape.
         """
         index = CheckpointIndex.open(directory)
         stock = Stock.read(index.directory)
-        if EXCEPTIONS.get(stock.name, FamilyException()).refused:
-            DenseForm(stock)  # says so
-        if not stock.moe:
+        if not stock.moe and not EXCEPTIONS.get(stock.name, FamilyException()).refused:
             raise UserError(f"{index.directory}/config.json: {stock.name} has no layer of experts", "a MoE", "point to the MoE checkpoint")
+        require_known(stock)
         values = Values(index)
-        source = cls(index, stock, values, Disk(stock, values.shapes), probe(stock, stock.moe[max(stock.moe)]))
+        source = cls(index, stock, values, Disk(stock, values.shapes), probe(stock, stock.moe[max(stock.moe)]), text_only, pad_to)
         source._check()
         return source
 
@@ -70,8 +73,20 @@ class MoeSource:
 
     @cached_property
     def form(self) -> DenseForm:
-        """What it becomes. UserError when no stock class holds it exactly."""
-        return DenseForm(self.stock)
+        """What it becomes; the language model alone where a stock class holds only that. UserError when none holds it exactly."""
+        if self.stock.wrapped and not self.text_only:
+            with contextlib.suppress(UserError):
+                return DenseForm(self.stock)
+        return DenseForm(self.stock, alone=True)
+
+    def require_whole(self) -> None:
+        """UserError when the dense result would lack what is around the language model, and nobody asked for that."""
+        if self.form.alone and not self.text_only:
+            raise UserError(
+                f"{self.index.directory}: no stock class holds a dense {self.family} inside a {self.stock.model.config.model_type}",
+                "a source whose dense result keeps what is around its language model",
+                "text_only=true converts the language model alone",
+            )
 
     @cached_property
     def seam(self) -> Literal["block", "experts"]:
@@ -87,7 +102,7 @@ class MoeSource:
     @cached_property
     def dims(self) -> Dims:
         """Sizes: of the first MoE layer, and of config.json where classes agree on the key."""
-        config, place = self.stock.config, self._first
+        place = self._first
         width, _ = place.experts.sizes(self.stock.layer_shapes[place.layer])
         return replace(
             self.stock.dims,
@@ -98,7 +113,6 @@ class MoeSource:
             dense_width=max(
                 (self._dense_width(layer) for layer in range(len(self.stock.layers)) if layer not in self.stock.moe), default=0
             ),
-            tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         )
 
     def _dense_width(self, layer: int) -> int:

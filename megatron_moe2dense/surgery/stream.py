@@ -99,7 +99,7 @@ class StreamedModel:
         values = Values(source.index) if self._moe is None else self._moe.values
         self._disk = Disk(self._stock, values.shapes) if self._moe is None else self._moe.disk
         self._tensor = values.reader(reader)
-        self._base: Any = self._stock.model.base_model
+        self._base: Any = self._stock.base
         self._layers = list(self._stock.layers)
         self._recorders = [_Recorder(layer) for layer in self._layers]
         self._stock.put(nn.ModuleList(self._recorders))

@@ -26,6 +26,7 @@ from megatron_moe2dense.cli import main
 from tests.families.every import experts_modules
 from tests.families.every_table import LAYER
 
+EXACT = 1e-5  # of the largest entry: float32 beside float64, or beside another order of float32
 Score = Callable[[torch.Tensor], torch.Tensor]
 Loaded = tuple[PreTrainedModel, dict[str, Any]]
 
@@ -88,6 +89,14 @@ def convert(model_type: str, source: Path, calibration: list[str]) -> Conversion
         main(["convert", *methods, f"output={made.dense}"])
         main(["convert", *methods, f"output={made.merged}", f"keep={keep}", "group.method=weight_cluster"])
     return made
+
+
+def require_close(found: Any, expected: torch.Tensor, what: Any) -> None:
+    """Within EXACT, and of the same shape."""
+    found = torch.as_tensor(found)
+    assert found.shape == expected.shape, what
+    error = (found.double() - expected.double()).abs().max().item() / expected.abs().max().item()
+    assert error <= EXACT, f"{what}: {error:.1e}"
 
 
 def load(directory: Path) -> Loaded:

@@ -18,30 +18,13 @@ import transformers
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES
-from megatron_moe2dense.surgery.layout import dense_steps
+from megatron_moe2dense.families.dense import DenseForm
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
-from tests.families.every import moe_types, stock_class, tiny_checkpoint, tiny_config, wrapper_types
+from tests.families.every import moe_types, tiny_checkpoint, tiny_config, wrapper_types
 from tests.families.facts import ENGINES, MODELS
 
 COLUMNS = ("`model_type`", "models", "dense class", "form", "lost", "runs", "trainer", "engines")
-RECIPE = """\
-import copy
-
-import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-whole = AutoModelForImageTextToText.from_pretrained("DIRECTORY", dtype="auto")
-if hasattr(whole, "model"):  # a head beside a model of all parts
-    with torch.device("meta"):
-        text = AutoModelForCausalLM.from_config(whole.config.text_config)
-    text.base_model.load_state_dict(whole.model.language_model.state_dict(), assign=True)
-    text.get_output_embeddings().load_state_dict(copy.deepcopy(whole.get_output_embeddings().state_dict()), assign=True)
-    text.tie_weights()
-else:
-    text = whole.language_model
-text.save_pretrained("TEXT")
-"""
 PAGE = """\
 # Model families
 
@@ -57,7 +40,7 @@ How to read the table:
 
 - *models*: some that are published, by name; nothing of them was downloaded. `moe2dense inspect DIRECTORY` says what becomes of yours.
   Weights are read in bfloat16, float16 or float32, and GPT-OSS's in MXFP4: what is published in FP8 has to be dequantised first. *Inside*
-  another type: the language model is a part of it, and has to be [taken out](#inside-models-for-images-and-sound).
+  another type: the language model is a [part of it](#inside-models-for-images-and-sound).
 - *form*: how the dense class holds the FFN. *Dense sibling*: a class without experts that is otherwise the same. *Itself, all layers
   dense*: the MoE's class, by its own switch for dense layers. *Itself, one expert* (or *two*): its class with an expert whose gate is
   constant; it serves like a MoE with nothing to choose. *Itself, no experts*: the neurons stand in an FFN that the class has beside the
@@ -80,18 +63,15 @@ These have no exact dense form in stock transformers; a command that opens one s
 
 ## Inside models for images and sound
 
-Commands read a language model alone. This takes it out of a larger model, bit for bit; the tokenizer's files have to be copied beside it:
+What is around the language model is carried over bit for bit where a stock class holds it beside the dense one; `convert text_only=true`
+writes the language model alone, with the names of its own class. Calibration and everything else is of text: what the experts do with
+images or sound is not looked at. `tests/families/test_every_wrapper.py` proves both results of every type.
 
-```python
-{recipe}```
+{wrappers}
 
-It was run on a tiny model of each of these, and the language model that it saved was opened:
+These are refused:
 
-{alone}
-
-It does not help with these:
-
-{inseparable}
+{refused_wrappers}
 
 ## Engines
 
@@ -119,21 +99,20 @@ def page() -> str:
             rows.append(_row(model_type))
         except UserError as error:
             refused.append((f"`{model_type}`", _models(model_type), error.found.removeprefix(f"{model_type}: ")))
-    alone, inseparable = [], []
+    wrappers, refused_wrappers = [], []
     for model_type, text_type in _text_types().items():
         row = (f"`{model_type}`", MODELS.get(model_type, ""), f"`{text_type}`")
         try:
-            alone.append((*row, _dense_class_alone(model_type, text_type)))
+            wrappers.append((*row, *_dense_classes(model_type)))
         except UserError as error:
-            inseparable.append((*row, error.found.removeprefix(f"{text_type}: ")))
+            refused_wrappers.append((*row, error.found.removeprefix(f"{text_type}: ")))
     engines = [(f"`{model_type}`", figures["vLLM"], figures["llama.cpp"]) for model_type, figures in ENGINES.items()]
     return PAGE.format(
         version=transformers.__version__,
         table=_table(COLUMNS, rows),
         refused=_table(("`model_type`", "models", "why"), refused),
-        recipe=RECIPE,
-        alone=_table(("`model_type`", "models", "language model", "dense class"), alone),
-        inseparable=_table(("`model_type`", "models", "language model", "why"), inseparable),
+        wrappers=_table(("`model_type`", "models", "language model", "dense class", "language model alone"), wrappers),
+        refused_wrappers=_table(("`model_type`", "models", "language model", "why"), refused_wrappers),
         engines=_table(("dense result of", "vLLM", "llama.cpp"), engines),
     )
 
@@ -150,7 +129,7 @@ def _row(model_type: str) -> tuple[str, ...]:
         spec = FAMILIES.get(model_type)
         trainer = "yes" if spec is not None and spec.megatron is not None else "no"
         engines = ", ".join(ENGINES.get(model_type, ())) or "not tried"
-        return (f"`{model_type}`", _models(model_type), _class(source), _form(source), _lost(source), _runs(source), trainer, engines)
+        return (f"`{model_type}`", _models(model_type), _class_of(source.form), _form(source), _lost(source), _runs(source), trainer, engines)
 
 
 @cache
@@ -163,10 +142,6 @@ def _models(model_type: str) -> str:
     """Published models, those around it too."""
     around = [f"{MODELS[name]} (inside `{name}`)" for name, text_type in _text_types().items() if text_type == model_type]
     return "; ".join(filter(None, [MODELS.get(model_type, ""), *around]))
-
-
-def _class(source: MoeSource) -> str:
-    return f"`{stock_class(source.form.exception.sibling or source.family).__name__}`"
 
 
 def _form(source: MoeSource) -> str:
@@ -189,16 +164,20 @@ def _runs(source: MoeSource) -> str:
         return "in lockstep" if model._hand_more(np.arange(3, 27)[None]) else "layer by layer"
 
 
-def _dense_class_alone(model_type: str, text_type: str) -> str:
-    """Of the language model that the recipe takes out of a tiny wrapper, once every tensor of the result has its place."""
-    if text_type not in moe_types():
-        raise UserError("transformers has no class for it alone", "a causal language model", "wait for one")
-    with TemporaryDirectory() as folder:
-        whole, text = tiny_checkpoint(Path(folder) / "whole", model_type), f"{folder}/text"
-        exec(RECIPE.replace("DIRECTORY", str(whole)).replace("TEXT", text), {})
-        source = MoeSource.open(text)
-        dense_steps(source, source.dims.active)
-        return _class(source)
+def _dense_classes(model_type: str) -> tuple[str, str]:
+    """With what is around it, and of the language model alone; UserError where it is refused."""
+    with _tiny_source(model_type) as source:
+        whole = source.form
+        assert not whole.alone, f"a dense {model_type} loses what is around"
+        try:
+            alone = _class_of(DenseForm(source.stock, alone=True))
+        except UserError:
+            alone = "no class for it"
+        return _class_of(whole), alone
+
+
+def _class_of(form: DenseForm) -> str:
+    return f"`{type(form.of(64).stock.model).__name__}`"
 
 
 def _table(header: Iterable[str], rows: list[tuple[str, ...]]) -> str:

@@ -30,11 +30,10 @@ from megatron_moe2dense.surgery.seam import MoeWatcher
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import CalibratedStats
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
-from tests.families.conversions import SCORES, Conversion, constant_routing, convert, hidden_states, load, reference_statistics
+from tests.families.conversions import SCORES, Conversion, constant_routing, convert, hidden_states, load, reference_statistics, require_close
 from tests.families.every import as_in_memory, moe_types, tiny_checkpoint, tiny_config, tiny_model
 from tests.helpers.tiny_models import write_tokens
 
-EXACT = 1e-5  # of the largest entry: float32 beside float64, or beside another order of float32
 # A gated delta rule multiplies the rounding of float32 by some hundred: these types are calibrated in float64.
 IN_FLOAT64 = ("qwen3_5_moe_text", "qwen3_next")
 # Its router computes in float32 whatever type its weights have, so the stock model runs in no other.
@@ -89,13 +88,6 @@ def _register(name: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _require_close(found: Any, expected: torch.Tensor, what: Any) -> None:
-    found = torch.as_tensor(found)
-    assert found.shape == expected.shape, what
-    error = (found.double() - expected.double()).abs().max().item() / expected.abs().max().item()
-    assert error <= EXACT, f"{what}: {error:.1e}"
-
-
 def test_at_least_fifty_types_are_converted():
     assert len(CONVERTED) >= 50
     assert {*REFUSED, *SCORES, *IN_FLOAT32, *IN_FLOAT64} <= set(moe_types())
@@ -115,7 +107,7 @@ def test_streamed_hidden_states_are_those_of_the_stock_model(made: Conversion):
         streamed = StreamedModel(source, reader, Compute(torch.device("cpu"), torch.float32, 4))
         found = [torch.cat(list(hidden)) for hidden in streamed.run(WINDOWS, MoeWatcher())]
     for layer, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        _require_close(ours, theirs, layer)
+        require_close(ours, theirs, layer)
 
 
 def test_statistics_are_those_of_the_stock_model_in_float64(made: Conversion):
@@ -126,7 +118,7 @@ def test_statistics_are_those_of_the_stock_model_in_float64(made: Conversion):
     for layer, sums in expected.items():
         assert found[layer].sums.keys() == sums.keys()
         for name, value in sums.items():
-            _require_close(found[layer][name], value, (layer, name))
+            require_close(found[layer][name], value, (layer, name))
 
 
 def test_the_stock_class_takes_exactly_the_dense_checkpoint(made: Conversion):
@@ -151,7 +143,7 @@ def test_with_constant_routing_the_moe_is_the_dense_model(made: Conversion):
     plan = json.loads((made.dense / "plan.json").read_text())
     with constant_routing(made.stock, plan, dense):
         expected = made.stock(input_ids=tokens, use_cache=False).logits
-    _require_close(dense(input_ids=tokens, use_cache=False).logits, expected, "logits")
+    require_close(dense(input_ids=tokens, use_cache=False).logits, expected, "logits")
 
 
 def test_perplexity_is_finite(made: Conversion):

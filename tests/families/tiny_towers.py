@@ -68,6 +68,8 @@ def _tiny(stock: PreTrainedConfig, sizes: dict[str, Any], changed: dict[str, Any
     parts = {}
     for key in stock.sub_configs:
         part = getattr(stock, key)
+        if part is None and key == "vision_config" and stock.model_type == "gemma4":  # by default it sees nothing
+            part = stock.sub_configs[key]()
         if key == "text_config":
             parts[key] = text_config(part.model_type, **changed).to_dict()
         elif part is not None:
