@@ -32,7 +32,8 @@ $moe2dense convert $configs/convert.yaml output=$out/dense_random score.method=r
 $moe2dense convert $configs/reconstruct.yaml
 
 say "5/8 distill: Megatron-Core student and teacher, two processes"
-OMP_NUM_THREADS=1 $bin/torchrun --nproc-per-node 2 --master-addr 127.0.0.1 --master-port "${MASTER_PORT:-29517}" \
+# A port that is free, and no name of this machine: it need not have one that resolves.
+OMP_NUM_THREADS=1 $bin/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 \
     -m megatron_moe2dense distill $configs/distill.yaml
 
 say "6/8 export: trainer checkpoint to a Hugging Face checkpoint"

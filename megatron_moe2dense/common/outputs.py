@@ -55,11 +55,15 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str | None:
-    """The git commit of this package's checkout when first asked for, or None outside one: the code that runs is not that of later ones."""
+    """The git commit of this package's checkout when first asked for: the code that runs is not that of later ones. None outside a
+    checkout and without git."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
-    result = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
     return result.stdout.strip() or None
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from huggingface_hub import constants
 from transformers import AutoTokenizer, PreTrainedModel
 
 from megatron_moe2dense.common.errors import UserError, did_you_mean
+from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.evals.config import PRESETS, HarnessConfig
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -43,12 +50,30 @@ class Answers:
 
 def require_harness() -> ModuleType:
     """The lm_eval package; UserError naming the extra when it is not installed."""
+    _make_room_for_data_sets()
     try:
         import lm_eval.models.huggingface
         import lm_eval.tasks
     except ImportError as error:
         raise UserError(f"no lm-eval ({error})", "lm-eval, for the `harness` block", "pip install 'megatron_moe2dense[eval]'") from None
     return lm_eval
+
+
+@functools.cache
+def _make_room_for_data_sets() -> None:
+    """`datasets` copies what it reads below HOME, files of this machine too. Where HOME can't be written and it has nothing there, its
+    cache, which it looks up when it is imported, is a temporary folder."""
+    if not {"HF_HOME", "HF_DATASETS_CACHE"}.isdisjoint(os.environ):
+        return
+    cache = Path(constants.HF_HOME) / "datasets"
+    there = next(folder for folder in (cache, *cache.parents) if os.path.exists(folder))  # noqa: PTH110 - False where it may not look
+    # A path that is not absolute begins with the ~ of a user without a home.
+    if there == cache or (cache.is_absolute() and os.access(there, os.W_OK)):
+        return
+    folder = tempfile.mkdtemp(prefix="moe2dense_datasets_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["HF_DATASETS_CACHE"] = folder
+    logger.info("%s can't be written: the data of tasks is kept in %s until the end; HF_HOME names a place that stays", cache, folder)
 
 
 def load_tasks(config: HarnessConfig) -> Tasks:

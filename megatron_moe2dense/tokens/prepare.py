@@ -119,7 +119,7 @@ def _encoded(config: DataConfig, tokenizer: TextTokenizer, documents: Iterable[D
     waiting: deque[tuple[list[Document], Future[list[np.ndarray]]]] = deque()
     batches, stream = True, iter(documents)
     # A bounded queue: Pool.imap would read the whole source into memory ahead of the workers.
-    with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
+    with _pool(config.workers) as pool:
         while batches or waiting:
             while batches and len(waiting) < 4 * config.workers:
                 batch = list(itertools.islice(stream, _BATCH))
@@ -129,6 +129,17 @@ def _encoded(config: DataConfig, tokenizer: TextTokenizer, documents: Iterable[D
             if waiting:
                 batch, future = waiting.popleft()
                 yield from zip((item.bytes for item in batch), future.result(), strict=True)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    try:
+        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    except OSError as error:
+        raise UserError(
+            f"no room for what {workers} processes share: {error.strerror or error}",
+            "a shared memory (/dev/shm) that can be written, with some KB free",
+            "make room there (in a container: --shm-size), or set workers=1",
+        ) from error
 
 
 def _encode_batch(tokenizer: str, texts: list[str]) -> list[np.ndarray]:

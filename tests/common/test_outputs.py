@@ -196,6 +196,11 @@ def test_other_os_errors_are_bugs(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "gone")
 
 
+def test_a_checkout_on_a_machine_without_git_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert outputs.commit.__wrapped__() is None
+
+
 def test_json_is_written_readably_and_atomically(tmp_path):
     path = tmp_path / "x" / "a.json"
     outputs.write_json(path, {"é": [1, 2.5, None]})

@@ -2,7 +2,9 @@
 
 import builtins
 import json
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.evals import evaluate
+from megatron_moe2dense.evals import evaluate, harness
 from megatron_moe2dense.evals.config import EvalConfig, HarnessConfig
 from megatron_moe2dense.evals.harness import Answers, load_tasks, task_manager
 from tests.helpers.tiny_models import tiny_qwen3
@@ -56,6 +58,34 @@ def root(tmp_path_factory) -> Path:
 def config(root: Path, output: Path, **harness) -> EvalConfig:
     block = {"tasks": [str(root / "pick.yaml")], **harness}
     return build(EvalConfig, {"models": [str(root / "model")], "output": str(output), "harness": block}, "test")
+
+
+@pytest.mark.parametrize(
+    ("cache", "writable", "given", "replaced"),
+    [
+        ("home/.cache", True, {}, False),
+        ("home/.cache", False, {}, True),
+        ("~/.cache", True, {}, True),  # a user without a home
+        ("filled", False, {}, False),
+        ("home/.cache", False, {"HF_HOME": "elsewhere"}, False),
+    ],
+)
+def test_the_cache_of_data_sets_is_temporary_where_home_can_not_be_written(
+    cache: str, writable: bool, given: dict[str, str], replaced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("HF_HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "filled/datasets").mkdir(parents=True)
+    monkeypatch.setattr(harness.constants, "HF_HOME", cache if cache.startswith("~") else str(tmp_path / cache))
+    monkeypatch.setattr(os, "access", lambda *_: writable)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    harness._make_room_for_data_sets.__wrapped__()
+    assert ("HF_DATASETS_CACHE" in os.environ) == replaced
+    if replaced:
+        assert Path(os.environ["HF_DATASETS_CACHE"]).parent == tmp_path
 
 
 def test_accuracy_of_a_local_task_is_that_of_the_models_log_likelihoods(root, tmp_path, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,6 +163,21 @@ def test_calibration_is_ended_by_a_signal_and_requeued_before_its_time_only(numb
     job.send_signal(number)
     job.communicate(timeout=60)
     assert requeued(tmp_path) == again
+
+
+def test_the_quickstart_needs_no_port_of_its_own_and_no_name_of_the_machine(tmp_path: Path):
+    machine = tmp_path / "a path with spaces"
+    (machine / "launch").mkdir(parents=True)
+    (machine / ".venv/bin").mkdir(parents=True)
+    shutil.copy(ROOT / "launch/quickstart_cpu.sh", machine / "launch")
+    for name in ("moe2dense", "torchrun", "python"):
+        (machine / ".venv/bin" / name).write_text(f'#!/bin/sh\necho {name} "$@" >> calls\n')
+        (machine / ".venv/bin" / name).chmod(0o755)
+    subprocess.run([machine / "launch/quickstart_cpu.sh"], env={"PATH": os.environ["PATH"]}, capture_output=True, check=True)
+    (torchrun,) = [line.split() for line in (machine / "calls").read_text().splitlines() if line.startswith("torchrun")]
+    assert "--master-port" not in torchrun, "another run may have it"
+    assert "--standalone" in torchrun
+    assert torchrun[torchrun.index("--local-addr") + 1] == "127.0.0.1"
 
 
 def test_ranks_of_a_refused_job_end_before_they_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

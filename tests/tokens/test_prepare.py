@@ -18,6 +18,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.tokens import prepare
 from megatron_moe2dense.tokens.config import DataConfig
 from megatron_moe2dense.tokens.indexed import TokenFile
+from tests.helpers.semaphores import no_semaphores
 
 TEXTS = ["To be, or not to be", "def f(x):\n    return x\n", "héllo — 世界", "a" * 300, "In the beginning"]
 EOD = 0
@@ -118,6 +119,16 @@ def sentencepiece_model(tmp_path: Path, **options) -> Path:
 def test_append_eod_false_adds_nothing(tmp_path, tokenizer_directory):
     prepare.run(config(tmp_path, write_jsonl(tmp_path), tokenizer_directory, append_eod=False))
     assert documents(tmp_path / "out") == [ids[:-1] for ids in expected(tokenizer_directory, TEXTS)]
+
+
+def test_workers_without_semaphores_are_refused_and_one_process_needs_none(tmp_path, tokenizer_directory, monkeypatch):
+    no_semaphores(monkeypatch)
+    source = write_txt(tmp_path)
+    with pytest.raises(UserError, match="2 processes share: No space left") as refused:
+        prepare.run(config(tmp_path, source, tokenizer_directory, workers=2))
+    assert "--shm-size" in refused.value.do
+    prepare.run(config(tmp_path, source, tokenizer_directory, workers=1))
+    assert documents(tmp_path / "out") == expected(tokenizer_directory, TEXTS)
 
 
 def test_empty_documents_are_left_out_and_said(tmp_path, tokenizer_directory, caplog):

@@ -1,9 +1,11 @@
-"""What a run stands on gives way: the disk fills up in the middle of a file, its output can not be written, its text is deleted, the clock
-jumps back. Each is told, nothing that was finished is lost, and the same command ends like a run in which nothing happened."""
+"""What a run stands on gives way: the disk fills up in the middle of a file, its output can not be written, /dev/shm is full, its text
+is deleted, the clock jumps back. Each is told, nothing that was finished is lost, and the same command ends like a run in which nothing
+happened."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import resource
@@ -24,7 +26,9 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer import distill, export, loop
 from megatron_moe2dense.trainer.cache import write as cache
 from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
+from megatron_moe2dense.trainer.checkpoints.writer import Writer
 from megatron_moe2dense.trainer.config import DistillConfig, ExportConfig
+from tests.helpers.semaphores import no_semaphores
 from tests.helpers.tiny_models import tiny_qwen3, write_tokens
 from tests.trainer.runs import TIMED, alone
 
@@ -101,6 +105,27 @@ def test_a_disk_that_fills_up_in_a_row_of_metrics_costs_no_step_before_the_last_
     assert [row["step"] for row in rows(root / "full disk")] == [1, 2, 3]
     run(settings)
     assert_equal(root / "full disk", straight)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_checkpoints_are_written_where_processes_can_share_no_semaphore(
+    code: int, root: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+):
+    no_semaphores(monkeypatch, code)
+    assert_equal(run(config(root, f"no semaphores {code}")), straight)
+
+
+def test_a_checkpoint_without_semaphores_says_when_the_disk_is_full(root: Path, monkeypatch: pytest.MonkeyPatch):
+    no_semaphores(monkeypatch)
+    write, room = Writer.start, 20_000
+
+    def full(*arguments: Any) -> None:
+        with largest_file(room):  # the fork inherits it
+            write(*arguments)
+
+    monkeypatch.setattr(Writer, "start", full)
+    with pytest.raises(UserError, match=r"step_00000002 could not be written: .*File too large"):
+        run(config(root, "no semaphores, full disk"))
 
 
 def test_an_export_to_a_full_disk_leaves_no_model_and_is_done_by_the_same_command(root: Path, straight: Path):

@@ -107,7 +107,7 @@ def _wandb(environment: Mapping[str, str]) -> str:
         return "key in WANDB_API_KEY"
     try:
         keys = netrc.netrc(Path(environment.get("NETRC", Path.home() / ".netrc"))).hosts
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, RuntimeError, netrc.NetrcParseError):  # RuntimeError: a user without a home
         keys = {}
     return "key in the netrc file" if any("wandb" in host for host in keys) else "no key: runs are kept offline"
 

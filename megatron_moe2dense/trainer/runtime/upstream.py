@@ -4,6 +4,7 @@ Apex only: one named function each, with its versions."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import inspect
@@ -91,7 +92,12 @@ def write_and_tell(write: Callable[..., None], rank: int, buckets: list[Any], re
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync as Writers
 
     if not hasattr(Writers, "write_preloaded_data_multithread"):  # 0.16
-        write(rank, buckets, results)
+        try:
+            write(rank, buckets, results)
+        except OSError as error:
+            if error.errno not in _NO_SEMAPHORES:
+                raise
+            results.put(_in_turn(write, buckets))
         return
     single, failures = Writers.write_preloaded_data, _Failures()
 
@@ -109,6 +115,28 @@ def write_and_tell(write: Callable[..., None], rank: int, buckets: list[Any], re
         write(rank, buckets, results)
     except AssertionError as error:
         results.put(RuntimeError(str(failures.first or error)))
+
+
+# What `sem_open` says where /dev/shm is full, closed, read-only, not there. Forks and pipes fail with others.
+_NO_SEMAPHORES = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOSYS)
+
+
+def _in_turn(write: Any, buckets: list[Any]) -> dict[int, Any] | Exception:
+    """0.16 writes in processes that report through semaphores, which lie in /dev/shm and are made first. Where there are none, this process
+    writes what they would have written, and answers as they do."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync as Writers
+
+    transforms, *_ = write.args
+    done: Any = queue.Queue()  # of threads: nothing is shared with another process
+    running: Any = queue.Queue()
+    written: dict[int, Any] = {}
+    for number, bucket in enumerate(buckets):
+        running.put(number)
+        Writers.write_preloaded_data(transforms, number, bucket, done, running, use_fsync=True)
+        _, written[number] = done.get()
+        if isinstance(written[number], Exception):
+            return written[number]
+    return written
 
 
 class _Failures:

@@ -155,6 +155,14 @@ def test_the_environment_that_changes_a_run_is_shown(tmp_path: Path, monkeypatch
     assert found({"NETRC": str(tmp_path / "none")})["wandb"].startswith("no key")
 
 
+def test_a_user_without_a_home_has_no_netrc_file(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "version", lambda _name: "1")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does for a number that no user has
+    rows = {item.name: item.found for item in machine.machine([], {})}
+    assert rows["wandb"].startswith("no key")
+
+
 def test_settings_without_a_config_are_refused():
     with pytest.raises(UserError, match="no effect without config"):
         build(DoctorConfig, {"processes": 2}, "the test")
