@@ -157,4 +157,3 @@ def _held(block: nn.Module, gate: str | None, share: float) -> Iterator[None]:
     hook = block.get_submodule(gate).register_forward_hook(lambda _, __, output: torch.full_like(output, logit))
     yield
     hook.remove()
-

@@ -129,7 +129,16 @@ def _row(model_type: str) -> tuple[str, ...]:
         spec = FAMILIES.get(model_type)
         trainer = "yes" if spec is not None and spec.megatron is not None else "no"
         engines = ", ".join(ENGINES.get(model_type, ())) or "not tried"
-        return (f"`{model_type}`", _models(model_type), _class_of(source.form), _form(source), _lost(source), _runs(source), trainer, engines)
+        return (
+            f"`{model_type}`",
+            _models(model_type),
+            _class_of(source.form),
+            _form(source),
+            _lost(source),
+            _runs(source),
+            trainer,
+            engines,
+        )
 
 
 @cache

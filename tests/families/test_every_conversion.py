@@ -30,7 +30,16 @@ from megatron_moe2dense.surgery.seam import MoeWatcher
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import CalibratedStats
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
-from tests.families.conversions import SCORES, Conversion, constant_routing, convert, hidden_states, load, reference_statistics, require_close
+from tests.families.conversions import (
+    SCORES,
+    Conversion,
+    constant_routing,
+    convert,
+    hidden_states,
+    load,
+    reference_statistics,
+    require_close,
+)
 from tests.families.every import as_in_memory, moe_types, tiny_checkpoint, tiny_config, tiny_model
 from tests.helpers.tiny_models import write_tokens
 

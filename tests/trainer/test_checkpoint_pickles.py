@@ -68,8 +68,10 @@ def metadata(checkpoint: Path, bomb: Bomb) -> None:
 
 
 def common(checkpoint: Path, bomb: Bomb) -> None:
-    content: dict[str, Any] = torch.load(checkpoint / "common.pt")
-    torch.save({**content, "more": bomb}, checkpoint / "common.pt")
+    """Megatron-Core 0.19 writes no such file any more, but reads one that is there."""
+    path = checkpoint / "common.pt"
+    content: dict[str, Any] = torch.load(path) if path.exists() else {}
+    torch.save({**content, "more": bomb}, path)
 
 
 def random_state(checkpoint: Path, bomb: Bomb) -> None:
