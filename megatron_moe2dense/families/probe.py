@@ -55,6 +55,7 @@ class StandIn(nn.Module):
         self.calls: list[tuple[Any, ...]] = []
 
     def forward(self, *arguments: Any, **_more: Any) -> torch.Tensor:
+        """Its value in the shape of the first argument, or zeros."""
         self.calls.append(arguments)
         x = arguments[0]
         return torch.zeros_like(x) if self.value is None else self.value.reshape(x.shape).to(x)

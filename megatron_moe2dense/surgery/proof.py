@@ -52,7 +52,7 @@ def prove(source: MoeSource, reader: CheckpointReader, groups: int, memory_budge
     error = ((found - expected).abs().amax(-1) / expected.abs().amax(-1).clamp_min(1e-30)).max().item()
     if not error <= EXACT:
         raise UserError(
-            f"{source.index.directory}: layer {layer} as {dense_of(source, groups).stock.name} differs by {error:.1e} with constant routing",
+            f"{source.index.directory}: with constant routing layer {layer} and its {dense_of(source, groups).stock.name} differ by {error:.1e}",
             f"the MoE block's own output within {EXACT:.0e}",
             "nothing was written; please report config.json and this line",
         )

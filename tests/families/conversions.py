@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -23,6 +24,7 @@ from torch.nn.functional import softplus
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megatron_moe2dense.cli import main
+from megatron_moe2dense.surgery.source import MoeSource
 from tests.families.every import experts_modules
 from tests.families.every_table import LAYER
 
@@ -74,6 +76,23 @@ class Conversion:
     def loaded(self) -> dict[Path, Loaded]:
         """The dense results."""
         return {directory: load(directory) for directory in (self.dense, self.merged)}
+
+
+@contextmanager
+def opened_once() -> Iterator[None]:
+    """All commands share what opening a source finds out: half of their time."""
+    known: dict[tuple[str, bool, int], MoeSource] = {}
+    real = MoeSource.open
+
+    def once(directory: str | Path, text_only: bool = False, pad_to: int = 1) -> MoeSource:
+        key = (str(directory), text_only, pad_to)
+        if key not in known:
+            known[key] = real(directory, text_only, pad_to)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoeSource, "open", once)
+        yield
 
 
 def convert(model_type: str, source: Path, calibration: list[str]) -> Conversion:

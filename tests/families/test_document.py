@@ -11,9 +11,10 @@ from megatron_moe2dense.families.table import EXCEPTIONS
 from tests.families.document import page
 from tests.families.every import moe_types, wrapper_types
 from tests.families.facts import ENGINES, MODELS
+from tests.families.test_every_wrapper import CONVERTED
 
 ROOT = Path(__file__).resolve().parents[2]
-CLASS = r"`(\w+ForCausalLM)`"
+CLASS = r"`(\w+For(?:CausalLM|ConditionalGeneration))`"
 
 
 def test_the_page_is_what_its_script_prints():
@@ -30,6 +31,7 @@ def test_the_readme_names_no_other_class_than_the_page():
     section = (ROOT / "README.md").read_text().partition("## Supported families")[2].partition("\n## ")[0]
     refused = [model_type for model_type in moe_types() if model_type in EXCEPTIONS and EXCEPTIONS[model_type].refused]
     assert f"{len(moe_types()) - len(refused)} of the {len(moe_types())} causal MoE types" in section
+    assert f"{len(CONVERTED)} of its {len(wrapper_types())} models for images or sound" in section.replace("\n", " ")
     assert set(re.findall(CLASS, section)) <= set(re.findall(CLASS, (ROOT / "docs/families.md").read_text()))
 
 

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Iterator
 from copy import deepcopy
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from tests.families.conversions import (
     convert,
     hidden_states,
     load,
+    opened_once,
     reference_statistics,
     require_close,
 )
@@ -74,8 +74,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module", params=[*CONVERTED, *ADDED])
 def made(request: pytest.FixtureRequest, text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Conversion]:
     model_type, folder = request.param, tmp_path_factory.mktemp(request.param)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MoeSource, "open", cache(MoeSource.open))  # once for all commands: half of their time
+    with opened_once(), pytest.MonkeyPatch.context() as patch:
         if model_type in ADDED:
             _register(model_type, folder / "moe")
             if (line := ADDED[model_type]) is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.surgery.seam import MoeWatcher
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
-from tests.families.conversions import Loaded, constant_routing, hidden_states, load, require_close
+from tests.families.conversions import Loaded, constant_routing, hidden_states, load, opened_once, require_close
 from tests.families.every import tiny_checkpoint, wrapper_types
 from tests.helpers.tiny_models import write_tokens
 
@@ -85,8 +85,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=CONVERTED)
 def made(request: pytest.FixtureRequest, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wrapped]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MoeSource, "open", cache(MoeSource.open))
+    with opened_once():
         yield Wrapped(request.param, tmp_path_factory.mktemp(request.param), text)
 
 
