@@ -51,8 +51,9 @@ def prove(source: MoeSource, reader: CheckpointReader, groups: int, memory_budge
         return math.nan  # a damaged expert: whoever reads all of them says which
     error = ((found - expected).abs().amax(-1) / expected.abs().amax(-1).clamp_min(1e-30)).max().item()
     if not error <= EXACT:
+        dense = dense_of(source, groups).stock.name
         raise UserError(
-            f"{source.index.directory}: with constant routing layer {layer} and its {dense_of(source, groups).stock.name} differ by {error:.1e}",
+            f"{source.index.directory}: with constant routing layer {layer} and its {dense} differ by {error:.1e}",
             f"the MoE block's own output within {EXACT:.0e}",
             "nothing was written; please report config.json and this line",
         )
