@@ -6,10 +6,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -151,6 +152,13 @@ class Stock:
     def layers_in_base(self) -> str:
         """What the names of the layers' parameters begin with in the base model's state dict."""
         return self.prefix.removeprefix(self.base_prefix) + "."
+
+    def ignored(self, names: Iterable[str]) -> set[str]:
+        """Of tensors that the class does not hold, those that it knows of and leaves out when it loads a checkpoint; names in the model."""
+        names = list(names)
+        info = SimpleNamespace(missing_keys=set(), unexpected_keys=set(names))
+        self.model._adjust_missing_and_unexpected_keys(info)  # patterns of the class, and buffers that checkpoints used to hold
+        return set(names) - info.unexpected_keys
 
     def put(self, layers: nn.ModuleList) -> None:
         """Other modules in the place of the decoder layers; `layers` stays what it was."""

@@ -14,6 +14,7 @@ from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import MANIFEST, config_hash, read_manifest
 from megatron_moe2dense.surgery.config import ConvertConfig
+from megatron_moe2dense.surgery.inspect import left_out_line
 from megatron_moe2dense.surgery.layout import dense_size, dense_width, making_bytes
 from megatron_moe2dense.surgery.plan import ConversionPlan, Methods, make_plan
 from megatron_moe2dense.surgery.ranks import Ranks, joined
@@ -50,6 +51,8 @@ def run(config: ConvertConfig) -> None:
     for job, plan in jobs if ranks.rank == 0 else []:
         parameters, nbytes = dense_size(source, plan.groups)
         print(f"{job.output}: {parameters:,} parameters, {nbytes / 1e6:,.1f} MB, plan {plan.hash()}")
+    if source.left_out and ranks.rank == 0:
+        print(left_out_line(source.left_out_facts(), source.family))
 
 
 def _opened(config: ConvertConfig) -> MoeSource:
@@ -136,6 +139,7 @@ def dry_run(config: ConvertConfig) -> dict[str, Any]:
     return {
         "source": source.facts(),
         **single,
+        "left_out": source.left_out_facts(),
         "reads": {str(source.index.directory): source.index.nbytes},
         "writes": {output: dense_size(source, plan.groups)[1] for output, plan in plans.items()},
         "flops": sum(len(source.layers) * 2 * plan.keep * 3 * dims.hidden_size * dims.expert_width for plan in plans.values()),

@@ -21,6 +21,7 @@ from megatron_moe2dense.surgery.types import check_keep
 
 # Memory of common GPUs [GB]; weights may take this share of it, the rest is for the KV cache and activations.
 _GPUS, _SHARE = (16, 24, 48, 80, 141, 192), 0.8
+_LEFT_OUT = "left out"
 # Part of a tensor outside the MoE blocks by what its name holds, in every family.
 _PARTS = {".self_attn.": "attention", "embed_tokens.": "embeddings", "lm_head.": "embeddings"}
 
@@ -76,7 +77,8 @@ def _moe_facts(config: InspectConfig, source: MoeSource, parameters: dict[str, i
     idle = parameters["experts"] * (dims.experts - dims.active) // dims.experts
     return {
         "moe_layers": list(source.layers),
-        "active_parameters": sum(parameters.values()) - idle,
+        "active_parameters": sum(parameters.values()) - idle - parameters[_LEFT_OUT],
+        "left_out": source.left_out_facts(),
         "dense": {
             "family": dense_of(source, keep).stock.name,
             "form": source.form.kind,
@@ -89,8 +91,8 @@ def _moe_facts(config: InspectConfig, source: MoeSource, parameters: dict[str, i
 
 
 def _parts(index: CheckpointIndex, source: MoeSource | None) -> tuple[dict[str, int], dict[str, int]]:
-    """Parameters and bytes by part: experts, shared experts, attention, embeddings, router, other."""
-    order = ("experts", "shared experts", "attention", "embeddings", "router", "other")
+    """Parameters and bytes by part: experts, shared experts, attention, embeddings, router, other, and what is left out."""
+    order = ("experts", "shared experts", "attention", "embeddings", "router", "other", _LEFT_OUT)
     parameters: Counter[str] = Counter(dict.fromkeys(order, 0))
     nbytes: Counter[str] = Counter(dict.fromkeys(order, 0))
     in_blocks = {} if source is None else _block_parts(source)
@@ -102,12 +104,17 @@ def _parts(index: CheckpointIndex, source: MoeSource | None) -> tuple[dict[str, 
 
 
 def _block_parts(source: MoeSource) -> dict[str, str]:
-    parts: dict[str, str] = {}
+    parts = dict.fromkeys(source.left_out, _LEFT_OUT)
     for layer in source.layers:
         parts |= dict.fromkeys(source.router_names(layer), "router")
         parts |= dict.fromkeys(source.shared_names(layer), "shared experts")
         parts |= dict.fromkeys(source.expert_names(layer), "experts")
     return parts
+
+
+def left_out_line(left_out: dict[str, Any], family: str) -> str:
+    """For people: what of a checkpoint is no part of the dense result."""
+    return f"left out, as stock {family} does not run them: {left_out['tensors']} tensors ({', '.join(left_out['names'])})"
 
 
 def _readable(facts: dict[str, Any]) -> str:
@@ -116,7 +123,9 @@ def _readable(facts: dict[str, Any]) -> str:
     sizes = "  ".join(f"{name} {value}" for name, value in facts["dims"].items())
     lines = [f"{facts['source']}: {facts['family']}", "", sizes, "", render(["part", "parameters", "MB"], rows)]
     if "dense" in facts:
-        dense = facts["dense"]
+        dense, left_out = facts["dense"], facts["left_out"]
+        if left_out["tensors"]:
+            lines += ["", left_out_line(left_out, facts["family"])]
         lines += [
             "",
             f"active per token: {facts['active_parameters']:,} parameters",

@@ -59,7 +59,7 @@ def dense_width(source: MoeSource, groups: int) -> int:
 def _dense_steps(source: MoeSource, groups: int) -> tuple[Step, ...]:
     dense, layers = dense_of(source, groups), range(source.dims.layers)
     made = {layer: _made(source, dense, layer, groups) for layer in layers}
-    gone = {name for layer in dense.slots for name in replaced(source, layer)} | {*source.beyond_layers()}
+    gone = {name for layer in dense.slots for name in replaced(source, layer)} | {*source.left_out}
     of_layer: dict[int | None, dict[str, TensorSpec]] = {None: {}, **{layer: {} for layer in layers}}
     for name, new in _copied(source, dense, gone).items():
         info = source.index.tensors[name]
@@ -113,7 +113,7 @@ def _copied(source: MoeSource, dense: Dense, gone: set[str]) -> dict[str, str]:
         if wanted is None:
             continue
         same = taken.where(name) == (wanted, pattern)
-        if name in source.disk.unknown or (same and (pattern or not source.form.alone)):
+        if same and (pattern or not source.form.alone):
             found[name] = name
             continue
         renamed = plain_names(dense.stock, [wanted]).get(wanted)
@@ -131,8 +131,7 @@ def _require_taken(source: MoeSource, dense: Dense, specs: list[TensorSpec]) -> 
     """UserError when the dense class lacks a tensor of the result, or wants one that it has not, or another shape."""
     shapes = {spec.name: spec.shape for spec in specs}
     taken = Disk(dense.stock, shapes)
-    known = set(source.disk.unknown)
-    wrong = [f"{name} is not known" for name in taken.unknown if name not in known]
+    wrong = [f"{name} is not known" for name in taken.unknown]
     wrong += [f"{name} is missing" for name in taken.missing]
     wrong += [
         f"{name} is {list(taken.shape(name))} instead of {list(shape)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -193,15 +194,23 @@ class MoeSource:
         inside = f"{place.block}." if place.block else f"{place.router}."
         return self.stored(layer, [name for name in shapes if name.startswith(inside) and name not in known])
 
-    def beyond_layers(self) -> list[str]:
-        """Tensors of layers the stock model does not run (multi-token prediction): no part of the dense result."""
-        found = []
-        for name in self.disk.unknown:
-            head, _, rest = name.partition(f"{self.stock.prefix.rpartition('.')[2]}.")
-            number = rest.partition(".")[0]
-            if head and number.isdigit() and int(number) >= len(self.stock.layers):
-                found += self.values.stored(name)
-        return found
+    @cached_property
+    def left_out(self) -> list[str]:
+        """Tensors in the files that the stock model does not run, as its class says or by the number of their layer (multi-token
+        prediction, mostly): no part of the dense result."""
+        names = {name: self.disk.where(name)[0] for name in self.disk.unknown}
+        ignored = self.stock.ignored(names.values())
+        return [part for name, target in names.items() if target in ignored or self._is_beyond(name) for part in self.values.stored(name)]
+
+    def _is_beyond(self, name: str) -> bool:
+        head, _, rest = name.partition(f"{self.stock.prefix.rpartition('.')[2]}.")
+        number = rest.partition(".")[0]
+        return bool(head) and number.isdigit() and int(number) >= len(self.stock.layers)
+
+    def left_out_facts(self) -> dict[str, Any]:
+        """How many tensors are left out, and which: experts' numbers as *."""
+        short = dict.fromkeys(re.sub(r"(?<=experts\.)\d+(?=\.)", "*", name) for name in self.left_out)
+        return {"tensors": len(self.left_out), "names": list(short)}
 
     def _check(self) -> None:
         """UserError for a tensor of a MoE block that is absent, of another shape, quantised or unknown, and for one absent elsewhere."""
@@ -221,6 +230,16 @@ class MoeSource:
                     f"only router, {self.dims.experts} experts and shared experts in a MoE block of {self.family}, as config.json says",
                     "check that config.json and the weights are of the same model",
                 )
+
+        left_out = set(self.left_out)
+        unknown = [name for name in self.disk.unknown if not left_out.issuperset(self.values.stored(name))]
+        if unknown:
+            cls = type(self.stock.model).__name__
+            raise UserError(
+                f"{self.index.directory}: {unknown[0]}, which {cls} does not know ({len(unknown)} such tensors)",
+                f"the tensors of {cls}, and those that it says it leaves out",
+                "check that config.json and the weights are of the same model, or save it with transformers' save_pretrained first",
+            )
 
     def _in_block(self, name: str, layer: int) -> bool:
         block = self.stock.moe[layer].block or self.stock.moe[layer].experts.path

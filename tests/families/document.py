@@ -46,7 +46,9 @@ How to read the table:
   constant; it serves like a MoE with nothing to choose. *Itself, no experts*: the neurons stand in an FFN that the class has beside the
   experts.
 - *lost*: what the dense result can not have of the MoE, beyond the routing. A gate of shared experts that depends on the token becomes
-  the constant that is nearest on the calibration text ([method.md](method.md)). Layers that predict later tokens (MTP) are not converted.
+  the constant that is nearest on the calibration text ([method.md](method.md)). Layers that predict later tokens (MTP), and what else
+  the stock class says it leaves out of a checkpoint, are not converted: `inspect` and `convert` name them. Any other tensor that the class
+  does not know is refused by name.
 - *runs*: *layer by layer*, one decoder layer in memory at a time. *In lockstep*: as little memory, but all windows go through the model
   together, as its layers hand more to each other than hidden states. `sweep`, `auto` and a refit in sequential mode (the default) are
   refused then; `refit.mode=parallel` works.

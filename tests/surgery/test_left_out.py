@@ -1,0 +1,79 @@
+"""Tensors that the stock class does not hold: what it says it leaves out is left out by name, anything else is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_moe2dense.cli import main
+from megatron_moe2dense.surgery.source import MoeSource
+from tests.families.every import tiny_checkpoint
+from tests.helpers.tiny_models import tiny_qwen3_moe, write_tokens
+
+# Of multi-token prediction, in a class whose dense result is another class (without such a rule), and in two that stay themselves.
+HEADS = {"qwen3_5_moe_text": "mtp.", "exaone_moe": "mtp.", "hy_v4": "model.mtp_layers.0."}
+
+
+def with_tensors(path: Path, **more: torch.Tensor) -> Path:
+    tensors = load_file(path / "model.safetensors")
+    save_file({**tensors, **more}, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def heads(start: str) -> dict[str, torch.Tensor]:
+    layer = {f"{start}layers.0.mlp.experts.{expert}.up_proj.weight": torch.ones(24, 64) for expert in range(3)}
+    return {f"{start}fc.weight": torch.ones(64, 128), f"{start}layers.0.self_attn.q_proj.weight": torch.ones(64, 64), **layer}
+
+
+@pytest.mark.parametrize("model_type", HEADS)
+def test_heads_of_multi_token_prediction_are_left_out_and_named(model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    start = HEADS[model_type]
+    tiny_checkpoint(tmp_path / "without", model_type)
+    with_tensors(tiny_checkpoint(tmp_path / "moe", model_type), **heads(start))
+    facts: dict[str, Any] = {}
+    for name in ("without", "moe"):
+        main(["inspect", str(tmp_path / name), "--json"])
+        facts[name] = json.loads(capsys.readouterr().out)
+    names = {f"{start}fc.weight", f"{start}layers.0.self_attn.q_proj.weight", f"{start}layers.0.mlp.experts.*.up_proj.weight"}
+    assert set(facts["moe"]["left_out"]["names"]) == names
+    assert facts["moe"]["left_out"]["tensors"] == 5
+    assert facts["without"]["left_out"] == {"tensors": 0, "names": []}
+    assert facts["moe"]["dense"] == facts["without"]["dense"]
+    assert facts["moe"]["active_parameters"] == facts["without"]["active_parameters"]
+    assert facts["moe"]["parameters"].pop("left out") == 64 * 128 + 64 * 64 + 3 * 24 * 64
+    assert facts["moe"]["parameters"].items() - facts["without"]["parameters"].items() == {("total", facts["moe"]["parameters"]["total"])}
+    main(["inspect", str(tmp_path / "moe")])
+    assert f"{start}fc.weight" in capsys.readouterr().out
+
+
+def test_the_dense_checkpoint_is_the_one_without_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    prefix = write_tokens(tmp_path / "text", 64, vocab=128)
+    dense = []
+    for name, more in (("without", {}), ("moe", heads("mtp."))):
+        path = with_tensors(tiny_checkpoint(tmp_path / name, "qwen3_next"), **more)
+        statistics = ["calibrate", f"source={path}", f"output={path}_statistics", f"data.path={prefix}", "data.sequence_length=16"]
+        main(statistics)
+        capsys.readouterr()
+        main(["convert", f"source={path}", f"statistics={path}_statistics", f"output={path}_dense"])
+        assert ("mtp.fc.weight" in capsys.readouterr().out) == bool(more)
+        dense.append(load_file(f"{path}_dense/model.safetensors"))
+    assert dense[0].keys() == dense[1].keys()
+    assert all(tensor.equal(dense[1][name]) for name, tensor in dense[0].items())
+
+
+def test_buffers_that_checkpoints_used_to_hold_are_left_out(tmp_path: Path):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    assert MoeSource.open(with_tensors(tiny_qwen3_moe(tmp_path / "moe"), **{name: torch.ones(8)})).left_out == [name]
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight_scale_inv", "mtp.fc.weight"])
+def test_a_tensor_that_the_class_does_not_know_is_refused_by_name(name: str, tmp_path: Path, user_error: Callable[..., str]):
+    """Qwen3-MoE's class has no rule for heads of multi-token prediction."""
+    said = user_error("inspect", str(with_tensors(tiny_qwen3_moe(tmp_path / "moe"), **{name: torch.ones(4, 4)})))
+    assert f"{name}, which Qwen3MoeForCausalLM does not know (1 such tensors)" in said
