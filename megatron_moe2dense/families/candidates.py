@@ -26,15 +26,15 @@ _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", 
 _GROUPS = ("n_group", "topk_group", "num_expert_group")
 
 
-def candidates(source: Stock, exception: FamilyException, alone: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Forms to try, best first: what they are called, and what makes the config of each. alone: without what is around the language
-    model, which may take no sibling."""
+def candidates(source: Stock, exception: FamilyException, alone: bool) -> Iterator[tuple[str, Callable[[], Any], int]]:
+    """Forms to try, best first: what they are called, what makes the config of each, and how many experts it has. alone: without what is
+    around the language model, which may take no sibling."""
     sibling = exception.alone if alone and exception.alone is not None else exception.sibling
     if sibling is not None:
-        yield sibling, lambda: _around(source, _sibling(source, sibling, exception), alone, exception.wrapper)
+        yield sibling, lambda: _around(source, _sibling(source, sibling, exception), alone, exception.wrapper), 0
     if sibling is None or (source.wrapped and not alone):
-        for kind, config in _of_itself(source, exception):
-            yield kind, lambda config=config: _around(source, config, alone)
+        for kind, config, count in _of_itself(source, exception):
+            yield kind, lambda config=config: _around(source, config, alone), count
 
 
 def _around(source: Stock, config: Any, alone: bool, wrapper: str | None = None) -> Any:
@@ -45,10 +45,17 @@ def _around(source: Stock, config: Any, alone: bool, wrapper: str | None = None)
     return config
 
 
-def _of_itself(source: Stock, exception: FamilyException) -> Iterator[tuple[str, Any]]:
-    if not exception.experts and exception.into is None:
-        yield "itself, all layers dense", _all_dense(source)
-    count = exception.experts or 1
+def _of_itself(source: Stock, exception: FamilyException) -> Iterator[tuple[str, Any, int]]:
+    if exception.into is not None:
+        yield "itself, no experts", _of_experts(source, exception, 1), 0
+        return
+    if not exception.experts:
+        yield "itself, all layers dense", _all_dense(source), 0
+    for count in (exception.experts,) if exception.experts else (1, 2):
+        yield ("itself, one expert", "itself, two experts")[count - 1], _of_experts(source, exception, count), count
+
+
+def _of_experts(source: Stock, exception: FamilyException, count: int) -> Any:
     config = copy.deepcopy(source.config)
     for names, value in ((_COUNTS, count), (_ACTIVE, count), (_GROUPS, 1)):
         for name in names:
@@ -57,7 +64,7 @@ def _of_itself(source: Stock, exception: FamilyException) -> Iterator[tuple[str,
                     _assign(place, name, value)
     for name, value in exception.config.items():
         _assign(config, name, value)
-    yield ("itself, one expert", "itself, two experts")[count - 1] if exception.into is None else "itself, no experts", config
+    return config
 
 
 def _all_dense(source: Stock) -> Any:

@@ -1,7 +1,7 @@
 """The dense form of a MoE class: a stock class and config in which an FFN in the place of the experts is exact, found by trying.
 
 Tried in this order: a dense sibling (table.py), the class itself with all layers dense, the class itself with one expert whose gate is
-constant. Each is built on meta and has to take every tensor outside the MoE blocks.
+constant, or with two where its router does not run with one. Each is built on meta and has to take every tensor outside the MoE blocks.
 """
 
 from __future__ import annotations
@@ -85,22 +85,24 @@ class DenseForm:
         self.exception = EXCEPTIONS.get(source.name, FamilyException())
         require_known(source)
         reasons = []
-        for kind, config in candidates(source, self.exception, self.alone):
-            reason = self._try(kind, config)
+        for kind, config, experts in candidates(source, self.exception, self.alone):
+            reason = self._try(kind, config, experts)
             if reason is None:
                 return
             reasons.append(f"{kind}: {reason}")
         raise _refusal(source, "; ".join(reasons))
 
-    def _try(self, kind: str, config: Callable[[], Any]) -> str | None:
-        """Take this form if it holds all that is no MoE block; else why not."""
+    def _try(self, kind: str, config: Callable[[], Any], experts: int) -> str | None:
+        """Take this form if it holds all that is no MoE block, and its block runs; else why not."""
+        for name in [name for name, value in vars(DenseForm).items() if isinstance(value, cached_property)]:
+            vars(self).pop(name, None)  # what was found of the form before
         try:
             found = Stock(config())
         except Exception as error:
             return f"{type(error).__name__} {error}".splitlines()[0]
         if len(found.layers) != len(self.source.layers):
             return "other layers"
-        if any(moe.experts.experts > max(1, self.exception.experts) for moe in found.moe.values()):
+        if any(moe.experts.experts > max(1, experts) for moe in found.moe.values()):
             return "all experts are still there"
         self.kind, self._base = kind, found
         try:
@@ -108,7 +110,9 @@ class DenseForm:
             left_out = self._left_out()
             for layer in range(len(found.layers)) if left_out is None else ():
                 self._values(found, layer)
-        except ValueError as error:
+            if left_out is None and experts:
+                self.slots(next(iter(self.source.moe)))
+        except (ValueError, RuntimeError, AssertionError) as error:
             return str(error)
         return left_out
 

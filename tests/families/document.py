@@ -43,7 +43,8 @@ How to read the table:
   another type: the language model is a [part of it](#inside-models-for-images-and-sound).
 - *form*: how the dense class holds the FFN. *Dense sibling*: a class without experts that is otherwise the same. *Itself, all layers
   dense*: the MoE's class, by its own switch for dense layers. *Itself, one expert* (or *two*): its class with an expert whose gate is
-  constant; it serves like a MoE with nothing to choose. *Itself, no experts*: the neurons stand in an FFN that the class has beside the
+  constant; it serves like a MoE with nothing to choose (so does a `nemotron_h` with `moe_latent_size`: with two experts, between its
+  projections). *Itself, no experts*: the neurons stand in an FFN that the class has beside the
   experts.
 - *lost*: what the dense result can not have of the MoE, beyond the routing. A gate of shared experts that depends on the token becomes
   the constant that is nearest on the calibration text ([method.md](method.md)). Layers that predict later tokens (MTP), and what else

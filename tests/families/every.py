@@ -107,11 +107,14 @@ def _holds_experts(name: str, module: nn.Module) -> bool:
     return type(module).__name__.endswith(("Experts", "MoE")) and not name.endswith("shared_experts") and "vision" not in name
 
 
-def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """A stock model in float32, for inference. Matrices are random, vectors the class's own values (norms: ones) with noise."""
+def tiny_model(model_type: str, seed: int = 0, **changed: Any) -> PreTrainedModel:
+    """A stock model in float32, for inference. Matrices are random, vectors the class's own values (norms: ones) with noise.
+
+    changed: as in `tiny_config`.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = stock_class(model_type)(tiny_config(model_type)).eval()
+        model = stock_class(model_type)(tiny_config(model_type, **changed)).eval()
     generator = torch.Generator().manual_seed(seed)
     saved = model.state_dict()
     with torch.no_grad():
@@ -132,9 +135,9 @@ def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def tiny_checkpoint(folder: Path, model_type: str, seed: int = 0) -> Path:
+def tiny_checkpoint(folder: Path, model_type: str, seed: int = 0, **changed: Any) -> Path:
     """`tiny_model`, saved in `folder` under the names that transformers writes."""
-    tiny_model(model_type, seed).save_pretrained(folder)
+    tiny_model(model_type, seed, **changed).save_pretrained(folder)
     return folder
 
 

@@ -50,6 +50,8 @@ IN_FLOAT32 = ("inkling2_text",)
 WINDOWS = np.random.default_rng(0).integers(0, 128, (10, 16))
 REFUSED = {name: exception.refused for name, exception in EXCEPTIONS.items() if exception.refused}
 CONVERTED = [model_type for model_type in moe_types() if model_type not in REFUSED]
+# Forms of a type that a config key switches on, with another dense form: of the same name before the colon.
+VARIANTS: dict[str, dict[str, Any]] = {"nemotron_h:moe_latent_size": {"moe_latent_size": 32}}
 # Types that no transformers has: Qwen3-MoE under names of its own, one with a line in the table of exceptions, one without.
 ADDED: dict[str, FamilyException | None] = {"added_with_a_line": FamilyException(sibling="qwen3"), "added_without": None}
 
@@ -71,16 +73,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"data.path={prefix}", "data.sequence_length=16", "batch_tokens=64"]  # batches of 4, 4 and 2 windows
 
 
-@pytest.fixture(scope="module", params=[*CONVERTED, *ADDED])
+@pytest.fixture(scope="module", params=[*CONVERTED, *VARIANTS, *ADDED])
 def made(request: pytest.FixtureRequest, text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Conversion]:
-    model_type, folder = request.param, tmp_path_factory.mktemp(request.param)
+    model_type, folder = request.param.partition(":")[0], tmp_path_factory.mktemp(request.param.replace(":", "-"))
     with opened_once(), pytest.MonkeyPatch.context() as patch:
         if model_type in ADDED:
             _register(model_type, folder / "moe")
             if (line := ADDED[model_type]) is not None:
                 patch.setitem(EXCEPTIONS, model_type, line)
         else:
-            tiny_checkpoint(folder / "moe", model_type)
+            tiny_checkpoint(folder / "moe", model_type, **VARIANTS.get(request.param, {}))
         yield convert(model_type, folder / "moe", [*text, f"dtype={'float64' if model_type in IN_FLOAT64 else 'float32'}"])
 
 
@@ -159,7 +161,7 @@ def test_perplexity_is_finite(made: Conversion):
         assert math.isfinite(measure(Loaded(directory.name, model), WINDOWS, 4).perplexity)
 
 
-@pytest.mark.parametrize("made", CONVERTED, indirect=True)
+@pytest.mark.parametrize("made", [*CONVERTED, *VARIANTS], indirect=True)
 def test_the_layout_in_memory_gives_the_same_tensors(made: Conversion, tmp_path: Path):
     other = MoeSource.open(str(as_in_memory(made.source, tmp_path / "moe")))
     plan = json.loads((made.dense / "plan.json").read_text())
@@ -183,3 +185,11 @@ def test_a_type_without_an_exact_form_is_refused_by_name(tmp_path: Path, monkeyp
     with pytest.raises(UserError) as refused:
         _ = MoeSource.open(tmp_path / "moe").form
     assert refused.value.found == "added_without_form: llama: no model.layers.0.self_attn.q_norm.weight"
+
+
+def test_a_block_that_does_not_run_with_so_few_experts_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tiny_checkpoint(tmp_path / "moe", "axk1")
+    monkeypatch.setitem(EXCEPTIONS, "axk1", FamilyException(experts=1))  # fewer than its router looks at in a group
+    with pytest.raises(UserError) as refused:
+        _ = MoeSource.open(tmp_path / "moe").form
+    assert refused.value.found == "axk1: itself, one expert: selected index k out of range"
