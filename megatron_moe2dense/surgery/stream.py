@@ -191,13 +191,7 @@ class StreamedModel:
     def _embed(self, windows_BS: np.ndarray, place: HiddenPlace, start: int) -> tuple[HiddenStates, list[list[Call]]]:
         """Hidden states before layer `start`, and what the stock model hands to each layer, by batch (masks, positions)."""
         batch = self._compute.batch
-        self._load_outside()
-        if self._hand_more(windows_BS):
-            raise UserError(
-                f"{self._source.index.directory}: layers of {self._stock.name} hand more to each other than hidden states",
-                "for this command, a model whose layers run one by one",
-                "convert from calibration statistics alone (docs/families.md)",
-            )
+        self.require_alone(windows_BS)
         hidden, calls = None, []
         for first in range(0, len(windows_BS), batch):
             tokens_BS = torch.from_numpy(windows_BS[first : first + batch]).to(self._compute.device)
@@ -215,6 +209,16 @@ class StreamedModel:
             hidden.advance(0)
         self._base.get_input_embeddings().to("meta")
         return hidden, calls
+
+    def require_alone(self, windows_BS: np.ndarray) -> None:
+        """UserError for a model whose layers hand more to each other than hidden states: one layer alone tells nothing of them."""
+        self._load_outside()
+        if self._hand_more(windows_BS):
+            raise UserError(
+                f"{self._source.index.directory}: layers of {self._stock.name} hand more to each other than hidden states",
+                "for `sweep`, `auto` and a refit in sequential mode, a model whose layers run one by one",
+                "convert a plan with refit.mode=parallel, or without a refit (docs/families.md)",
+            )
 
     def _load_outside(self) -> None:
         """What comes before and behind the layers."""

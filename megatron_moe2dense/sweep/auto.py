@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
@@ -25,6 +26,7 @@ from megatron_moe2dense.evals.models import open_device
 from megatron_moe2dense.surgery import select
 from megatron_moe2dense.surgery.config import ReconstructConfig, RefitConfig, SelectConfig
 from megatron_moe2dense.surgery.convert import flat_weights, require_same_source
+from megatron_moe2dense.surgery.dense_stream import DenseStream
 from megatron_moe2dense.surgery.layout import dense_size
 from megatron_moe2dense.surgery.neurons import selectors
 from megatron_moe2dense.surgery.plan import ConversionPlan
@@ -68,9 +70,8 @@ def run(config: AutoConfig) -> None:
     """
     source, statistics = MoeSource.open(config.source), CalibratedStats.open(config.statistics)
     require_same_source(f"{config.statistics}: statistics", statistics.source, source)
+    windows_NS, compute = _judged_on(config, source)
     groups = groups_of(config.budget, source)
-    windows_NS = windows(config.data, source.dims.vocab_size)
-    compute = Compute(open_device(config.device), getattr(torch, config.dtype), max(1, config.batch_tokens // config.data.sequence_length))
     facts: dict[str, Any] = {"source": source.facts(), "groups": groups}
     with (
         CheckpointReader(source.index) as reader,
@@ -87,6 +88,15 @@ def run(config: AutoConfig) -> None:
         search.clean()
     print(rounds_table(report))
     print(f"\n{config.output}/{PLAN_FILE}: moe2dense convert source={config.source} plan={config.output}/{PLAN_FILE} output=...")
+
+
+def _judged_on(config: AutoConfig, source: MoeSource) -> tuple[np.ndarray, Compute]:
+    """The held-out text, and how it runs; UserError for a model that no dense layer can be judged in."""
+    windows_NS = windows(config.data, source.dims.vocab_size)
+    compute = Compute(open_device(config.device), getattr(torch, config.dtype), max(1, config.batch_tokens // config.data.sequence_length))
+    with CheckpointReader(source.index) as reader:
+        DenseStream(source, reader, compute).require_alone(windows_NS)
+    return windows_NS, compute
 
 
 def groups_of(budget: BudgetConfig, source: MoeSource) -> int:
@@ -269,10 +279,11 @@ def dry_run(config: AutoConfig) -> dict[str, Any]:
     """Width, size and the rounds; plans of experts are really made."""
     source, statistics = MoeSource.open(config.source), CalibratedStats.open(config.statistics)
     require_same_source(f"{config.statistics}: statistics", statistics.source, source)
+    windows_NS, _ = _judged_on(config, source)
     groups = groups_of(config.budget, source)
     with CheckpointReader(source.index) as reader:
         candidates = len(_experts(config, source, reader, statistics, groups)) + len(config.select) * len(config.grid.refit)
-    held_out, rounds, left = len(windows(config.data, source.dims.vocab_size)), [], candidates
+    held_out, rounds, left = len(windows_NS), [], candidates
     for number in range(config.halvings + 1):
         rounds.append({"models": left, "windows": -(-held_out // config.eta ** (config.halvings - number))})
         left = max(1, left // config.eta)

@@ -19,6 +19,7 @@ from megatron_moe2dense.evals.models import open_device
 from megatron_moe2dense.evals.perplexity import Measured
 from megatron_moe2dense.surgery.config import RefitConfig
 from megatron_moe2dense.surgery.convert import flat_weights, require_same_source
+from megatron_moe2dense.surgery.dense_stream import DenseStream
 from megatron_moe2dense.surgery.layout import dense_size
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.ranks import Ranks
@@ -107,6 +108,7 @@ def prepare(config: SweepConfig, source: MoeSource, reader: CheckpointReader) ->
     device = open_device(config.device)
     windows_NS = windows(config.data, source.dims.vocab_size)
     compute = Compute(device, getattr(torch, config.dtype), max(1, config.batch_tokens // config.data.sequence_length))
+    DenseStream(source, reader, compute).require_alone(windows_NS)
     found = points(config.grid, source.dims.experts, source.dims.active)
     plans = make_plans(found, statistics, lambda layer: flat_weights(source, reader, layer))
     blocks = {repr(refit): _block(refit, config, source) for refit in config.grid.refit if refit is not None}

@@ -21,7 +21,7 @@ from megatron_moe2dense.surgery.refit.fit import Refit, parallel
 from megatron_moe2dense.surgery.refit.layer import RIDGES
 from megatron_moe2dense.surgery.refit.store import FittedLayers
 from megatron_moe2dense.surgery.source import MoeSource
-from megatron_moe2dense.surgery.stream import Compute
+from megatron_moe2dense.surgery.stream import Compute, StreamedModel
 from megatron_moe2dense.tokens.config import TokensConfig
 from megatron_moe2dense.tokens.indexed import windows
 
@@ -132,17 +132,20 @@ def block(settings: RefitConfig, data: TokensConfig, source: MoeSource, ranks: R
     """A plan's refit: all that the solved weights depend on; device and batch only as far as rounding goes.
 
     Raises:
-        UserError: a setting without effect, text too short to judge on.
+        UserError: a setting without effect, text too short to judge on, a mode that does not go with the model.
     """
     if settings.shared == "refitted" and not (source.dims.shared_width and source.seam == "block"):
         expected = f"no refit.shared for {source.family}, where no shared experts become neurons"
         raise UserError("refit.shared=refitted", expected, "drop refit.shared")
-    windows_NS = _text(data, source, settings)
+    windows_NS, compute = _text(data, source, settings), _compute(settings, data, ranks)
+    if settings.mode == "sequential":
+        with CheckpointReader(source.index) as reader:
+            StreamedModel(source, reader, compute).require_alone(windows_NS)
     text = hashlib.sha256(f"{windows_NS.shape}".encode() + windows_NS.tobytes()).hexdigest()
     dumped = settings.model_dump(mode="json")
     if settings.reconstruct is None:  # plans made before there was this key are the same plans
         del dumped["reconstruct"]
-    return {**dumped, "data": data.model_dump(mode="json"), "text": text, "compute": compute_facts(_compute(settings, data, ranks), ranks)}
+    return {**dumped, "data": data.model_dump(mode="json"), "text": text, "compute": compute_facts(compute, ranks)}
 
 
 def _compute(settings: RefitConfig, data: TokensConfig, ranks: Ranks) -> Compute:
