@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families.stock import model_class
 
 
 def vocab_size(index: CheckpointIndex) -> int:
@@ -43,6 +44,14 @@ def require_accelerate() -> None:
         ) from None
 
 
+def _causal_class(index: CheckpointIndex) -> Any:
+    """What loads the checkpoint; UserError for a model that predicts no next token."""
+    cls = model_class(AutoConfig.from_pretrained(index.directory, local_files_only=True, trust_remote_code=False))
+    if not cls.__name__.endswith("ForCausalLM"):
+        raise UserError(f"{index.directory}/config.json: {cls.__name__}", "a causal language model", "point to the language model alone")
+    return cls
+
+
 def load_model(index: CheckpointIndex, device: torch.device, dtype: str, device_map: str | None = None) -> PreTrainedModel:
     """The checkpoint as its stock transformers class, in eval mode, on `device` in `dtype`; by `device_map` over all GPUs instead.
 
@@ -51,7 +60,8 @@ def load_model(index: CheckpointIndex, device: torch.device, dtype: str, device_
     """
     spread = {} if device_map is None else {"device_map": device_map}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        cls = _causal_class(index)
+        loaded: Any = cls.from_pretrained(
             index.directory,
             local_files_only=True,
             trust_remote_code=False,

@@ -205,19 +205,24 @@ def _require_known(directory: Any) -> None:
         )
 
 
-def _build(config: Any, dtype: torch.dtype) -> Any:
-    """By AutoModelForCausalLM or, for a class that it does not list and what is around a language model, by the architecture that
-    config.json names."""
+def model_class(config: Any) -> Any:
+    """What builds and loads the model of a config: AutoModelForCausalLM or, for a class that it does not list and for what is around a
+    language model, the architecture that config.json names. ValueError where transformers has none."""
     wraps = config.get_text_config() is not config
     if not wraps and type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM
     cls: Any = getattr(transformers, (config.architectures or [""])[0], None)
     if cls is not None and isinstance(config, cls.config_class):
-        return cls._from_config(config, dtype=dtype)
+        return cls
     auto = AutoModelForImageTextToText if wraps else AutoModelForCausalLM
     if type(config) not in auto._model_mapping:
         raise ValueError(f"transformers has no class for it {'around another' if wraps else 'alone'} ({type(config).__name__})")
-    return auto.from_config(config, dtype=dtype)
+    return auto
+
+
+def _build(config: Any, dtype: torch.dtype) -> Any:
+    cls = model_class(config)
+    return getattr(cls, "from_config" if hasattr(cls, "_model_mapping") else "_from_config")(config, dtype=dtype)
 
 
 def _language_model(model: Any, config: Any) -> tuple[str, Any]:

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.evals.models import load_model, open_device, vocab_size
+from tests.families.every import tiny_checkpoint, tiny_model
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe
 
 NORM = "model.layers.1.post_attention_layernorm.weight"
@@ -38,6 +40,23 @@ def test_tied_embeddings_are_complete_without_a_head_tensor(tmp_path):
     directory = tiny_qwen3(tmp_path / "m", tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(directory / "model.safetensors")
     load(directory)
+
+
+def test_a_class_that_the_auto_classes_do_not_list_is_loaded_by_its_architecture(tmp_path):
+    """Mistral4ForCausalLM: AutoModelForCausalLM does not know its config."""
+    directory = tiny_checkpoint(tmp_path / "m", "mistral4")
+    model = load(directory)
+    assert type(model).__name__ == "Mistral4ForCausalLM"
+    tokens = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens).logits, tiny_model("mistral4")(input_ids=tokens).logits)
+
+
+def test_a_model_that_predicts_no_next_token_is_refused(tmp_path):
+    config = T5Config(vocab_size=128, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match="T5ForConditionalGeneration"):
+        load(tmp_path / "m")
 
 
 def test_a_missing_tensor_is_refused_by_name(tmp_path):
