@@ -16,7 +16,7 @@ from megatron_moe2dense.common.outputs import MANIFEST, config_hash, read_manife
 from megatron_moe2dense.surgery.config import ConvertConfig
 from megatron_moe2dense.surgery.inspect import left_out_line
 from megatron_moe2dense.surgery.layout import dense_size, dense_width, making_bytes
-from megatron_moe2dense.surgery.plan import ConversionPlan, Methods, make_plan
+from megatron_moe2dense.surgery.plan import ROUTED_FACTOR, ConversionPlan, Methods, make_plan
 from megatron_moe2dense.surgery.ranks import Ranks, joined
 from megatron_moe2dense.surgery.refit.planned import Place, cost, fit_planned, with_refit
 from megatron_moe2dense.surgery.rewrite import DenseOutput, write_dense
@@ -97,6 +97,12 @@ def require_same_source(what: str, found: dict[str, Any], source: MoeSource) -> 
             f"{what} of another model ({found['path']}, fingerprint {found['fingerprint'][:12]})",
             f"made from {source.index.directory} (fingerprint {source.fingerprint[:12]})",
             "run `moe2dense calibrate` on this source, or point to the source they were made from",
+        )
+    if found.get(ROUTED_FACTOR, 1.0) != source.routed_factor:
+        raise UserError(
+            f"{what} of an earlier version, whose gates lack what {source.family} multiplies the sum of its experts by",
+            f"gates with the factor {source.routed_factor:g}",
+            "run `moe2dense calibrate` again, and make plans from what it writes",
         )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.families.ffn import Ffn
 from megatron_moe2dense.surgery.dense_block import mapped, placed
-from megatron_moe2dense.surgery.densify import PLAIN, Units, merged, stacked
+from megatron_moe2dense.surgery.densify import Units, merged, stacked
 from megatron_moe2dense.surgery.hidden import HiddenPlace
 from megatron_moe2dense.surgery.observe import Observer
 from megatron_moe2dense.surgery.refit.store import FittedLayers
@@ -135,7 +135,7 @@ class DenseStream(StreamedModel):
         for dense, starts in states.branch(layers).items():
             if dense.plan.unscaled != key:
                 key, slices = dense.plan.unscaled, list(merged(dense.plan, lambda expert: self._expert(number, expert, experts)))
-            block.ffn = placed(dense.ffn(slices, shared, self._units), self._like)
+            block.ffn = placed(dense.ffn(slices, shared, self._checkpoint.seam_units), self._like)
             for state, members in starts.items():
                 x_NSD, y_NSD = states.distinct[state], states.target(state)
                 self._advance(layer, calls, x_NSD, y_NSD)
@@ -159,10 +159,6 @@ class DenseStream(StreamedModel):
     def _shared(self, layer: int) -> Ffn | None:
         found = self._checkpoint.shared(self._tensor, layer) if self._checkpoint.seam == "block" else None
         return None if found is None else self._to_device(found)
-
-    @property
-    def _units(self) -> Units:
-        return self._checkpoint.units if self._checkpoint.seam == "block" else PLAIN
 
     def _to_device(self, ffn: Ffn) -> Ffn:
         return mapped(ffn, lambda tensor: tensor.to(self._compute.device))

@@ -20,7 +20,7 @@ ReadExpert = Callable[[int], Ffn]
 
 @dataclass(frozen=True)
 class Units:
-    """What a MoE block multiplies the sum of its routed experts, and its shared experts, by."""
+    """What a plan's scales of routed experts, and of shared ones, are multiplied by."""
 
     routed: float = 1.0
     shared: float = 1.0

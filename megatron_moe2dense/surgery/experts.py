@@ -50,12 +50,13 @@ class Experts:
         return f_TAD
 
     def gated_energies(self, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Of every neuron the sum over the tokens that selected its expert of (gate times activation)^2, [E, I], float64."""
+        """Of every neuron the sum over the tokens that selected its expert of (weight times activation)^2, [E, I], float64."""
         energy_EI = self.down_EDI.new_zeros(self.down_EDI.shape[0], self.down_EDI.shape[2], dtype=torch.float64)
+        weights_TA = routing.weights_TA
         for expert in routing.experts_TA.unique().tolist():
             token, place = torch.where(routing.experts_TA == expert)
             h_TI = self._activations(expert, x_TD[token]).double()
-            energy_EI[expert] = (routing.gates_TA[token, place, None].double() * h_TI).square_().sum(0)
+            energy_EI[expert] = (weights_TA[token, place, None] * h_TI).square_().sum(0)
         return energy_EI
 
     def activations(self, x_TD: torch.Tensor, expert_C: torch.Tensor, neuron_C: torch.Tensor) -> torch.Tensor:

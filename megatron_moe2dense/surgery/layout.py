@@ -14,7 +14,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.dense import Dense
 from megatron_moe2dense.families.disk import Disk, ReadTensor, plain_names, revert
 from megatron_moe2dense.families.ffn import Ffn
-from megatron_moe2dense.surgery.densify import PLAIN, densify, neurons_of, pad_width, rescaled, side_by_side
+from megatron_moe2dense.surgery.densify import densify, neurons_of, pad_width, rescaled, side_by_side
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.refit.layer import LayerFit
 from megatron_moe2dense.surgery.source import MoeSource
@@ -179,8 +179,7 @@ def replaced(source: MoeSource, layer: int) -> list[str]:
 def seam_ffn(source: MoeSource, read: ReadTensor, layer: int, plan: LayerPlan | NeuronPlan) -> Ffn:
     """What a plan puts in the place of a MoE layer's block, or of the experts in it (`source.seam`)."""
     shared = source.shared(read, layer) if source.seam == "block" else None
-    units = source.units if source.seam == "block" else PLAIN
-    return densify(plan, lambda expert: source.expert(read, layer, expert), shared, units)
+    return densify(plan, lambda expert: source.expert(read, layer, expert), shared, source.seam_units)
 
 
 def layer_ffn(source: MoeSource, read: ReadTensor, layer: int, plan: LayerPlan | NeuronPlan | None, fit: LayerFit | None = None) -> Ffn:
@@ -191,9 +190,9 @@ def layer_ffn(source: MoeSource, read: ReadTensor, layer: int, plan: LayerPlan |
     ffn = ffn if fit is None else fit.applied(ffn)
     if source.seam == "block":
         return ffn
-    parts = [rescaled(ffn, source.units.routed)]
+    parts = [rescaled(ffn, source.routed_factor)]
     if (shared := source.shared(read, layer)) is not None:
-        parts.append(rescaled(shared, plan.shared_scale * source.units.shared))
+        parts.append(rescaled(shared, plan.shared_scale * source.facts_of_block.shared_factor))
     if source.form.exception.into is not None:
         parts.append(source.ffn(read, layer, source.stock.ffns(layer)[source.form.exception.into]))
     return parts[0] if len(parts) == 1 else side_by_side(parts)

@@ -81,7 +81,7 @@ class Observation:
 
     def gate_sum(self) -> torch.Tensor:
         """g_e(t)."""
-        return self.scatter(self._routing.gates_TA)
+        return self.scatter(self._routing.weights_TA)
 
     def norms_TA(self) -> torch.Tensor:
         """||f_e(t)||_2 of the selected experts."""
@@ -89,7 +89,7 @@ class Observation:
 
     def gated_norm_sum(self) -> torch.Tensor:
         """g_e(t) ||f_e(t)||_2."""
-        return self.scatter(self._routing.gates_TA.double() * self.norms_TA())
+        return self.scatter(self._routing.weights_TA * self.norms_TA())
 
     def selected_norm_sum(self) -> torch.Tensor:
         """||f_e(t)||_2 1[e in S(t)]."""

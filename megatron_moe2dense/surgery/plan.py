@@ -21,6 +21,7 @@ from megatron_moe2dense.surgery.stats import CalibratedStats, LayerStats
 from megatron_moe2dense.surgery.types import Align, FlatWeights, Grouper, Grouping, LayerPlan, NeuronPlan, Scaler, Scorer, Selection
 
 FORMAT = 1
+ROUTED_FACTOR = "routed_factor"  # of a source, in statistics and plans
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def make_plan(statistics: CalibratedStats, methods: Methods, weights: Callable[[
 def whole_plan(statistics: CalibratedStats, methods: Methods, layers: Iterable[LayerPlan]) -> ConversionPlan:
     """The plan of a whole model from those of its layers."""
     return ConversionPlan(
-        source={name: statistics.source[name] for name in ("path", "fingerprint")},
+        source={name: statistics.source[name] for name in ("path", "fingerprint", ROUTED_FACTOR) if name in statistics.source},
         family=statistics.source["family"],
         keep=methods.keep,
         groups=methods.groups,

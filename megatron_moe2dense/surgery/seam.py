@@ -68,7 +68,8 @@ class Seam:
             probs_TE = score(logits.pop().to(torch.promote_types(x.dtype, torch.float32)))[:, :count]
             indices_TA, gates_TA = indices_TA.reshape(-1, width), gates_TA.reshape(-1, width)
             beyond_TA = indices_TA >= count  # experts without weights, which give back their input
-            routing = Routing(indices_TA.masked_fill(beyond_TA, 0), gates_TA.masked_fill(beyond_TA, 0.0), probs_TE)
+            chosen = indices_TA.masked_fill(beyond_TA, 0), gates_TA.masked_fill(beyond_TA, 0.0)
+            routing = Routing(*chosen, probs_TE, self._source.routed_factor)
             y_TD = watcher.routed(number, x_TD, routing, weights)
             if beyond_TA.any():
                 y_TD = y_TD + (gates_TA * beyond_TA).sum(1, keepdim=True).to(x_TD.dtype) * x_TD

@@ -178,7 +178,7 @@ def _plan(config: SelectConfig, source: MoeSource, chosen: dict[int, tuple[Layer
         )
         for layer, (stats, neurons_F) in chosen.items()
     ]
-    origin = {"path": str(source.index.directory), "fingerprint": source.fingerprint}
+    origin = {"path": str(source.index.directory), "fingerprint": source.fingerprint, **source.factor_facts()}
     methods: dict[str, Any] = {"score": None, "group": None, "scale": None, "select": selectors.dump(config.select)}
     return ConversionPlan(origin, source.family, groups, groups, layers=tuple(layers), **methods)
 

@@ -23,6 +23,7 @@ from megatron_moe2dense.families.spec import Dims
 from megatron_moe2dense.families.stock import MoePlace, Shape, Stock
 from megatron_moe2dense.families.table import EXCEPTIONS, FamilyException
 from megatron_moe2dense.surgery.densify import Units
+from megatron_moe2dense.surgery.plan import ROUTED_FACTOR
 
 _PLAIN = ("BF16", "F16", "F32", "F64")
 
@@ -128,7 +129,12 @@ class MoeSource:
             "family": self.family,
             "experts": self.dims.experts,
             "active": self.dims.active,
+            **self.factor_facts(),
         }
+
+    def factor_facts(self) -> dict[str, float]:
+        """What tells statistics and plans whose gates hold the factor behind the experts from those of versions that left it out."""
+        return {} if self.routed_factor == 1.0 else {ROUTED_FACTOR: self.routed_factor}
 
     def reader(self, reader: CheckpointReader, finite: bool = True) -> ReadTensor:
         """Reads the files' tensors as numbers."""
@@ -161,11 +167,16 @@ class MoeSource:
         assert len(places) == 1, "stock classes hold shared experts as one FFN"
         return self.ffn(read, layer, places[0])
 
-    @cached_property
-    def units(self) -> Units:
-        """The factors of the block."""
-        facts = self.facts_of_block
-        return Units(1.0 if facts.routed_factor is None else facts.routed_factor, facts.shared_factor)
+    @property
+    def routed_factor(self) -> float:
+        """What the block multiplies the sum of its experts by; 1 where it does anything else with it."""
+        return 1.0 if self.facts_of_block.routed_factor is None else self.facts_of_block.routed_factor
+
+    @property
+    def seam_units(self) -> Units:
+        """Of what a plan puts into the seam: its scales are weights in the block's output. A block that stays multiplies by its factor
+        itself, and has its shared experts."""
+        return Units(1.0, self.facts_of_block.shared_factor) if self.seam == "block" else Units(1.0 / self.routed_factor)
 
     def gating(self, layer: int | None = None) -> Gating:
         """Of the experts of a layer, the first MoE layer by default."""

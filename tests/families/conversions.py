@@ -47,6 +47,9 @@ SCORES: dict[str, Score] = {
     "gemma4_text": lambda probabilities: probabilities,
 }
 
+# What a stock block multiplies the weighed sum of its experts by, as read in its file, with the values of tiny_configs.
+BEHIND: dict[str, float] = {**dict.fromkeys(("beam", "laguna", "minimax_m3_vl_text"), 1.5), "cohere2_moe": 0.5}
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -158,7 +161,7 @@ def constant_routing(model: PreTrainedModel, plan: dict[str, Any], kept: nn.Modu
     for name, module in experts_modules(model).items():
         layer = layers[number_of(name)]
         experts_K, scales_G = torch.tensor(layer["experts"]), torch.tensor(layer["scales"])
-        scales_K = scales_G[torch.tensor(layer["group_of"])]
+        scales_K = scales_G[torch.tensor(layer["group_of"])] / BEHIND.get(model.config.model_type, 1.0)
 
         def fixed(_module: nn.Module, arguments: Any, experts_K: torch.Tensor = experts_K, scales_K: torch.Tensor = scales_K) -> Any:
             x, _, gates_TA = arguments
@@ -184,8 +187,8 @@ def number_of(name: str) -> int:
 
 @torch.no_grad()
 def reference_statistics(model: PreTrainedModel, model_type: str, tokens_BS: torch.Tensor) -> dict[int, dict[str, torch.Tensor]]:
-    """By layer, the sums of docs/method.md#statistics, written out in float64: from what the stock blocks hand to their experts, in
-    whatever type the model runs (it is made a float64 one then)."""
+    """By layer, the sums of docs/method.md#statistics, written out in float64: from what the stock blocks hand to their experts, and
+    what they multiply the sum of them by, in whatever type the model runs (it is made a float64 one then)."""
     score: Score = SCORES.get(model_type, lambda logits: logits.softmax(-1))
     seen: dict[str, Any] = {}
     hooks = []
@@ -204,7 +207,8 @@ def reference_statistics(model: PreTrainedModel, model_type: str, tokens_BS: tor
     for name, module in experts_modules(model.double()).items():
         block = name.rpartition(".")[0]
         x, experts, gates = seen[name]
-        sums = _sums(module, _rows(x), _rows(experts), _rows(gates), score(_rows(seen[f"{block}.router"])))
+        weights = _rows(gates) * BEHIND.get(model_type, 1.0)
+        sums = _sums(module, _rows(x), _rows(experts), weights, score(_rows(seen[f"{block}.router"])))
         if f"{block}.shared_expert_gate" in seen:
             squares_T = _rows(seen[f"{block}.shared_expert"]).square().sum(-1)
             shares_T = _rows(seen[f"{block}.shared_expert_gate"]).sigmoid()[:, 0]

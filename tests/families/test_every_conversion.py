@@ -30,6 +30,7 @@ from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import CalibratedStats
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
 from tests.families.conversions import (
+    BEHIND,
     SCORES,
     Conversion,
     constant_routing,
@@ -100,7 +101,7 @@ def _register(name: str, folder: Path) -> None:
 
 def test_at_least_fifty_types_are_converted():
     assert len(CONVERTED) >= 50
-    assert {*REFUSED, *SCORES, *IN_FLOAT32, *IN_FLOAT64} <= set(moe_types())
+    assert {*REFUSED, *SCORES, *BEHIND, *IN_FLOAT32, *IN_FLOAT64} <= set(moe_types())
 
 
 @pytest.mark.parametrize("model_type", REFUSED)

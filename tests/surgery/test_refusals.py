@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_moe2dense.cli import main
-from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe
+from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 from tests.surgery.conftest import calibration
 from tests.surgery.test_calibrate import damage
 
@@ -139,3 +140,21 @@ def test_a_language_model_inside_another_model_is_named(tmp_path: Path, user_err
 
     said = user_error("inspect", str(tiny_checkpoint(tmp_path / "moe", "qwen3_vl_moe")))
     assert "a language model (qwen3_vl_moe_text) inside a qwen3_vl_moe" in said
+
+
+def test_statistics_and_plans_whose_gates_lack_the_factor_behind_the_experts(tmp_path: Path, user_error: Refused):
+    """Earlier versions summed what the experts get, not what enters the block's output."""
+    from tests.families.every import tiny_checkpoint
+
+    moe, prefix = tiny_checkpoint(tmp_path / "moe", "beam"), write_tokens(tmp_path / "text", 64, vocab=128)
+    given = [f"source={moe}", f"statistics={tmp_path / 'stats'}"]
+    main(["calibrate", given[0], f"output={tmp_path / 'stats'}", f"data.path={prefix}", "data.sequence_length=16"])
+    main(["convert", *given, f"output={tmp_path / 'dense'}"])
+    for file in ("stats/moe2dense.json", "dense/plan.json"):
+        content = json.loads((tmp_path / file).read_text())
+        assert content["source"].pop("routed_factor") == 1.5
+        (tmp_path / file).write_text(json.dumps(content))
+    said = user_error("convert", *given, f"output={tmp_path / 'again'}")
+    assert "gates with the factor 1.5" in said
+    assert "moe2dense calibrate" in said
+    assert "plan of an earlier version" in user_error("convert", given[0], f"plan={tmp_path}/dense/plan.json", f"output={tmp_path}/again")
