@@ -115,6 +115,17 @@ def _probe(stock: Stock, place: MoePlace) -> BlockFacts:
     return BlockFacts(indices.shape[-1], score, factor, _shared_factor(block, place, x, nothing), isinstance(first, tuple))
 
 
+@torch.no_grad()
+def routes_in(stock: Stock, place: MoePlace, dtype: torch.dtype) -> bool:
+    """Whether a router with weights of that type runs on tokens of it: some cast what comes in to float32, and their weights nowhere."""
+    router = real(stock.layers[place.layer].get_submodule(place.router)).to(dtype)
+    try:
+        router(random_tokens(stock)[0].to(dtype))
+    except (RuntimeError, TypeError) as error:  # a router that wants more than tokens is taken to run
+        return not (isinstance(error, RuntimeError) and "dtype" in str(error))
+    return True
+
+
 def random_tokens(stock: Stock) -> torch.Tensor:
     """[1, T, D], the same ones every time."""
     hidden = stock.config.hidden_size if hasattr(stock.config, "hidden_size") else stock.config.d_model

@@ -21,6 +21,7 @@ from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.checkpoint.values import Values
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.disk import Disk
+from megatron_moe2dense.families.probe import routes_in
 from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.surgery.dense_block import DenseBlock
 from megatron_moe2dense.surgery.experts import Experts, load_experts
@@ -99,12 +100,20 @@ class StreamedModel:
         values = Values(source.index) if self._moe is None else self._moe.values
         self._disk = Disk(self._stock, values.shapes) if self._moe is None else self._moe.disk
         self._tensor = values.reader(reader)
+        self._in_float32 = self._routers_in_float32()
         self._base: Any = self._stock.base
         self._layers = list(self._stock.layers)
         self._recorders = [_Recorder(layer) for layer in self._layers]
         self._stock.put(nn.ModuleList(self._recorders))
         moe = {} if self._moe is None else self._moe.stock.moe
         self._seams = {number: Seam(self._layers[number], self._moe, number) for number in moe if self._moe is not None}
+
+    def _routers_in_float32(self) -> tuple[str, ...]:
+        """What the names of routers' parameters begin with, where the class computes them in float32 whatever the compute type."""
+        moe = {} if self._moe is None else self._moe.stock.moe
+        if self._compute.dtype != torch.float64 or not moe or routes_in(self._stock, moe[max(moe)], torch.float64):
+            return ()
+        return tuple(self._stock.in_model(number, f"{place.router}.") for number, place in moe.items())
 
     @property
     def layers(self) -> list[Any]:
@@ -252,9 +261,11 @@ class StreamedModel:
             whole = prefix + name
             if self._disk.names_of(whole):
                 tensor = self._disk.tensor(whole, self._tensor)
-                dtype = self._stock.keeps(whole, self._compute.dtype) if tensor.is_floating_point() else tensor.dtype
-                found[name] = tensor.to(self._compute.device, dtype)
+                found[name] = tensor.to(self._compute.device, self._type_of(whole) if tensor.is_floating_point() else tensor.dtype)
         return found
+
+    def _type_of(self, name: str) -> torch.dtype:
+        return torch.float32 if name.startswith(self._in_float32) else self._stock.keeps(name, self._compute.dtype)
 
     def _load(self, module: nn.Module, state: dict[str, torch.Tensor]) -> None:
         self._stock.make_buffers(module, self._compute.device)

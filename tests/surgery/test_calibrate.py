@@ -16,6 +16,7 @@ from megatron_moe2dense.cli import main
 from megatron_moe2dense.surgery.stats import STATISTICS, CalibratedStats
 from megatron_moe2dense.tokens.config import TokensConfig
 from megatron_moe2dense.tokens.indexed import windows
+from tests.families.every import tiny_checkpoint
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 from tests.surgery.conftest import SEQUENCE, calibration
 
@@ -173,3 +174,16 @@ def test_damaged_statistics_are_refused(statistics: Path, tmp_path: Path, user_e
     (broken / "stats.safetensors").write_bytes((statistics / "stats.safetensors").read_bytes()[:-8])
     assert "truncated" in user_error("score", f"statistics={broken}")
     assert "moe2dense.json" in user_error("score", f"statistics={tmp_path}")
+
+
+def test_a_router_that_casts_its_input_to_float32_runs_in_float64(tmp_path: Path):
+    """Inkling2's, whose weights the class leaves in the compute type; everything else computes in float64 then."""
+    moe, prefix = tiny_checkpoint(tmp_path / "moe", "inkling2_text"), write_tokens(tmp_path / "text", 160, vocab=128)
+    found = []
+    for dtype in ("float32", "float64"):
+        data = [f"data.path={prefix}", "data.sequence_length=16", f"dtype={dtype}"]
+        main(["calibrate", f"source={moe}", f"output={tmp_path / dtype}", *data])
+        found.append(CalibratedStats.open(tmp_path / dtype).layers)
+    for layer, stats in found[0].items():
+        for name, value in stats.sums.items():
+            assert np.abs(found[1][layer][name] - value).max() < 1e-5 * np.abs(value).max(), (layer, name)
