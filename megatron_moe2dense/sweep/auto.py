@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,11 +26,11 @@ from megatron_moe2dense.evals.models import open_device
 from megatron_moe2dense.surgery import select
 from megatron_moe2dense.surgery.config import ReconstructConfig, RefitConfig, SelectConfig
 from megatron_moe2dense.surgery.convert import flat_weights, require_same_source
-from megatron_moe2dense.surgery.dense_stream import DenseStream
 from megatron_moe2dense.surgery.layout import dense_size
 from megatron_moe2dense.surgery.neurons import selectors
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.ranks import Ranks
+from megatron_moe2dense.surgery.refit.fit import adds_plainly
 from megatron_moe2dense.surgery.refit.planned import Place, block
 from megatron_moe2dense.surgery.rewrite import PLAN_FILE
 from megatron_moe2dense.surgery.source import MoeSource
@@ -42,6 +42,7 @@ from megatron_moe2dense.sweep.grid import make_plans, points, refit_block
 from megatron_moe2dense.tokens.config import TokensConfig
 from megatron_moe2dense.tokens.indexed import windows
 
+Mode = Literal["parallel", "sequential"]
 REPORT = "auto.json"
 _SHOWN = 12
 
@@ -70,7 +71,7 @@ def run(config: AutoConfig) -> None:
     """
     source, statistics = MoeSource.open(config.source), CalibratedStats.open(config.statistics)
     require_same_source(f"{config.statistics}: statistics", statistics.source, source)
-    windows_NS, compute = _judged_on(config, source)
+    windows_NS, compute, modes = _judged_on(config, source)
     groups = groups_of(config.budget, source)
     facts: dict[str, Any] = {"source": source.facts(), "groups": groups}
     with (
@@ -79,7 +80,7 @@ def run(config: AutoConfig) -> None:
     ):
         found = _experts(config, source, reader, statistics, groups) + _neurons(config, groups, working)
         bench = Bench.open(reader, source, compute, windows_NS, Place(working / "refits", config.memory_budget, Ranks()))
-        search = _Search(config, bench, working)
+        search = _Search(config, bench, working, modes)
         best, rounds = search.rounds(found)
         search.planned(best, 1).write(working / PLAN_FILE)
         report = {"format": 1, **facts, "parameters": dense_size(source, groups)[0], "candidates": len(found), "rounds": rounds}
@@ -90,13 +91,14 @@ def run(config: AutoConfig) -> None:
     print(f"\n{config.output}/{PLAN_FILE}: moe2dense convert source={config.source} plan={config.output}/{PLAN_FILE} output=...")
 
 
-def _judged_on(config: AutoConfig, source: MoeSource) -> tuple[np.ndarray, Compute]:
-    """The held-out text, and how it runs; UserError for a model that no dense layer can be judged in."""
+def _judged_on(config: AutoConfig, source: MoeSource) -> tuple[np.ndarray, Compute, tuple[Mode, ...]]:
+    """The held-out text, how it runs, and in which modes refits go with the model, the best last; UserError for a model that no dense
+    layer can be judged in."""
     windows_NS = windows(config.data, source.dims.vocab_size)
     compute = Compute(open_device(config.device), getattr(torch, config.dtype), max(1, config.batch_tokens // config.data.sequence_length))
     with CheckpointReader(source.index) as reader:
-        DenseStream(source, reader, compute).require_alone(windows_NS)
-    return windows_NS, compute
+        plainly = adds_plainly(source, reader, compute, windows_NS)
+    return windows_NS, compute, ("parallel", "sequential") if plainly else ("parallel",)
 
 
 def groups_of(budget: BudgetConfig, source: MoeSource) -> int:
@@ -164,6 +166,7 @@ class _Search:
     config: AutoConfig
     bench: Bench
     working: Path
+    modes: tuple[Mode, ...]
     blocks: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
     def rounds(self, found: Sequence[Candidate]) -> tuple[Candidate, list[dict[str, Any]]]:
@@ -173,13 +176,13 @@ class _Search:
         for number in range(self.config.halvings + 1):
             step = self.config.eta ** (self.config.halvings - number)
             if step == 1:
-                left = _with_modes(left)
+                left = _with_modes(left, self.modes)
             rounds.append(self._round(number, left, step))
             order = _ordered(rounds[-1], left)
             logger.info("round %d: %d models, the best %s", number + 1, len(order), order[0].called)
             left = order[: max(1, len(order) // self.config.eta)]
         if self.config.reconstruct is not None:
-            left = [left[0], _reconstructed(left[0], self.config.reconstruct)]
+            left = [left[0], _reconstructed(left[0], self.config.reconstruct, self.modes[-1])]
             rounds[-1] = _together(rounds[-1], self._round(len(rounds), left[1:], 1))
             left = _ordered(rounds[-1], left)
         return left[0], rounds
@@ -244,17 +247,16 @@ def _together(*rounds: dict[str, Any]) -> dict[str, Any]:
     return {**rounds[0], "model_windows": sum(each["model_windows"] for each in rounds), "models": models}
 
 
-def _reconstructed(candidate: Candidate, settings: ReconstructConfig) -> Candidate:
+def _reconstructed(candidate: Candidate, settings: ReconstructConfig, mode: Mode) -> Candidate:
     """From its refit, or one with the defaults where it has none."""
     refit = candidate.refit or RefitConfig()
-    return replace(candidate, refit=refit.model_copy(update={"mode": "sequential", "reconstruct": settings}))
+    return replace(candidate, refit=refit.model_copy(update={"mode": mode, "reconstruct": settings}))
 
 
-def _with_modes(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Every one with its refit in both modes."""
+def _with_modes(candidates: Sequence[Candidate], modes: tuple[Mode, ...]) -> list[Candidate]:
+    """Every one with its refit in all of these modes."""
     both = []
     for candidate in candidates:
-        modes = ("parallel", "sequential") if candidate.refit is not None else ()
         refits = [candidate.refit.model_copy(update={"mode": mode}) for mode in modes if candidate.refit is not None]
         both += [replace(candidate, refit=refit) for refit in refits] or [candidate]
     return list({candidate.called: candidate for candidate in both}.values())
@@ -279,7 +281,7 @@ def dry_run(config: AutoConfig) -> dict[str, Any]:
     """Width, size and the rounds; plans of experts are really made."""
     source, statistics = MoeSource.open(config.source), CalibratedStats.open(config.statistics)
     require_same_source(f"{config.statistics}: statistics", statistics.source, source)
-    windows_NS, _ = _judged_on(config, source)
+    windows_NS, _, allowed = _judged_on(config, source)
     groups = groups_of(config.budget, source)
     with CheckpointReader(source.index) as reader:
         candidates = len(_experts(config, source, reader, statistics, groups)) + len(config.select) * len(config.grid.refit)
@@ -287,7 +289,7 @@ def dry_run(config: AutoConfig) -> dict[str, Any]:
     for number in range(config.halvings + 1):
         rounds.append({"models": left, "windows": -(-held_out // config.eta ** (config.halvings - number))})
         left = max(1, left // config.eta)
-    modes = 2 if any(config.grid.refit) else 1  # at most: of those left, some may have no refit
+    modes = len(allowed) if any(config.grid.refit) else 1  # at most: of those left, some may have no refit
     rounds[-1]["models"] = rounds[-1]["models"] * modes + (config.reconstruct is not None)
     return {
         "source": source.facts(),

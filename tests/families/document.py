@@ -52,7 +52,8 @@ How to read the table:
   does not know is refused by name.
 - *runs*: *layer by layer*, one decoder layer in memory at a time. *In lockstep*: as little memory, but all windows go through the model
   together, as its layers hand more to each other than hidden states. `sweep`, `auto` and a refit in sequential mode (the default) are
-  refused then; `refit.mode=parallel` works.
+  refused then; `refit.mode=parallel` works. Sequential mode is refused too, and left out by `auto`, where a layer does more with the
+  FFN's output than add it to the residual stream: a norm, a factor or a projection behind it (AXK1, Gemma-4, Granite among others).
 - *trainer*: whether `distill` knows MoE and dense result in Megatron-Core. Without it the result is a checkpoint for another trainer.
 - *engines*: where a dense result gave the logits of transformers ([below](#engines)).
 

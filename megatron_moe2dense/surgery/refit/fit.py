@@ -33,6 +33,8 @@ from megatron_moe2dense.surgery.refit.store import FittedLayers
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
 
+_TRIED, _NEAR = 8, 0.02  # tokens of the trial; relative error of a bfloat16 sum, far below any factor or norm
+
 
 def held_out(windows: int) -> torch.Tensor:
     """Which windows judge and are not fitted on: every tenth, the last one of fewer; none of a single one."""
@@ -210,14 +212,27 @@ class _Layer:
 
 
 class _Tap:
-    """In the place of the MoE block: keeps its input and adds nothing to the residual stream."""
+    """In the place of the MoE block, or of its experts: keeps its input and gives nothing, or `value`."""
 
     def __init__(self) -> None:
-        self.x_BSD: torch.Tensor | None = None
+        self.x: torch.Tensor | None = None
+        self.value: torch.Tensor | None = None
 
-    def __call__(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        self.x_BSD = x_BSD
-        return torch.zeros_like(x_BSD)
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.x = x
+        return torch.zeros_like(x) if self.value is None else self.value.view_as(x)
+
+
+def adds_plainly(source: MoeSource, reader: CheckpointReader, compute: Compute, windows_NS: np.ndarray) -> bool:
+    """Whether a layer adds to the residual stream just what a dense FFN gives, so that a refit in sequential mode can tell from the stream
+    what is missing: no norm, factor or projection behind it. One layer is tried, on a few tokens.
+
+    Raises:
+        UserError: layers that hand more to each other than hidden states.
+    """
+    student = _Student(source, reader, compute)
+    student.begin(windows_NS[:1, :_TRIED], HiddenPlace())
+    return student.adds_plainly(source.layers[0])
 
 
 class _Student(StreamedModel):
@@ -233,9 +248,22 @@ class _Student(StreamedModel):
         self._assemble_with(layer, tap)
         for i, x_BSD in enumerate(self._hidden):
             residual_BSD = self._forward(layer, i, x_BSD)
-            assert tap.x_BSD is not None, "every stock layer calls its MLP"
-            yield tap.x_BSD, residual_BSD
+            assert tap.x is not None, "every stock layer calls its MLP"
+            yield tap.x.reshape(*residual_BSD.shape[:2], -1), residual_BSD
         self._release(layer)
+
+    def adds_plainly(self, layer: int) -> bool:
+        """See the function of that name."""
+        tap = _Tap()
+        self._assemble_with(layer, tap)
+        x_BSD = next(iter(self._hidden))
+        without = self._forward(layer, 0, x_BSD)
+        assert tap.x is not None, "every stock layer calls its MLP"
+        tap.value = torch.randn(tap.x.shape, generator=torch.Generator().manual_seed(0)).to(tap.x)
+        added = self._forward(layer, 0, x_BSD) - without
+        self._release(layer)
+        same = added.numel() == tap.value.numel()
+        return same and bool((added - tap.value.view_as(added)).norm() <= _NEAR * tap.value.norm())
 
     def advance(self, layer: int, ffn: Ffn | None) -> None:
         """The states after the layer; ffn: None for a layer without experts."""

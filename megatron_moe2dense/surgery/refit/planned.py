@@ -17,11 +17,11 @@ from megatron_moe2dense.surgery.calibrate import TextPass, chosen_compute, compu
 from megatron_moe2dense.surgery.config import ConvertConfig, RefitConfig
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.ranks import Ranks
-from megatron_moe2dense.surgery.refit.fit import Refit, parallel
+from megatron_moe2dense.surgery.refit.fit import Refit, adds_plainly, parallel
 from megatron_moe2dense.surgery.refit.layer import RIDGES
 from megatron_moe2dense.surgery.refit.store import FittedLayers
 from megatron_moe2dense.surgery.source import MoeSource
-from megatron_moe2dense.surgery.stream import Compute, StreamedModel
+from megatron_moe2dense.surgery.stream import Compute
 from megatron_moe2dense.tokens.config import TokensConfig
 from megatron_moe2dense.tokens.indexed import windows
 
@@ -140,7 +140,13 @@ def block(settings: RefitConfig, data: TokensConfig, source: MoeSource, ranks: R
     windows_NS, compute = _text(data, source, settings), _compute(settings, data, ranks)
     if settings.mode == "sequential":
         with CheckpointReader(source.index) as reader:
-            StreamedModel(source, reader, compute).require_alone(windows_NS)
+            plainly = adds_plainly(source, reader, compute, windows_NS)
+        if not plainly:
+            raise UserError(
+                f"refit.mode=sequential for {source.family}, whose layers do more with an FFN's output than add it (a norm, a factor)",
+                "for that mode, layers that add it to the residual stream as it is",
+                "use refit.mode=parallel (docs/families.md)",
+            )
     text = hashlib.sha256(f"{windows_NS.shape}".encode() + windows_NS.tobytes()).hexdigest()
     dumped = settings.model_dump(mode="json")
     if settings.reconstruct is None:  # plans made before there was this key are the same plans
