@@ -93,7 +93,7 @@ def _of_moe(source: MoeSource, read: ReadTensor, plan: LayerPlan, x: torch.Tenso
         for expert, scale in zip(plan.experts, plan.scales, strict=True):
             block = DenseBlock(source.gating(plan.layer))
             block.ffn = source.expert(read, plan.layer, expert)
-            total += scale * block(tokens)
+            total += scale / source.routed_factor * block(tokens)  # a plan's scales are weights in the block's output
         return total
 
     if not place.block:
