@@ -13,8 +13,10 @@ from megatron_moe2dense.families.stock import model_class
 
 
 def vocab_size(index: CheckpointIndex) -> int:
-    """Rows of the vocabulary by config.json; UserError when it names none."""
-    size = index.config.get("vocab_size")
+    """Rows of the vocabulary by config.json, of the language model in it where there is one; UserError when it names none."""
+    size = index.config.get("vocab_size", index.config.get("text_config", {}).get("vocab_size"))
+    if size is None and "text_config" in index.config:  # of the class by default
+        size = AutoConfig.from_pretrained(index.directory, local_files_only=True, trust_remote_code=False).get_text_config().vocab_size
     if not isinstance(size, int):
         raise UserError(
             f"{index.directory}/config.json: vocab_size {size!r}", "the config of a causal language model", "check the directory"
@@ -46,8 +48,10 @@ def require_accelerate() -> None:
 
 def _causal_class(index: CheckpointIndex) -> Any:
     """What loads the checkpoint; UserError for a model that predicts no next token."""
-    cls = model_class(AutoConfig.from_pretrained(index.directory, local_files_only=True, trust_remote_code=False))
-    if not cls.__name__.endswith("ForCausalLM"):
+    config = AutoConfig.from_pretrained(index.directory, local_files_only=True, trust_remote_code=False)
+    cls = model_class(config)
+    wraps = config.get_text_config(decoder=True) is not config and not config.is_encoder_decoder
+    if not wraps and not cls.__name__.endswith("ForCausalLM"):
         raise UserError(f"{index.directory}/config.json: {cls.__name__}", "a causal language model", "point to the language model alone")
     return cls
 

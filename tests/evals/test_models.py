@@ -102,3 +102,9 @@ def test_a_config_without_vocabulary_is_refused(tmp_path):
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(UserError, match="a device of this machine"):
         open_device(name)
+
+
+def test_a_model_for_images_around_a_language_model_is_one_of_text(tmp_path):
+    directory = tiny_checkpoint(tmp_path / "m", "qwen3_vl_moe")
+    assert type(load(directory)).__name__ == "Qwen3VLMoeForConditionalGeneration"
+    assert vocab_size(CheckpointIndex.open(directory)) == 128
