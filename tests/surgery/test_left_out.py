@@ -17,7 +17,7 @@ from tests.families.every import tiny_checkpoint
 from tests.helpers.tiny_models import tiny_qwen3_moe, write_tokens
 
 # Of multi-token prediction, in a class whose dense result is another class (without such a rule), and in two that stay themselves.
-HEADS = {"qwen3_5_moe_text": "mtp.", "exaone_moe": "mtp.", "hy_v4": "model.mtp_layers.0."}
+HEADS = {"qwen3_5_moe_text": "mtp.", "exaone_moe": "mtp.", "mimo_v2_flash": "model.mtp."}
 
 
 def with_tensors(path: Path, **more: torch.Tensor) -> Path:
