@@ -118,6 +118,7 @@ class Writer:
         with raise_on_all_ranks(), disk_errors(final):
             if everyone is not None:
                 pickles.make_portable(partial)
+                upstream.write_common(partial)
                 checksums.write(partial, {name: found for digests in everyone for name, found in digests.items()})
                 partial.rename(final)
                 for path in complete(self._directory)[: -self._keep]:

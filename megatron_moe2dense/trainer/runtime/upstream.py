@@ -12,6 +12,7 @@ import pickle
 import queue
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,6 +86,14 @@ def use_experts(mlp: Any, experts: type) -> Any:
     else:
         mlp.submodules.experts.module = experts
     return mlp
+
+
+def write_common(checkpoint: Path) -> None:
+    """What belongs to no tensor in a file of its own, too: 0.19 keeps it among the sharded objects, where earlier versions do not look."""
+    from megatron.core import dist_checkpointing
+
+    if not (checkpoint / "common.pt").exists():
+        torch.save(dist_checkpointing.load_common_state_dict(str(checkpoint)), checkpoint / "common.pt")
 
 
 def write_and_tell(write: Callable[..., None], rank: int, buckets: list[Any], results: Any) -> None:
