@@ -41,12 +41,15 @@ class DenseOutput:
     fits: FittedLayers | None = None
     steps: list[Step] = field(default_factory=list)
 
-    def prepare(self, source: MoeSource, queue_bytes: int) -> ShardWriter:
-        """Lay out the files and find out how far an earlier run came."""
+    def find(self, source: MoeSource) -> None:
+        """What goes where, and how far an earlier run came."""
         self.steps = dense_steps(source, self.plan.groups)
-        shards = shards_of([spec for step in self.steps for spec in step.specs], self.shard_bytes)
-        self.written = Written.find(self.directory, [source.fingerprint, self.plan.hash()], shards, len(self.steps))
-        return ShardWriter(self.directory, shards, queue_bytes)
+        self.shards = shards_of([spec for step in self.steps for spec in step.specs], self.shard_bytes)
+        self.written = Written.find(self.directory, [source.fingerprint, self.plan.hash()], self.shards, len(self.steps))
+
+    def lay_out(self, queue_bytes: int) -> ShardWriter:
+        """The files, in their full size."""
+        return ShardWriter(self.directory, self.shards, queue_bytes)
 
     @property
     def done(self) -> int:
@@ -65,13 +68,15 @@ def write_dense(source: MoeSource, reader: CheckpointReader, outputs: Sequence[D
             budget too small for one layer.
     """
     queue_bytes = _queue_bytes(source, outputs, memory_budget)
+    for output in outputs:
+        output.find(source)
+    first, last = min(output.done for output in outputs), 1 + source.dims.layers
+    if not first:
+        prove(source, reader, outputs[0].plan.groups, memory_budget)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(_CHECKERS, thread_name_prefix="check"))
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        writers = [stack.enter_context(output.prepare(source, queue_bytes)) for output in outputs]
-        first, last = min(output.done for output in outputs), 1 + source.dims.layers
-        if not first:
-            prove(source, reader, outputs[0].plan.groups, memory_budget)
+        writers = [stack.enter_context(output.lay_out(queue_bytes)) for output in outputs]
         checks = {first: _check(source, reader, pool, first - 1)} if first < last else {}
         for number in progress(range(first, last), "convert", unit="layer", initial=first, total=last):
             for future in checks.pop(number):

@@ -161,7 +161,7 @@ def constant_routing(model: PreTrainedModel, plan: dict[str, Any], kept: nn.Modu
     for name, module in experts_modules(model).items():
         layer = layers[number_of(name)]
         experts_K, scales_G = torch.tensor(layer["experts"]), torch.tensor(layer["scales"])
-        scales_K = scales_G[torch.tensor(layer["group_of"])] / BEHIND.get(model.config.model_type, 1.0)
+        scales_K = scales_G[torch.tensor(layer["group_of"])] / BEHIND.get(model.config.get_text_config().model_type, 1.0)
 
         def fixed(_module: nn.Module, arguments: Any, experts_K: torch.Tensor = experts_K, scales_K: torch.Tensor = scales_K) -> Any:
             x, _, gates_TA = arguments

@@ -49,7 +49,7 @@ IN_FLOAT64 = ("qwen3_5_moe_text", "qwen3_next")
 # Its router computes in float32 whatever type its weights have, so the stock model runs in no other.
 IN_FLOAT32 = ("inkling2_text",)
 WINDOWS = np.random.default_rng(0).integers(0, 128, (10, 16))
-REFUSED = {name: exception.refused for name, exception in EXCEPTIONS.items() if exception.refused}
+REFUSED = {name: EXCEPTIONS[name].refused for name in moe_types() if name in EXCEPTIONS and EXCEPTIONS[name].refused}
 CONVERTED = [model_type for model_type in moe_types() if model_type not in REFUSED]
 # Forms of a type that a config key switches on, with another dense form: of the same name before the colon.
 VARIANTS: dict[str, dict[str, Any]] = {"nemotron_h:moe_latent_size": {"moe_latent_size": 32}}
