@@ -155,6 +155,10 @@ def _held(block: nn.Module, gate: str | None, share: float) -> Iterator[None]:
         yield
         return
     logit = math.log(share / (1 - share))
-    hook = block.get_submodule(gate).register_forward_hook(lambda _, __, output: torch.full_like(output, logit))
+
+    def constant(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(output, logit)
+
+    hook = block.get_submodule(gate).register_forward_hook(constant)
     yield
     hook.remove()
