@@ -25,6 +25,9 @@ from megatron_moe2dense.families.stock import MoePlace, Stock
 from megatron_moe2dense.families.table import EXCEPTIONS, FamilyException
 
 _WIDTHS = r"intermediate|ffn_(hidden|dim)|hidden_dim$"  # in the names of keys that count neurons
+# What a published config.json says of its own files: how they are coded, which module beside them reads them, and GPT-OSS' second name for
+# num_experts_per_tok, which the stock class does not read.
+_OF_SOURCE_FILES = ("quantization_config", "auto_map", "experts_per_token")
 _ROWS = 8  # a width that stock grouped matrix products run in every type: rows of 16 bytes in bfloat16
 _MARKS = (999_983, 1_000_003, 1_000_033, 1_000_037, 1_000_039, 1_000_081, 1_000_099, 1_000_117, 1_000_121, 1_000_133)  # primes
 
@@ -58,7 +61,7 @@ class Dense:
         """The content of config.json: every key that the class has, none left to a default that another reader may not share. source: the
         MoE's, for the type of its numbers."""
         whole = self.stock.model.config
-        written = {name: value for name, value in whole.to_diff_dict().items() if name != "quantization_config"}
+        written = {name: value for name, value in whole.to_diff_dict().items() if name not in _OF_SOURCE_FILES}
         written["architectures"] = [type(self.stock.model).__name__]
         dtype = source.get("dtype", source.get("torch_dtype"))
         return {**written, "model_type": whole.model_type, **({} if dtype is None else {"dtype": dtype})}

@@ -1,8 +1,13 @@
-"""The public config.json of the models of the paper, without what no size depends on."""
+"""The public config.json of the models of the paper, without what no size depends on, and those of their dense results."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from transformers import AutoConfig
+
+from megatron_moe2dense.families.dense import DenseForm
+from megatron_moe2dense.families.stock import Stock
 
 QWEN3_30B_A3B: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -143,3 +148,8 @@ QWEN3_32B: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+
+
+def dense_config(config: dict[str, Any], neurons: int) -> dict[str, Any]:
+    """config.json of what `convert` writes for a MoE, with `neurons` in every dense FFN."""
+    return DenseForm(Stock(AutoConfig.for_model(**config))).of(neurons).config(config)
