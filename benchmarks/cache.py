@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.outputs import read_json, write_json
-from megatron_moe2dense.families import FAMILIES
+from megatron_moe2dense.families.dense import DenseForm
+from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.trainer import distill
 from megatron_moe2dense.trainer.cache import write
 from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
@@ -33,11 +34,9 @@ VOCABULARY = 151_936  # Qwen3's, for the bytes of full logits
 def dense_student(folder: Path) -> Path:
     """A random dense model of the shape that `convert` gives the example's teacher."""
     content = read_json(EXAMPLE / "model/config.json", "the example's config")
-    family = FAMILIES[content["model_type"]]
-    dims = family.dims(content)
-    assert family.dense_config is not None
+    active = content["num_experts_per_tok"] * content["moe_intermediate_size"]
     folder.mkdir()
-    write_json(folder / "config.json", family.dense_config(content, dims.active * dims.expert_width))
+    write_json(folder / "config.json", DenseForm(Stock.read(EXAMPLE / "model")).of(active).config(content))
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).save_pretrained(folder)
     return folder

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.outputs import read_json, write_json
-from megatron_moe2dense.families import FAMILIES
+from megatron_moe2dense.families.dense import DenseForm
+from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.tokens.indexed import TokenFile
 from megatron_moe2dense.trainer import distill, runtime
 from megatron_moe2dense.trainer import groups as process_groups
@@ -39,10 +40,8 @@ LENGTH, MICRO, STEPS, ROUNDS = 256, 8, 2, 20
 def dense_student(folder: Path) -> Path:
     """A random dense model of the shape that `convert` gives the example's teacher."""
     content = read_json(EXAMPLE / "model/config.json", "the example's config")
-    family = FAMILIES[content["model_type"]]
-    dims = family.dims(content)
-    assert family.dense_config is not None
-    write_json(folder / "config.json", family.dense_config(content, dims.active * dims.expert_width))
+    active = content["num_experts_per_tok"] * content["moe_intermediate_size"]
+    write_json(folder / "config.json", DenseForm(Stock.read(EXAMPLE / "model")).of(active).config(content))
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     model.save_pretrained(folder)
     return folder

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from megatron_moe2dense.families import family_of
 from megatron_moe2dense.operations.plan.config import HardwareConfig
 from megatron_moe2dense.operations.plan.hardware import Machine
 from megatron_moe2dense.operations.plan.job import Job
@@ -23,7 +22,7 @@ from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
 from megatron_moe2dense.trainer.losses import losses
 from megatron_moe2dense.trainer.model import ModelSpec
 from studies.report import markdown, put_between
-from tests.families.published import QWEN3_30B_A3B
+from tests.families.published import QWEN3_30B_A3B, dense_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = [8 << power for power in range(10)]
@@ -131,9 +130,7 @@ def distillation(gpus: int) -> tuple[Job, float]:
 
     The batch grows from 0.5M tokens with the GPUs beyond 256, one sequence a GPU at least.
     """
-    family = family_of(QWEN3_30B_A3B, "published")
-    assert family.dense_config is not None
-    student = spec_of(family.dense_config(QWEN3_30B_A3B, 8 * 768))
+    student = spec_of(dense_config(QWEN3_30B_A3B, 8 * 768))
     start = Job(
         student=student,
         teacher=spec_of(QWEN3_30B_A3B),

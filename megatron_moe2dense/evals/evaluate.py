@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -246,9 +245,8 @@ def _active_parameters(index: CheckpointIndex) -> int:
     if spec is None or not layers:
         return total
     dims = spec.dims(index.config)
-    shapes = spec.moe[0].experts.shapes(layers[0], dims.hidden_size, dims.expert_width, dims.experts)
-    experts = sum(prod(shape) for shape in shapes.values())
-    return total - len(layers) * experts * (dims.experts - dims.active) // dims.experts
+    expert = spec.moe[0].experts.parameters(dims.hidden_size, dims.expert_width)
+    return total - len(layers) * (dims.experts - dims.active) * expert
 
 
 def _plan_hash(directory: Path) -> str | None:

@@ -21,7 +21,7 @@ from megatron_moe2dense.families.qwen2_moe import QWEN2_MOE
 from megatron_moe2dense.families.qwen3 import QWEN3
 from megatron_moe2dense.families.qwen3_moe import QWEN3_MOE
 from megatron_moe2dense.families.smaller import smaller_config
-from megatron_moe2dense.families.spec import ClampedSwiglu, Dims, FamilySpec, GroupLimit, MegatronRule, Router
+from megatron_moe2dense.families.spec import Dims, FamilySpec, GroupLimit, MegatronRule, Router
 
 FAMILIES: dict[str, FamilySpec] = {
     spec.name: spec for spec in (QWEN3_MOE, DEEPSEEK_V2, GPT_OSS, OLMOE, MIXTRAL, QWEN2_MOE, DEEPSEEK_V3, QWEN3, MISTRAL, QWEN2)
@@ -29,7 +29,6 @@ FAMILIES: dict[str, FamilySpec] = {
 
 __all__ = [
     "FAMILIES",
-    "ClampedSwiglu",
     "Dims",
     "FamilySpec",
     "FfnTensors",
@@ -38,7 +37,6 @@ __all__ = [
     "MoeTensors",
     "Router",
     "family_of",
-    "moe_family_of",
     "smaller_config",
 ]
 
@@ -60,14 +58,4 @@ def family_of(config: Mapping[str, Any], where: str) -> FamilySpec:
         spec.dims(config)
     except KeyError as error:
         raise UserError(f"{where}: no key {error}", f"the config of a {spec.name} model", "take the model's own config.json") from None
-    return spec
-
-
-def moe_family_of(config: Mapping[str, Any], where: str) -> FamilySpec:
-    """As `family_of`, but a family without experts is a UserError too."""
-    spec = family_of(config, where)
-    if not spec.moe_layers(config):
-        moe = [name for name, other in FAMILIES.items() if other.moe]
-        found = "without a layer of experts" if spec.moe else "is a dense family"
-        raise UserError(f"{where}: {spec.name} {found}", f"a MoE: {', '.join(moe)}", "point to the MoE checkpoint")
     return spec

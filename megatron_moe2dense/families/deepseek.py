@@ -4,38 +4,20 @@ itself with `first_k_dense_replace` = all layers."""
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from megatron_moe2dense.families.dims import decoder_dims, first_of, without
+from megatron_moe2dense.families.dims import decoder_dims, first_of
 from megatron_moe2dense.families.layout import MoeTensors, fused, mlp
 from megatron_moe2dense.families.spec import Dims, HfConfig
 
 BLOCK = "model.layers.{layer}.mlp."
 FFN = mlp(BLOCK)
 
-_MOE_KEYS = (
-    "aux_loss_alpha",
-    "ep_size",
-    "moe_intermediate_size",
-    "moe_layer_freq",
-    "n_group",
-    "n_routed_experts",
-    "n_shared_experts",
-    "norm_topk_prob",
-    "num_experts_per_tok",
-    "routed_scaling_factor",
-    "scoring_func",
-    "seq_aux",
-    "topk_group",
-    "topk_method",
-)
-
 
 def layouts(correction: str | None = None) -> tuple[MoeTensors, ...]:
     """The block with a tensor for each expert, as published, and with all of them in one. correction: the router's, if any."""
     experts = (mlp(BLOCK + "experts.{expert}."), fused(BLOCK + "experts."))
     shared = mlp(BLOCK + "shared_experts.")
-    return tuple(MoeTensors(BLOCK, BLOCK + "gate.weight", each, correction=correction, shared=shared) for each in experts)
+    return tuple(MoeTensors(BLOCK + "gate.weight", each, correction=correction, shared=shared) for each in experts)
 
 
 def moe_layers(config: HfConfig) -> tuple[int, ...]:
@@ -57,9 +39,3 @@ def dims(config: HfConfig) -> Dims:
         expert_width=width,
         shared_width=config["n_shared_experts"] * width,
     )
-
-
-def dense_config(config: HfConfig, width: int) -> dict[str, Any]:
-    """config.json of the same class without a MoE layer."""
-    layers = config["num_hidden_layers"]
-    return {**without(config, *_MOE_KEYS), "first_k_dense_replace": layers, "intermediate_size": width}

@@ -28,6 +28,4 @@ DEEPSEEK_V2 = FamilySpec(
     moe=deepseek.layouts(),
     moe_layers=deepseek.moe_layers,
     router=_router,
-    dense_target="deepseek_v2",
-    dense_config=deepseek.dense_config,
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from megatron_moe2dense.families import deepseek, deepseek_megatron
 from megatron_moe2dense.families.spec import FamilySpec, GroupLimit, HfConfig, Router
 
@@ -17,11 +15,6 @@ def _router(config: HfConfig) -> Router:
     )
 
 
-def _dense_config(config: HfConfig, width: int) -> dict[str, Any]:
-    # The multi-token prediction layer behind the last one is a MoE layer too; it is left out.
-    return {**deepseek.dense_config(config, width), "num_nextn_predict_layers": 0}
-
-
 DEEPSEEK_V3 = FamilySpec(
     name="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
@@ -32,6 +25,4 @@ DEEPSEEK_V3 = FamilySpec(
     moe=deepseek.layouts(correction=deepseek.BLOCK + "gate.e_score_correction_bias"),
     moe_layers=deepseek.moe_layers,
     router=_router,
-    dense_target="deepseek_v3",
-    dense_config=_dense_config,
 )

@@ -34,9 +34,3 @@ def decoder_dims(config: HfConfig, norm_eps: float = 1e-6, theta: float = 10_000
         rope_theta=rope_theta(config, theta),
         dense_width=config.get("intermediate_size", 0),
     )
-
-
-def without(config: HfConfig, *names: str) -> dict[str, Any]:
-    """The config without keys that mean nothing to the dense result, nor those that describe how the source was stored or coded."""
-    dropped = {*names, "quantization_config", "auto_map", "output_router_logits", "router_aux_loss_coef"}
-    return {name: value for name, value in config.items() if name not in dropped}

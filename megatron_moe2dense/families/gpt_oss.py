@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families.dims import decoder_dims, first_of, without
+from megatron_moe2dense.families.dims import decoder_dims, first_of
 from megatron_moe2dense.families.layout import FfnTensors, MoeTensors
 from megatron_moe2dense.families.megatron import (
     TRUNK_RULES,
@@ -20,7 +20,7 @@ from megatron_moe2dense.families.megatron import (
     sliding_layers,
     window_fields,
 )
-from megatron_moe2dense.families.spec import ClampedSwiglu, Dims, FamilySpec, HfConfig, Router
+from megatron_moe2dense.families.spec import Dims, FamilySpec, HfConfig, Router
 
 _BLOCK = "model.layers.{layer}.mlp."
 _ROUTER, _ROUTER_BIAS = _BLOCK + "router.weight", _BLOCK + "router.bias"
@@ -34,7 +34,7 @@ _EXPERTS = FfnTensors(
     interleaved=True,
 )
 _MXFP4 = dataclasses.replace(_EXPERTS, transposed=False, mxfp4=True)
-_MOE = tuple(MoeTensors(_BLOCK, _ROUTER, experts, router_bias=_ROUTER_BIAS) for experts in (_EXPERTS, _MXFP4))
+_MOE = tuple(MoeTensors(_ROUTER, experts, router_bias=_ROUTER_BIAS) for experts in (_EXPERTS, _MXFP4))
 # What the stock class takes where config.json does not say.
 _ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
 _WINDOW = 128
@@ -51,20 +51,11 @@ def _dims(config: HfConfig) -> Dims:
     )
 
 
-def _dense_config(config: HfConfig, width: int) -> dict[str, Any]:
-    kept = without(config, "num_experts", "experts_per_token")
-    return {**kept, "num_local_experts": 1, "num_experts_per_tok": 1, "intermediate_size": width}
-
-
-def _clamped_swiglu(config: HfConfig) -> ClampedSwiglu:
-    return ClampedSwiglu(config.get("swiglu_alpha", _QUICK_GELU), config.get("swiglu_limit", 7.0))
-
-
 def _megatron_config(config: HfConfig) -> dict[str, Any]:
-    swiglu = _clamped_swiglu(config)
-    if swiglu.alpha != _QUICK_GELU or not config.get("attention_bias", True):
+    alpha = config.get("swiglu_alpha", _QUICK_GELU)
+    if alpha != _QUICK_GELU or not config.get("attention_bias", True):
         raise UserError(
-            f"config.json: swiglu_alpha {swiglu.alpha}, attention_bias {config.get('attention_bias', True)}",
+            f"config.json: swiglu_alpha {alpha}, attention_bias {config.get('attention_bias', True)}",
             f"swiglu_alpha {_QUICK_GELU} and attention_bias true, as published",
             "use a model with these",
         )
@@ -74,7 +65,7 @@ def _megatron_config(config: HfConfig) -> dict[str, Any]:
         **decoder_fields(config if has_rope else {**config, "rope_parameters": _ROPE}),
         "activation": "quick_gelu",
         "glu_linear_offset": 1.0,
-        "activation_func_clamp_value": swiglu.limit,
+        "activation_func_clamp_value": config.get("swiglu_limit", 7.0),
         "add_bias_linear": True,
         "softmax_type": "learnable",
         "cp_comm_type": "a2a",
@@ -101,9 +92,5 @@ GPT_OSS = FamilySpec(
     moe_layers=lambda config: tuple(range(config["num_hidden_layers"])),
     # The stock router takes the softmax over the selected logits: the same as renormalising the softmax over all.
     router=lambda _config: Router("softmax", renormalize=True),
-    returns_scores=True,
-    clamped_swiglu=_clamped_swiglu,
-    dense_target="gpt_oss",
-    dense_config=_dense_config,
     added=lambda config: {_ROUTER: (1, config["hidden_size"]), _ROUTER_BIAS: (1,)},
 )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from megatron_moe2dense.families.dims import decoder_dims, first_of, rope_theta, without
+from megatron_moe2dense.families.dims import decoder_dims, first_of
 from megatron_moe2dense.families.layout import MoeTensors, fused, mlp
 from megatron_moe2dense.families.megatron import TRUNK_RULES, attention_rules, expert_rules
 from megatron_moe2dense.families.mistral import MISTRAL, mistral_megatron_config
@@ -15,8 +14,8 @@ _NORM_EPS, _THETA = 1e-5, 1e6  # where config.json does not say
 _PUBLISHED = "model.layers.{layer}.block_sparse_moe."
 _IN_MEMORY = "model.layers.{layer}.mlp."
 _MOE = (
-    MoeTensors(_PUBLISHED, _PUBLISHED + "gate.weight", mlp(_PUBLISHED + "experts.{expert}.", ("w1", "w3", "w2"))),
-    MoeTensors(_IN_MEMORY, _IN_MEMORY + "gate.weight", fused(_IN_MEMORY + "experts.")),
+    MoeTensors(_PUBLISHED + "gate.weight", mlp(_PUBLISHED + "experts.{expert}.", ("w1", "w3", "w2"))),
+    MoeTensors(_IN_MEMORY + "gate.weight", fused(_IN_MEMORY + "experts.")),
 )
 
 
@@ -30,21 +29,6 @@ def _dims(config: HfConfig) -> Dims:
     )
 
 
-def _dense_config(config: HfConfig, width: int) -> dict[str, Any]:
-    kept = without(config, "num_local_experts", "num_experts", "num_experts_per_tok", "router_jitter_noise")
-    if "rope_parameters" not in config:
-        kept["rope_theta"] = rope_theta(config, _THETA)
-    return {
-        **kept,
-        # Mistral's defaults differ: a window of 4096, another epsilon.
-        "sliding_window": config.get("sliding_window"),
-        "rms_norm_eps": config.get("rms_norm_eps", _NORM_EPS),
-        "model_type": MISTRAL.name,
-        "architectures": [MISTRAL.architecture],
-        "intermediate_size": width,
-    }
-
-
 MIXTRAL = FamilySpec(
     name="mixtral",
     architecture="MixtralForCausalLM",
@@ -55,6 +39,4 @@ MIXTRAL = FamilySpec(
     moe=_MOE,
     moe_layers=lambda config: tuple(range(config["num_hidden_layers"])),
     router=lambda _config: Router("softmax", renormalize=True),
-    dense_target=MISTRAL.name,
-    dense_config=_dense_config,
 )

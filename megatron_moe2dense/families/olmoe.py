@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families.dims import decoder_dims, first_of, without
+from megatron_moe2dense.families.dims import decoder_dims, first_of
 from megatron_moe2dense.families.layout import MoeTensors, fused, mlp
 from megatron_moe2dense.families.megatron import TRUNK_RULES, attention_rules, decoder_fields, dense_rules, expert_rules
 from megatron_moe2dense.families.spec import Dims, FamilySpec, HfConfig, Router
@@ -17,7 +17,7 @@ from megatron_moe2dense.families.spec import Dims, FamilySpec, HfConfig, Router
 _BLOCK = "model.layers.{layer}.mlp."
 _ROUTER = _BLOCK + "gate.weight"
 _EXPERTS = mlp(_BLOCK + "experts.{expert}.")
-_MOE = (MoeTensors(_BLOCK, _ROUTER, _EXPERTS), MoeTensors(_BLOCK, _ROUTER, fused(_BLOCK + "experts.")))
+_MOE = (MoeTensors(_ROUTER, _EXPERTS), MoeTensors(_ROUTER, fused(_BLOCK + "experts.")))
 
 
 def _dims(config: HfConfig) -> Dims:
@@ -32,11 +32,6 @@ def _dims(config: HfConfig) -> Dims:
 
 def _router(config: HfConfig) -> Router:
     return Router("softmax", renormalize=bool(config.get("norm_topk_prob", False)))
-
-
-def _dense_config(config: HfConfig, width: int) -> dict[str, Any]:
-    kept = without(config, "num_local_experts")
-    return {**kept, "num_experts": 1, "num_experts_per_tok": 1, "intermediate_size": width}
 
 
 def _megatron_config(config: HfConfig) -> dict[str, Any]:
@@ -64,7 +59,5 @@ OLMOE = FamilySpec(
     moe=_MOE,
     moe_layers=lambda config: tuple(range(config["num_hidden_layers"])),
     router=_router,
-    dense_target="olmoe",
-    dense_config=_dense_config,
     added=lambda config: {_ROUTER: (1, config["hidden_size"])},
 )

@@ -8,15 +8,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megatron_moe2dense.families.dims import without
 from megatron_moe2dense.families.layout import MoeTensors, fused, mlp
 from megatron_moe2dense.families.megatron import decoder_fields, expert_rules, shared_expert_rules
 from megatron_moe2dense.families.qwen2 import QWEN2, QWEN2_RULES, qwen_window_fields
-from megatron_moe2dense.families.qwen3_moe import QWEN_MOE_KEYS, qwen_moe_dims, sparse_layers
+from megatron_moe2dense.families.qwen3_moe import qwen_moe_dims, sparse_layers
 from megatron_moe2dense.families.spec import Dims, FamilySpec, HfConfig, Router
 
 _BLOCK = "model.layers.{layer}.mlp."
-_MOE_KEYS = (*QWEN_MOE_KEYS, "qkv_bias", "shared_expert_intermediate_size")
 
 
 def _dims(config: HfConfig) -> Dims:
@@ -33,27 +31,10 @@ def _sliding_layers(config: HfConfig) -> list[bool]:
     return [layer % 2 == 0 and layer < last for layer in range(config["num_hidden_layers"])]
 
 
-def _dense_config(config: HfConfig, width: int) -> dict[str, Any]:
-    kept = without(config, *_MOE_KEYS)
-    if config.get("use_sliding_window") and "layer_types" not in config:
-        # Which layers slide is another rule in Qwen2: say it out loud.
-        kept["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in _sliding_layers(config)]
-    return {**kept, "model_type": QWEN2.name, "architectures": [QWEN2.architecture], "intermediate_size": width}
-
-
-def _added(config: HfConfig) -> dict[str, tuple[int, ...]]:
-    """Qwen2 always has biases of query, key and value; without them in the source they are zero."""
-    if config.get("qkv_bias", True):
-        return {}
-    dims = _dims(config)
-    widths = {"q": dims.heads * dims.head_dim, "k": dims.kv_heads * dims.head_dim, "v": dims.kv_heads * dims.head_dim}
-    return {f"model.layers.{{layer}}.self_attn.{name}_proj.bias": (width,) for name, width in widths.items()}
-
-
 def _layout(stacked: bool) -> MoeTensors:
     experts = fused(_BLOCK + "experts.") if stacked else mlp(_BLOCK + "experts.{expert}.")
     shared, gate = mlp(_BLOCK + "shared_expert."), _BLOCK + "shared_expert_gate.weight"
-    return MoeTensors(_BLOCK, _BLOCK + "gate.weight", experts, shared=shared, shared_gate=gate)
+    return MoeTensors(_BLOCK + "gate.weight", experts, shared=shared, shared_gate=gate)
 
 
 _MOE = (_layout(stacked=False), _layout(stacked=True))
@@ -78,7 +59,4 @@ QWEN2_MOE = FamilySpec(
     moe=_MOE,
     moe_layers=sparse_layers,
     router=_router,
-    dense_target=QWEN2.name,
-    dense_config=_dense_config,
-    added=_added,
 )

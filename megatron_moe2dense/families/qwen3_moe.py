@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megatron_moe2dense.families.dims import decoder_dims, first_of, without
+from megatron_moe2dense.families.dims import decoder_dims, first_of
 from megatron_moe2dense.families.layout import MoeTensors, fused, mlp
 from megatron_moe2dense.families.megatron import expert_rules
 from megatron_moe2dense.families.qwen2 import qwen_window_fields
@@ -15,18 +15,7 @@ from megatron_moe2dense.families.spec import Dims, FamilySpec, HfConfig, Router
 _BLOCK = "model.layers.{layer}.mlp."
 _ROUTER = _BLOCK + "gate.weight"
 _EXPERTS = mlp(_BLOCK + "experts.{expert}.")
-_MOE = (MoeTensors(_BLOCK, _ROUTER, _EXPERTS), MoeTensors(_BLOCK, _ROUTER, fused(_BLOCK + "experts.")))
-
-# Keys of a Qwen MoE's config that mean nothing to its dense relative.
-QWEN_MOE_KEYS = (
-    "decoder_sparse_step",
-    "mlp_only_layers",
-    "moe_intermediate_size",
-    "norm_topk_prob",
-    "num_experts",
-    "num_experts_per_tok",
-    "num_local_experts",
-)
+_MOE = (MoeTensors(_ROUTER, _EXPERTS), MoeTensors(_ROUTER, fused(_BLOCK + "experts.")))
 
 
 def qwen_moe_dims(config: HfConfig) -> Dims:
@@ -49,10 +38,6 @@ def sparse_layers(config: HfConfig) -> tuple[int, ...]:
     return tuple(i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0)
 
 
-def _dense_config(config: HfConfig, width: int) -> dict[str, Any]:
-    return {**without(config, *QWEN_MOE_KEYS), "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "intermediate_size": width}
-
-
 def _megatron_config(config: HfConfig) -> dict[str, Any]:
     return {**qwen3_megatron_config(config), **qwen_window_fields(config, [True] * config["num_hidden_layers"])}
 
@@ -67,6 +52,4 @@ QWEN3_MOE = FamilySpec(
     moe=_MOE,
     moe_layers=sparse_layers,
     router=_router,
-    dense_target="qwen3",
-    dense_config=_dense_config,
 )

@@ -1,4 +1,4 @@
-"""What a model family is: sizes, router, where its tensors stand, dense target and the Megatron-Core name table."""
+"""What a model family is to the trainer: sizes, router, where its tensors stand and the Megatron-Core name table."""
 
 from __future__ import annotations
 
@@ -59,14 +59,6 @@ class Router:
 
 
 @dataclass(frozen=True)
-class ClampedSwiglu:
-    """h = min(gate, limit) * sigmoid(alpha * min(gate, limit)) * (clamp(up, -limit, limit) + 1)."""
-
-    alpha: float
-    limit: float
-
-
-@dataclass(frozen=True)
 class MegatronRule:
     """One row of the weight-name table between Megatron-Core and Hugging Face.
 
@@ -106,16 +98,14 @@ class FamilySpec:
     """One model family. Callables take the content of config.json and return plain data.
 
     architecture: class name of the stock transformers causal LM.
-    ffn: the dense FFN: of layers without experts, and what a conversion to this family writes.
+    ffn: the FFN of layers without experts, or of the one expert that stands in the place of all.
     megatron: the name table. megatron_config(config): TransformerConfig fields the family needs, as plain data
         (activation by its name). Both None: the trainer does not know the family.
     moe: where the MoE blocks stand, one entry for each layout found on disk; empty for a dense family.
     moe_layers(config): numbers of the layers with experts. router(config): how they route.
-    module: the stock module of the whole MoE block inside a decoder layer. returns_scores: it returns (output, scores).
-    clamped_swiglu: None when act(gate) * up with the config's hidden_act.
-    dense_target: family name of the dense result. dense_config(config, width): its config.json.
     axes: of every tensor of a dense family what its axes count (families/axes.py); None: the family can not be pruned to a shape.
-    added(config): tensors the dense class has and the source lacks, name templates with their shapes; written as zeros.
+    added(config): where the dense result is the class itself with one expert, what Megatron's dense model has no place for (its
+        router): name templates with their shapes; exported as zeros.
     """
 
     name: str
@@ -127,10 +117,5 @@ class FamilySpec:
     moe: tuple[MoeTensors, ...] = ()
     moe_layers: Callable[[HfConfig], tuple[int, ...]] = field(default=_no_layers)
     router: Callable[[HfConfig], Router] | None = None
-    module: str = "mlp"
-    returns_scores: bool = False
-    clamped_swiglu: Callable[[HfConfig], ClampedSwiglu] | None = None
-    dense_target: str | None = None
-    dense_config: Callable[[HfConfig, int], dict[str, Any]] | None = None
     axes: Mapping[str, str] | None = None
     added: Callable[[HfConfig], dict[str, tuple[int, ...]]] = field(default=_nothing_added)

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families import FAMILIES, FamilySpec, family_of, moe_family_of
-from tests.families.published import QWEN3_30B_A3B
-from tests.helpers.tiny_models import tiny, tiny_qwen3, tiny_qwen3_moe
+from megatron_moe2dense.families import FAMILIES, FamilySpec, family_of
+from tests.families.published import QWEN3_30B_A3B, dense_config
+from tests.helpers.tiny_models import tiny, tiny_qwen3_moe
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -124,49 +124,22 @@ def test_the_published_config_and_the_one_transformers_writes_mean_the_same(old_
     assert (dims.experts, dims.rope_theta) == (8, 10_000.0)
 
 
-def test_the_dense_config_is_one_stock_transformers_reads_without_a_trace_of_experts(spec: FamilySpec, index: CheckpointIndex):
-    if spec.dense_config is None:
-        assert not spec.moe
-        assert spec.dense_target is None
-        return
-    config = spec.dense_config(index.config, 96)
-    target = FAMILIES[str(spec.dense_target)]
-    assert family_of(config, "here") is target
-    loaded = AutoConfig.for_model(**config)
-    assert loaded.intermediate_size == 96
-    one_expert = bool(target.moe_layers(config))
-    sizes = {"experts": 1, "active": 1, "expert_width": 96} if one_expert else {"experts": 0, "active": 0, "expert_width": 0}
-    source, dense = spec.dims(index.config), target.dims(config)
-    assert dataclasses.replace(source, **sizes, shared_width=0, dense_width=0 if one_expert else 96) == dense
-    stock = type(loaded)().to_dict()
-    known = {*stock, "architectures", "transformers_version", "torch_dtype", "dtype", "rope_theta"}
-    assert set(config) <= known, f"keys that mean nothing to a {target.name}: {sorted(set(config) - known)}"
-    left = {"num_experts_per_tok", "num_experts", "num_local_experts", "moe_intermediate_size", "n_routed_experts", "n_shared_experts"}
-    assert one_expert or not left & set(config)
-
-
-def test_an_unsupported_or_incomplete_config_is_refused(tmp_path: Path):
+def test_an_unsupported_or_incomplete_config_is_refused():
     with pytest.raises(UserError, match="did you mean 'qwen3_moe'"):
         family_of({"model_type": "qwen3_mow"}, "config.json")
     with pytest.raises(UserError, match=r"docs/adding\.md"):
         family_of({}, "config.json")
     with pytest.raises(UserError, match="hidden_size"):
         family_of({key: value for key, value in QWEN3_30B_A3B.items() if key != "hidden_size"}, "config.json")
-    with pytest.raises(UserError, match="dense family"):
-        moe_family_of(CheckpointIndex.open(tiny_qwen3(tmp_path / "dense")).config, "config.json")
 
 
 def test_defaults_that_the_dense_class_does_not_share_are_written_out():
-    mixtral = FAMILIES["mixtral"]
     config = {"model_type": "mixtral", "hidden_size": 64, "num_attention_heads": 4, "num_experts_per_tok": 2, "num_hidden_layers": 3}
-    assert mixtral.dense_config is not None
-    source, dense = transformers.MixtralConfig(**config), AutoConfig.for_model(**mixtral.dense_config(config, 96))
+    source, dense = transformers.MixtralConfig(**config), AutoConfig.for_model(**dense_config(config, 96))
     for name in ("sliding_window", "rms_norm_eps", "rope_parameters", "num_key_value_heads", "hidden_act"):
         assert getattr(dense, name) == getattr(source, name), name
 
-    qwen2_moe = FAMILIES["qwen2_moe"]
     config = {"model_type": "qwen2_moe", "use_sliding_window": True, "max_window_layers": 5, "num_hidden_layers": 8}
-    assert qwen2_moe.dense_config is not None
-    source, dense = transformers.Qwen2MoeConfig(**config), AutoConfig.for_model(**qwen2_moe.dense_config(config, 96))
+    source, dense = transformers.Qwen2MoeConfig(**config), AutoConfig.for_model(**dense_config(config, 96))
     for name in ("sliding_window", "layer_types", "rms_norm_eps", "rope_parameters", "hidden_act"):
         assert getattr(dense, name) == getattr(source, name), name

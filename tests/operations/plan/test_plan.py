@@ -14,7 +14,6 @@ import yaml
 from megatron_moe2dense import cli
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families import family_of
 from megatron_moe2dense.operations.plan import memory, run, timing
 from megatron_moe2dense.operations.plan.activations import in_flight
 from megatron_moe2dense.operations.plan.communication import Traffic
@@ -25,7 +24,7 @@ from megatron_moe2dense.trainer.cache import write
 from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
 from megatron_moe2dense.trainer.data.config import StreamConfig
 from megatron_moe2dense.trainer.flops import forward_flops
-from tests.families.published import GPT_OSS_20B, QWEN3_30B_A3B
+from tests.families.published import GPT_OSS_20B, QWEN3_30B_A3B, dense_config
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -33,9 +32,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("configs")
-    family = family_of(QWEN3_30B_A3B, "published")
-    assert family.dense_config is not None
-    contents = {"teacher": QWEN3_30B_A3B, "student": family.dense_config(QWEN3_30B_A3B, 8 * 768), "gpt_oss": GPT_OSS_20B}
+    contents = {"teacher": QWEN3_30B_A3B, "student": dense_config(QWEN3_30B_A3B, 8 * 768), "gpt_oss": GPT_OSS_20B}
     for name, content in contents.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return {name: str(folder / f"{name}.json") for name in contents}
