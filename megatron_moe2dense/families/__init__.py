@@ -21,7 +21,7 @@ from megatron_moe2dense.families.qwen2_moe import QWEN2_MOE
 from megatron_moe2dense.families.qwen3 import QWEN3
 from megatron_moe2dense.families.qwen3_moe import QWEN3_MOE
 from megatron_moe2dense.families.smaller import smaller_config
-from megatron_moe2dense.families.spec import Dims, FamilySpec, GroupLimit, MegatronRule, Router
+from megatron_moe2dense.families.spec import Dims, FamilySpec, GroupLimit, Router, WeightRule
 
 FAMILIES: dict[str, FamilySpec] = {
     spec.name: spec for spec in (QWEN3_MOE, DEEPSEEK_V2, GPT_OSS, OLMOE, MIXTRAL, QWEN2_MOE, DEEPSEEK_V3, QWEN3, MISTRAL, QWEN2)
@@ -33,9 +33,9 @@ __all__ = [
     "FamilySpec",
     "FfnTensors",
     "GroupLimit",
-    "MegatronRule",
     "MoeTensors",
     "Router",
+    "WeightRule",
     "family_of",
     "smaller_config",
 ]

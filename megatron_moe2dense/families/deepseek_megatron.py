@@ -9,7 +9,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.deepseek import BLOCK, FFN, layouts
 from megatron_moe2dense.families.dims import rope_theta
 from megatron_moe2dense.families.megatron import TRUNK_RULES, dense_rules, expert_rules, shared_expert_rules
-from megatron_moe2dense.families.spec import HfConfig, MegatronRule
+from megatron_moe2dense.families.spec import HfConfig, WeightRule
 
 _HF = "model.layers.{layer}."
 _LAYER = "decoder.layers.{layer}."
@@ -17,22 +17,22 @@ _ATTENTION = _LAYER + "self_attention."
 
 # Down projections are on every tensor-parallel rank whole: their outputs, the latents, are normed before they are split by heads.
 _ATTENTION_RULES = (
-    MegatronRule(_ATTENTION + "linear_q_proj.weight", (_HF + "self_attn.q_proj.weight",), split=0),
-    MegatronRule(_ATTENTION + "linear_q_down_proj.weight", (_HF + "self_attn.q_a_proj.weight",)),
-    MegatronRule(
+    WeightRule(_ATTENTION + "linear_q_proj.weight", (_HF + "self_attn.q_proj.weight",), split=0),
+    WeightRule(_ATTENTION + "linear_q_down_proj.weight", (_HF + "self_attn.q_a_proj.weight",)),
+    WeightRule(
         _ATTENTION + "q_layernorm.weight",
         (_HF + "self_attn.q_a_layernorm.weight",),
         aliases=(_ATTENTION + "linear_q_up_proj.layer_norm_weight",),
     ),
-    MegatronRule(_ATTENTION + "linear_q_up_proj.weight", (_HF + "self_attn.q_b_proj.weight",), split=0),
-    MegatronRule(_ATTENTION + "linear_kv_down_proj.weight", (_HF + "self_attn.kv_a_proj_with_mqa.weight",)),
-    MegatronRule(
+    WeightRule(_ATTENTION + "linear_q_up_proj.weight", (_HF + "self_attn.q_b_proj.weight",), split=0),
+    WeightRule(_ATTENTION + "linear_kv_down_proj.weight", (_HF + "self_attn.kv_a_proj_with_mqa.weight",)),
+    WeightRule(
         _ATTENTION + "kv_layernorm.weight",
         (_HF + "self_attn.kv_a_layernorm.weight",),
         aliases=(_ATTENTION + "linear_kv_up_proj.layer_norm_weight",),
     ),
-    MegatronRule(_ATTENTION + "linear_kv_up_proj.weight", (_HF + "self_attn.kv_b_proj.weight",), split=0),
-    MegatronRule(_ATTENTION + "linear_proj.weight", (_HF + "self_attn.o_proj.weight",), split=1),
+    WeightRule(_ATTENTION + "linear_kv_up_proj.weight", (_HF + "self_attn.kv_b_proj.weight",), split=0),
+    WeightRule(_ATTENTION + "linear_proj.weight", (_HF + "self_attn.o_proj.weight",), split=1),
 )
 
 
@@ -43,7 +43,7 @@ MEGATRON = (
     *expert_rules(layouts()),
     *shared_expert_rules(layouts()[0]),
 )
-CORRECTION = MegatronRule(_LAYER + "mlp.router.expert_bias", (BLOCK + "gate.e_score_correction_bias",))
+CORRECTION = WeightRule(_LAYER + "mlp.router.expert_bias", (BLOCK + "gate.e_score_correction_bias",))
 
 
 def megatron_config(config: HfConfig) -> dict[str, Any]:

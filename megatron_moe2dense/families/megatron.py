@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.layout import FfnTensors, MoeTensors, Packing
-from megatron_moe2dense.families.spec import HfConfig, MegatronRule
+from megatron_moe2dense.families.spec import HfConfig, WeightRule
 
 _HF, _HF_ATTENTION = "model.layers.{layer}.", "model.layers.{layer}.self_attn."
 _LAYER = "decoder.layers.{layer}."
@@ -17,77 +17,75 @@ _NORM_OF_FC1 = (_MLP + "linear_fc1.layer_norm_weight",)
 
 # Embedding, LM head and norms: the same in every family. Transformer Engine keeps a norm in the linear layer behind it.
 TRUNK_RULES = (
-    MegatronRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), kind="vocab", split=0),
-    MegatronRule("output_layer.weight", ("lm_head.weight",), kind="vocab", split=0),
-    MegatronRule("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    MegatronRule(
+    WeightRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), kind="vocab", split=0),
+    WeightRule("output_layer.weight", ("lm_head.weight",), kind="vocab", split=0),
+    WeightRule("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    WeightRule(
         _LAYER + "input_layernorm.weight",
         (_HF + "input_layernorm.weight",),
         aliases=(_ATTENTION + "linear_qkv.layer_norm_weight",),
     ),
-    MegatronRule(_LAYER + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), aliases=_NORM_OF_FC1),
+    WeightRule(_LAYER + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), aliases=_NORM_OF_FC1),
 )
 
 
 def attention_rules(
     qk_norm: Literal["none", "head", "heads"] = "none", output_bias: bool = False, sinks: bool = False
-) -> tuple[MegatronRule, ...]:
+) -> tuple[WeightRule, ...]:
     """Grouped-query attention. The rows of query, key and value biases are always there: a model without them never asks.
 
     Args:
         qk_norm: a norm of each query and key head, or of all heads together. sinks: a logit a head that no token belongs to.
     """
     rules = [
-        MegatronRule(_ATTENTION + "linear_qkv.weight", _QKV_WEIGHTS, kind="qkv", split=0),
-        MegatronRule(_ATTENTION + "linear_qkv.bias", _QKV_BIASES, kind="qkv", split=0),
-        MegatronRule(_ATTENTION + "linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), split=1),
+        WeightRule(_ATTENTION + "linear_qkv.weight", _QKV_WEIGHTS, kind="qkv", split=0),
+        WeightRule(_ATTENTION + "linear_qkv.bias", _QKV_BIASES, kind="qkv", split=0),
+        WeightRule(_ATTENTION + "linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), split=1),
     ]
     if output_bias:
-        rules.append(MegatronRule(_ATTENTION + "linear_proj.bias", (_HF_ATTENTION + "o_proj.bias",)))
+        rules.append(WeightRule(_ATTENTION + "linear_proj.bias", (_HF_ATTENTION + "o_proj.bias",)))
     if qk_norm != "none":
         split = 0 if qk_norm == "heads" else None
-        rules += [
-            MegatronRule(f"{_ATTENTION}{name}_layernorm.weight", (f"{_HF_ATTENTION}{name}_norm.weight",), split=split) for name in "qk"
-        ]
+        rules += [WeightRule(f"{_ATTENTION}{name}_layernorm.weight", (f"{_HF_ATTENTION}{name}_norm.weight",), split=split) for name in "qk"]
     if sinks:
-        rules.append(MegatronRule(_ATTENTION + "core_attention.softmax_offset", (_HF_ATTENTION + "sinks",), split=0))
+        rules.append(WeightRule(_ATTENTION + "core_attention.softmax_offset", (_HF_ATTENTION + "sinks",), split=0))
     return tuple(rules)
 
 
-def dense_rules(layout: FfnTensors) -> tuple[MegatronRule, ...]:
+def dense_rules(layout: FfnTensors) -> tuple[WeightRule, ...]:
     """The FFN of layers without experts."""
     return tuple(_ffn_rules(layout, _MLP + "linear_fc{number}.{part}"))
 
 
-def expert_rules(layouts: Sequence[MoeTensors]) -> tuple[MegatronRule, ...]:
+def expert_rules(layouts: Sequence[MoeTensors]) -> tuple[WeightRule, ...]:
     """Router and experts, in every layout found on disk."""
-    rules: list[MegatronRule] = []
+    rules: list[WeightRule] = []
     for layout in layouts:
-        rules.append(MegatronRule(_MLP + "router.weight", (layout.router,)))
+        rules.append(WeightRule(_MLP + "router.weight", (layout.router,)))
         if layout.router_bias is not None:
-            rules.append(MegatronRule(_MLP + "router.bias", (layout.router_bias,)))
+            rules.append(WeightRule(_MLP + "router.bias", (layout.router_bias,)))
         local = _MLP + "experts.local_experts.{expert}.linear_fc{number}.{part}"
         rules += _ffn_rules(layout.experts, local, _MLP + "experts.linear_fc{number}.{part}{expert}")
     return tuple(dict.fromkeys(rules))  # what layouts share stands once
 
 
-def shared_expert_rules(layout: MoeTensors) -> tuple[MegatronRule, ...]:
+def shared_expert_rules(layout: MoeTensors) -> tuple[WeightRule, ...]:
     """The shared experts and their gate."""
     assert layout.shared is not None, "the family has shared experts"
     rules = list(_ffn_rules(layout.shared, _MLP + "shared_experts.linear_fc{number}.{part}"))
     if layout.shared_gate is not None:
-        rules.append(MegatronRule(_MLP + "shared_experts.gate_weight", (layout.shared_gate,)))
+        rules.append(WeightRule(_MLP + "shared_experts.gate_weight", (layout.shared_gate,)))
     return tuple(rules)
 
 
-def _ffn_rules(layout: FfnTensors, *names: str) -> Iterator[MegatronRule]:
+def _ffn_rules(layout: FfnTensors, *names: str) -> Iterator[WeightRule]:
     """names: of the Megatron parameters, with {number} and {part}; the first is the local spec's, the others are aliases."""
 
-    def rule(number: int, part: str, hf: tuple[str, ...], packing: Packing) -> MegatronRule:
+    def rule(number: int, part: str, hf: tuple[str, ...], packing: Packing) -> WeightRule:
         own, *aliases = (name.replace("{number}", str(number)).replace("{part}", part) for name in names)
         # The bias of the second layer is added once, to the sum over the ranks.
         split = 0 if number == 1 else 1 if part == "weight" else None
-        return MegatronRule(own, hf, "gate_up" if number == 1 else "plain", split, tuple(aliases), packing)
+        return WeightRule(own, hf, "gate_up" if number == 1 else "plain", split, tuple(aliases), packing)
 
     yield rule(1, "weight", layout.stored(*layout.gate_up), layout.packing)
     yield rule(2, "weight", layout.stored(layout.down), layout.packing)

@@ -59,7 +59,7 @@ class Router:
 
 
 @dataclass(frozen=True)
-class MegatronRule:
+class WeightRule:
     """One row of the weight-name table between Megatron-Core and Hugging Face.
 
     Several rows for one Megatron name are the layouts found on disk: the first whose tensors the checkpoint has is read, and the first
@@ -112,7 +112,7 @@ class FamilySpec:
     architecture: str
     dims: Callable[[HfConfig], Dims]
     ffn: FfnTensors
-    megatron: tuple[MegatronRule, ...] | None = None
+    megatron: tuple[WeightRule, ...] | None = None
     megatron_config: Callable[[HfConfig], dict[str, Any]] | None = None
     moe: tuple[MoeTensors, ...] = ()
     moe_layers: Callable[[HfConfig], tuple[int, ...]] = field(default=_no_layers)

@@ -1,4 +1,4 @@
-"""Names and layouts between Megatron-Core and Hugging Face, driven by the family's table of `MegatronRule`s."""
+"""Names and layouts between Megatron-Core and Hugging Face, driven by the family's table of `WeightRule`s."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe2dense.checkpoint import mxfp4
-from megatron_moe2dense.families import Dims, FamilySpec, MegatronRule
+from megatron_moe2dense.families import Dims, FamilySpec, WeightRule
 
 _OUTPUT, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
@@ -19,7 +19,7 @@ _OUTPUT, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 class Entry:
     """One Megatron parameter: its rule and the Hugging Face tensors it is made of, by global layer and expert number."""
 
-    rule: MegatronRule
+    rule: WeightRule
     hf: tuple[str, ...]
     expert: int = 0
 
@@ -49,7 +49,7 @@ class WeightMapping:
             return entries[0]
         return next((entry for entry in entries if all(tensor in present for tensor in entry.hf)), entries[0])
 
-    def _of(self, rule: MegatronRule, found: dict[str, str]) -> Entry:
+    def _of(self, rule: WeightRule, found: dict[str, str]) -> Entry:
         source = self._embedding if self._tied and rule.megatron == _OUTPUT else rule
         numbers = {"expert": 0, **{key: int(value) + self._offsets[key] for key, value in found.items()}}
         return Entry(rule, tuple(template.format(**numbers) for template in source.hf), numbers["expert"])
@@ -88,12 +88,12 @@ def split(kind: str, tensor: Tensor, dims: Dims) -> list[Tensor]:
     return [part.flatten(0, 1) for part in grouped.split([queries, dims.head_dim, dims.head_dim], 1)]
 
 
-def is_packed(rule: MegatronRule) -> bool:
+def is_packed(rule: WeightRule) -> bool:
     """True when the stored tensors are not the matrices themselves, so that a rank can not read its rows alone."""
     return rule.packing != type(rule.packing)() or (rule.kind == "gate_up" and len(rule.hf) == 1)
 
 
-def unpack(rule: MegatronRule, stored: Sequence[Tensor], where: str) -> list[Tensor]:
+def unpack(rule: WeightRule, stored: Sequence[Tensor], where: str) -> list[Tensor]:
     """What `join` takes, whole, from the stored tensors of one expert.
 
     Args:
@@ -112,7 +112,7 @@ def unpack(rule: MegatronRule, stored: Sequence[Tensor], where: str) -> list[Ten
     return [tensors[0][0::2], tensors[0][1::2]] if packing.interleaved else list(tensors[0].chunk(2))
 
 
-def pack(rule: MegatronRule, parts: Sequence[Tensor]) -> list[Tensor]:
+def pack(rule: WeightRule, parts: Sequence[Tensor]) -> list[Tensor]:
     """The inverse of `unpack`; MXFP4 is never written."""
     packing, tensors = rule.packing, list(parts)
     assert not packing.mxfp4, "the first row of a table is a floating-point layout"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_moe2dense.families import MegatronRule
+from megatron_moe2dense.families import WeightRule
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.mapping import WeightMapping
@@ -39,7 +39,7 @@ class Weight:
 
     name: str
     shape: tuple[int, ...]
-    rule: MegatronRule
+    rule: WeightRule
     expert: int
     summed_by_name: bool
 
