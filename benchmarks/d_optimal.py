@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from megatron_moe2dense.surgery.scoring.d_optimal import greedy_log_det
+from megatron_moe2dense.surgery.scoring import greedy_log_det
 
 EXPERTS, KEEP, TOKENS = 256, 128, 512
 SECONDS, RATIO = 0.1, 100.0  # goals: the most the greedy Cholesky may take, the least it must win by

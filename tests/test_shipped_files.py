@@ -131,17 +131,17 @@ def test_scripts_can_be_started():
         subprocess.run(["bash", "-n", script], check=True)
 
 
-def test_the_method_in_the_documents_registers_and_scores():
+def test_the_methods_in_the_documents_register_and_score():
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs/adding.md").read_text(), re.DOTALL)
     assert code
     use = (
         "from megatron_moe2dense.surgery.stats import LayerStats\n"
         "stats = LayerStats({'tokens': np.array(4.0), 'selected_norm_sum': np.array([2.0, 9.0, 0.0]), "
         "'selected_count': np.array([2.0, 3.0, 0.0])})\n"
-        "built = scorers.build({'method': 'mean_norm', 'power': 2.0})\n"
-        "selection = built.select(stats, 2)\n"
-        "assert list(selection.experts_K) == [1, 0], selection\n"
-        "assert list(selection.scores_E) == [1.0, 9.0, 0.0], selection\n"
+        "for block, scores in ({'method': 'mean_norm'}, [1.0, 3.0, 0.0]), ({'method': 'norm_power', 'power': 2.0}, [1.0, 9.0, 0.0]):\n"
+        "    selection = scorers.build(block).select(stats, 2)\n"
+        "    assert list(selection.experts_K) == [1, 0], selection\n"
+        "    assert list(selection.scores_E) == scores, selection\n"
     )
     result = subprocess.run([sys.executable, "-c", code[1] + use], capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr

@@ -27,15 +27,15 @@ R = TypeVar("R", bound=Method)
 
 
 class Registry(Generic[M]):
-    """Classes of one kind (`score`, `group`, `scale`, ...), filled by importing a package once.
+    """Classes of one kind (`score`, `group`, `scale`, ...), filled by importing a module once.
 
     Args:
         kind: the name of the config block, used in messages.
-        package: the package whose modules register the methods.
+        module: the module that registers the methods, or the package whose modules do.
     """
 
-    def __init__(self, kind: str, package: str):
-        self.kind, self._package = kind, package
+    def __init__(self, kind: str, module: str):
+        self.kind, self._module = kind, module
         self._classes: dict[str, type[M]] = {}
         self._loaded = False
 
@@ -52,9 +52,9 @@ class Registry(Generic[M]):
 
     def _load(self) -> None:
         if not self._loaded:
-            package = importlib.import_module(self._package)
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{self._package}.{module.name}")
+            found = importlib.import_module(self._module)
+            for inner in pkgutil.iter_modules(getattr(found, "__path__", ())):
+                importlib.import_module(f"{self._module}.{inner.name}")
             self._loaded = True
 
     def classes(self) -> dict[str, type[M]]:

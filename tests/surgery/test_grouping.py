@@ -9,8 +9,7 @@ import pytest
 from scipy.cluster.vq import kmeans2
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.surgery.grouping import average_linkage, cosine, groupers, weight_cluster
-from megatron_moe2dense.surgery.grouping.weight_cluster import kernel_kmeans, weight_cosine
+from megatron_moe2dense.surgery.grouping import average_linkage, cosine, groupers, kernel_kmeans, weight_cosine
 from megatron_moe2dense.surgery.plan import Methods, plan_layer
 from megatron_moe2dense.surgery.scaling import scalers
 from megatron_moe2dense.surgery.scoring import scorers
@@ -113,8 +112,8 @@ def test_weight_cluster_finds_the_experts_that_were_made_alike():
 
 @pytest.mark.parametrize("experts_in_a_tile", [1, 3, 4, 99])
 def test_products_of_weights_do_not_depend_on_how_many_are_held_at_once(experts_in_a_tile: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(weight_cluster, "_TILE_BYTES", experts_in_a_tile * 200 * 4)
-    monkeypatch.setattr(weight_cluster, "_COLUMNS", 64)
+    monkeypatch.setattr("megatron_moe2dense.surgery.grouping._TILE_BYTES", experts_in_a_tile * 200 * 4)
+    monkeypatch.setattr("megatron_moe2dense.surgery.grouping._COLUMNS", 64)
     experts = np.array([7, 2, 9, 0, 5, 1, 3])
     points = normalised(experts)
     np.testing.assert_allclose(weight_cosine(experts.tolist(), flat_weights), points @ points.T, atol=1e-6)
@@ -122,7 +121,7 @@ def test_products_of_weights_do_not_depend_on_how_many_are_held_at_once(experts_
 
 def test_at_most_two_tiles_of_weights_are_alive(monkeypatch: pytest.MonkeyPatch):
     size, experts = 1_000_000, 12
-    monkeypatch.setattr(weight_cluster, "_TILE_BYTES", 2 * size * 4)
+    monkeypatch.setattr("megatron_moe2dense.surgery.grouping._TILE_BYTES", 2 * size * 4)
     base = np.random.default_rng(0).standard_normal(size, dtype=np.float32)
     tracemalloc.start()
     weight_cosine(list(range(experts)), lambda expert: np.roll(base, expert))
