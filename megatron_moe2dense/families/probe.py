@@ -37,6 +37,7 @@ class BlockFacts:
         active: experts a token. score: what the gates are proportional to, of SCORES.
         routed_factor: None where the block is no such sum (a norm over it): the experts alone can be replaced then.
         returns_more: the block returns a tuple whose first entry is y.
+        gates_inputs: y(x) = sum_e f_e(g_e(x) x) instead, of one expert a token.
     """
 
     active: int
@@ -44,6 +45,7 @@ class BlockFacts:
     routed_factor: float | None
     shared_factor: float
     returns_more: bool
+    gates_inputs: bool = False
 
 
 class StandIn(nn.Module):
@@ -105,6 +107,8 @@ def _probe(stock: Stock, place: MoePlace) -> BlockFacts:
     first = run_block(block, x)
     nothing = first_of(first)
     call = stand_in.calls[-1]
+    if len(call) == 1:
+        return _gating_inputs(stock, routed[0][0], call[0], x, _shared_factor(block, place, x, nothing))
     value = torch.randn(call[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     stand_in.value = value
     both = first_of(run_block(block, x))
@@ -113,6 +117,19 @@ def _probe(stock: Stock, place: MoePlace) -> BlockFacts:
     weights = next(item for item in call[1:] if not _is_index(item) and torch.is_tensor(item))
     score = _score(stock, routed[0], indices, weights)
     return BlockFacts(indices.shape[-1], score, factor, _shared_factor(block, place, x, nothing), isinstance(first, tuple))
+
+
+def _gating_inputs(stock: Stock, gates_TE: torch.Tensor, called: torch.Tensor, x: torch.Tensor, shared_factor: float) -> BlockFacts:
+    """Of a block that calls its experts with all tokens times their gates. ValueError where it does anything else."""
+    if not torch.equal(called.view(gates_TE.shape[1], *x.shape[1:]), gates_TE.T[..., None] * x):
+        raise ValueError("experts called with something else than tokens times gates")
+    if ((gates_TE != 0).sum(-1) != 1).any():
+        raise UserError(
+            f"{stock.name}: several experts a token, with gates that multiply what goes into them",
+            "one expert a token, as in the published models",
+            "docs/families.md lists what can be converted",
+        )
+    return BlockFacts(1, "sigmoid", 1.0, shared_factor, True, gates_inputs=True)
 
 
 @torch.no_grad()

@@ -226,12 +226,9 @@ def _build(config: Any, dtype: torch.dtype) -> Any:
 
 
 def _language_model(model: Any, config: Any) -> tuple[str, Any]:
-    """Path and module of the language model without its head: what computes hidden states from tokens by this config."""
-    if config is model.config:
-        return (model.base_model_prefix if model.base_model is not model else ""), model.base_model
-    inside = ((path, module) for path, module in model.named_modules() if getattr(module, "config", None) is config)
-    path, module = next((path, module) for path, module in inside if isinstance(module, PreTrainedModel))
-    return (path, module) if module.base_model is module else (f"{path}.{module.base_model_prefix}", module.base_model)
+    """Path and module of the language model without its head: the innermost model of this config that has the decoder layers."""
+    inside = [(path, module) for path, module in model.named_modules() if isinstance(module, PreTrainedModel) and module.config is config]
+    return [(path, module) for path, module in inside if any(_is_stack(part) for part in module.modules())][-1]
 
 
 def _without_types(config: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,6 @@ EXCEPTIONS: dict[str, FamilyException] = {
     "zaya": FamilyException(experts=1, values={"balancing_biases": [0.0, -1.0]}, lost="the class that skips the block"),
     "granitemoehybrid": FamilyException(into="shared_mlp", config={"num_local_experts": 0}),
     "inkling_text": FamilyException(refused="its shared experts are weighed together with the routed ones, token by token"),
-    "llama4_text": FamilyException(refused="its gates multiply what goes into an expert, not what comes out"),
     "jetmoe": FamilyException(refused="its attention is a mixture of experts too, counted by the same key"),
     "ernie4_5_vl_moe_text": FamilyException(refused="it has experts for text and experts for images, chosen by the kind of token"),
     "hy_v4": FamilyException(refused="its experts clamp their neurons, its dense layers and shared experts do not"),

@@ -24,6 +24,7 @@ from megatron_moe2dense.surgery.resume import Resume
 from megatron_moe2dense.surgery.routing import Routing
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import (
+    INPUT_GATE_STATISTICS,
     SHARED_GATE_STATISTICS,
     STATISTICS,
     STATS_FILE,
@@ -102,7 +103,7 @@ def calibrate(source: MoeSource, windows_BS: np.ndarray, names: tuple[str, ...],
         CheckpointReader(source.index) as reader,
         progress(None, "calibrate", unit="token", total=total, initial=windows_BS.size * len(finished), unit_scale=True) as bar,
     ):
-        observer = _Counted(source, (*names, *_of_shared_gate(source)), bar)
+        observer = _Counted(source, (*names, *_of_gates(source)), bar)
         for hidden in StreamedModel(source, reader, compute).run(windows_BS, observer, resume.place, resume.start):
             require_finite(hidden, source)
             if hidden.layer > resume.start:
@@ -162,9 +163,10 @@ def data_facts(windows_BS: np.ndarray) -> dict[str, Any]:
     return {"sequences": len(windows_BS), "sequence_length": windows_BS.shape[1], "tokens": windows_BS.size}
 
 
-def _of_shared_gate(source: MoeSource) -> dict[str, Statistic]:
+def _of_gates(source: MoeSource) -> dict[str, Statistic]:
     """The statistics that are collected whatever the config says: convert needs them."""
-    return SHARED_GATE_STATISTICS if source.stock.moe[source.layers[0]].shared_gate is not None else {}
+    of_shared = SHARED_GATE_STATISTICS if source.stock.moe[source.layers[0]].shared_gate is not None else {}
+    return {**of_shared, **(INPUT_GATE_STATISTICS if source.facts_of_block.gates_inputs else {})}
 
 
 def dry_run(config: CalibrateConfig) -> dict[str, Any]:
@@ -185,7 +187,7 @@ def dry_run(config: CalibrateConfig) -> dict[str, Any]:
     per_token += len(source.layers) * 2 * dims.experts**2 * dims.hidden_size * ("gram" in names)
     element = compute.dtype.itemsize
     per_expert_token = (2 * dims.expert_width + dims.hidden_size) * element
-    rows = [*(STATISTICS[name] for name in names), *_of_shared_gate(source).values()]
+    rows = [*(STATISTICS[name] for name in names), *_of_gates(source).values()]
     sums = sum(int(np.prod(row.shape(dims.experts, dims.hidden_size, dims.expert_width))) for row in rows) * 8
     hidden = ranks.share(windows_BS, compute.batch).size * dims.hidden_size * element
     widest = max(2 * dims.expert_width, dims.hidden_size)

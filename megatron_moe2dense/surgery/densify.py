@@ -70,8 +70,8 @@ def _picked(plan: NeuronPlan, read: ReadExpert) -> Iterator[Ffn]:
         ffn, chosen = read(expert), [neuron for of, neuron in zip(plan.experts, plan.neurons, strict=True) if of == expert]
         yield replace(
             ffn,
-            gate_FD=None if ffn.gate_FD is None else ffn.gate_FD[chosen],
-            up_FD=ffn.up_FD[chosen],
+            gate_FD=None if ffn.gate_FD is None else _of_scaled_input(ffn.gate_FD[chosen], plan),
+            up_FD=_of_scaled_input(ffn.up_FD[chosen], plan),
             down_DF=ffn.down_DF[:, chosen],
             gate_bias_F=None if ffn.gate_bias_F is None else ffn.gate_bias_F[chosen],
             up_bias_F=None if ffn.up_bias_F is None else ffn.up_bias_F[chosen],
@@ -104,10 +104,16 @@ def _merge(plan: LayerPlan, group: int, read: ReadExpert) -> Ffn:
         if tensors[0] is None:
             return None
         total = weighted_mean(tensors, weights)
+        if name in ("gate_FD", "up_FD"):
+            total = total * plan.input_scale
         return total if name.startswith("down") else total.to(dtype)
 
     merged: dict[str, Any] = {field.name: mean(field.name) for field in fields(Ffn)}
     return Ffn(**merged)
+
+
+def _of_scaled_input(rows_FD: torch.Tensor, plan: NeuronPlan) -> torch.Tensor:
+    return rows_FD if plan.input_scale == 1.0 else (rows_FD.double() * plan.input_scale).to(rows_FD.dtype)
 
 
 def _joined(biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

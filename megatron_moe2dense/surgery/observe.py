@@ -10,7 +10,7 @@ from megatron_moe2dense.surgery.experts import Experts
 from megatron_moe2dense.surgery.routing import Routing
 from megatron_moe2dense.surgery.seam import MoeWatcher
 from megatron_moe2dense.surgery.source import MoeSource
-from megatron_moe2dense.surgery.stats import SHARED_GATE_STATISTICS, STATISTICS, LayerStats
+from megatron_moe2dense.surgery.stats import INPUT_GATE_STATISTICS, SHARED_GATE_STATISTICS, STATISTICS, LayerStats
 
 # Elements of the largest temporary tensor of one chunk, where that leaves tokens enough for a GEMM. On the CPU 8 MiB in
 # float32: larger ones go back to the system after every chunk, and page faults then cost more than the arithmetic.
@@ -140,13 +140,14 @@ class Observer(MoeWatcher):
     def __init__(self, source: MoeSource, names: Iterable[str]):
         self._source, self._names = source, tuple(names)
         self._of_shared = [name for name in self._names if name in SHARED_GATE_STATISTICS]
+        self._of_inputs = [name for name in self._names if name in INPUT_GATE_STATISTICS]
         self._sums: dict[str, torch.Tensor] = {}
         self._out_ETD: torch.Tensor | None = None
 
     def routed(self, layer: int, x_TD: torch.Tensor, routing: Routing, experts: Experts) -> torch.Tensor:
         """The routed experts' part of the block's output, [T, D]."""
         del layer
-        chunk, names = self._chunk(x_TD), [name for name in self._names if name not in self._of_shared]
+        chunk, names = self._chunk(x_TD), [name for name in self._names if name in STATISTICS]
         y_TD = torch.empty_like(x_TD)
         for chunk_TD, part, output_TD in zip(x_TD.split(chunk), routing.split(chunk), y_TD.split(chunk), strict=True):
             observation = Observation(chunk_TD, part, experts, names, self._memory(chunk_TD))
@@ -161,6 +162,12 @@ class Observer(MoeWatcher):
             chunk = self._chunk(s_TD)
             for part_TD, part_T1 in zip(s_TD.split(chunk), gate_T1.split(chunk), strict=True):
                 self._add(_shared_sums(part_TD, part_T1))
+
+    def gated(self, layer: int, gate_T: torch.Tensor) -> None:
+        """The sum of gates of inputs, where it is asked for."""
+        del layer
+        if self._of_inputs:
+            self._add({"input_gate_sum": gate_T.sum(dtype=torch.float64)[None]})
 
     def take(self) -> LayerStats:
         """The sums since the last call."""

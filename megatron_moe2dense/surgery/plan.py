@@ -74,7 +74,7 @@ class ConversionPlan:
         """Names the resulting model: two plans of one source with equal layers give the same bytes, by whatever methods; what a refit
         solves does not depend on scales."""
         solved = {"scale", "scales"} if self.refit is not None else set()
-        layers = [{name: value for name, value in dataclasses.asdict(layer).items() if name not in solved} for layer in self.layers]
+        layers = [{name: value for name, value in _written(layer).items() if name not in solved} for layer in self.layers]
         content: list[Any] = [self.source["fingerprint"], layers]
         if self.refit is not None:
             content.append({name: value for name, value in self.refit.items() if name != "data"})  # the text's hash counts, not its place
@@ -84,6 +84,7 @@ class ConversionPlan:
         """Write plan.json."""
         content = dataclasses.asdict(self)
         unused = [name for name in ("select", "refit") if content[name] is None]
+        content["layers"] = [_written(layer) for layer in self.layers]
         write_json(path, {"format": FORMAT, **{name: value for name, value in content.items() if name not in unused}})
 
     @classmethod
@@ -100,6 +101,11 @@ class ConversionPlan:
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
             raise UserError(f"{path}: {type(error).__name__} {error}".rstrip(), expected, "make the plan again") from None
         return plan
+
+
+def _written(layer: LayerPlan | NeuronPlan) -> dict[str, Any]:
+    """Without the scale of inputs where the family has none."""
+    return {name: value for name, value in dataclasses.asdict(layer).items() if name != "input_scale" or value != 1.0}
 
 
 def _read_layer(row: dict[str, Any]) -> LayerPlan | NeuronPlan:
@@ -144,6 +150,7 @@ def scaled_layer(layer: int, stats: LayerStats, selection: Selection, grouping: 
         scales=tuple(scales_G.tolist()),
         shared_scale=shared_scale(stats),
         align="none" if methods.grouper is None else methods.grouper.align,
+        input_scale=input_scale(stats),
     )
 
 
@@ -154,6 +161,11 @@ def shared_scale(stats: LayerStats) -> float:
         return 1.0
     gated, total = float(stats["shared_gated_square_sum"][0]), float(stats["shared_square_sum"][0])
     return gated / total if total > 0 else 1.0
+
+
+def input_scale(stats: LayerStats) -> float:
+    """What multiplies the input of the slices: 1, or, where a gate does so in the MoE, its mean over the tokens (ours)."""
+    return float(stats["input_gate_sum"][0]) / stats.tokens if "input_gate_sum" in stats.sums else 1.0
 
 
 def _best_first(grouping: Grouping) -> Grouping:

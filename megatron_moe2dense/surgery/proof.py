@@ -25,7 +25,7 @@ from megatron_moe2dense.surgery.types import LayerPlan
 EXACT = 1e-5  # of a token's largest value, in float32
 _SIZES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of tokens: small ones, and some that clamps hold back
 _COPIES = 4  # of each expert in float32: as it is read, scaled, stored and loaded
-_SHARE = 0.4  # of shared experts with a gate of their own
+_SHARE = 0.4  # a constant gate of shared experts, or of inputs
 
 
 @torch.no_grad()
@@ -43,7 +43,8 @@ def prove(source: MoeSource, reader: CheckpointReader, groups: int, memory_budge
     expert_bytes = _COPIES * 3 * 4 * source.dims.hidden_size * source.dims.expert_width
     groups = max(1, min(groups, source.dims.experts, memory_budget // expert_bytes))
     scales = tuple(0.5 + group / groups for group in range(groups))
-    plan = LayerPlan(layer, tuple(range(groups)), tuple(range(groups)), (1.0,) * groups, scales, _shared_scale(source, layer))
+    chosen, shared = tuple(range(groups)), _shared_scale(source, layer)
+    plan = LayerPlan(layer, chosen, chosen, (1.0,) * groups, scales, shared, input_scale=_input_scale(source))
     read = _in_float32(source.reader(reader))
     tokens = torch.cat([size * random_tokens(source.stock) for size in _SIZES], dim=1)
     expected, found = _of_moe(source, read, plan, tokens), _of_dense(source, read, plan, tokens)
@@ -63,6 +64,10 @@ def prove(source: MoeSource, reader: CheckpointReader, groups: int, memory_budge
 def _shared_scale(source: MoeSource, layer: int) -> float:
     """That of a plan; 1 where there is no gate that could be held at another value."""
     return 1.0 if source.stock.moe[layer].shared_gate is None else _SHARE
+
+
+def _input_scale(source: MoeSource) -> float:
+    return _SHARE if source.facts_of_block.gates_inputs else 1.0
 
 
 def _in_float32(read: ReadTensor) -> ReadTensor:
@@ -98,10 +103,13 @@ def _of_moe(source: MoeSource, read: ReadTensor, plan: LayerPlan, x: torch.Tenso
 
     if not place.block:
         return experts(x)
-    block = _loaded(stock, plan.layer, place.block, lambda name: source.disk.tensor(name, read), (place.called, _Constant(experts)))
+    inside = torch.zeros_like if source.facts_of_block.gates_inputs else experts
+    block = _loaded(stock, plan.layer, place.block, lambda name: source.disk.tensor(name, read), (place.called, _Constant(inside)))
     gate = place.shared_gate if place.shared_gate is not None and not source.form.has_shared else None
     with _held(block, None if gate is None else gate.removesuffix(".weight").removeprefix(f"{place.block}."), plan.shared_scale):
-        y = first_of(run_block(block, x))
+        y = first_of(run_block(block, x)).view_as(x)
+    if source.facts_of_block.gates_inputs:
+        y = y + experts(plan.input_scale * x)
     into = source.form.exception.into
     if into is not None:
         y = y + _loaded(stock, plan.layer, into, lambda name: source.disk.tensor(name, read))(x)

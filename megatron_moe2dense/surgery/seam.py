@@ -26,6 +26,9 @@ class MoeWatcher:
     def shared(self, layer: int, s_TD: torch.Tensor, gate_T1: torch.Tensor) -> None:
         """Of shared experts with a sigmoid gate of their own: their output without it, and it."""
 
+    def gated(self, layer: int, gate_T: torch.Tensor) -> None:
+        """Of a block that multiplies what goes into an expert by its gate: the gate of each token."""
+
     def passed(self, layer: int, x_TD: torch.Tensor, y_TD: torch.Tensor) -> None:
         """What went into that which a dense FFN takes the place of, and what came out."""
 
@@ -57,7 +60,15 @@ class Seam:
         score = SCORES[self._source.facts_of_block.score]
         logits: list[torch.Tensor] = []
         router = self._layer.get_submodule(self._place.router)
-        self._hook(router, lambda _module, _inputs, output: logits.append(logits_of(stock, output)))
+        gates_inputs = self._source.facts_of_block.gates_inputs
+        gates_of_inputs: list[torch.Tensor] = []
+
+        def routes(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            logits.append(output[1] if gates_inputs else logits_of(stock, output))
+            if gates_inputs:
+                gates_of_inputs.append(output[0])
+
+        self._hook(router, routes)
 
         def experts(x: torch.Tensor, *arguments: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
             given = [item for item in (*arguments, *more.values()) if torch.is_tensor(item)]
@@ -77,7 +88,20 @@ class Seam:
                 watcher.passed(number, x_TD, y_TD)
             return y_TD.view_as(x)
 
-        self._experts.forward = experts  # type: ignore[method-assign]
+        def gated_inputs(x_ND: torch.Tensor) -> torch.Tensor:
+            """All tokens for every expert, those of the others times 0; [E * T, D], as the block adds them up."""
+            x_ETD = x_ND.view(weights.down_EDI.shape[0], -1, x_ND.shape[-1])
+            gates_TE = gates_of_inputs.pop()
+            gate_T1, expert_T1 = gates_TE.max(-1, keepdim=True)
+            tokens = torch.arange(len(gate_T1), device=x_ND.device)
+            watcher.gated(number, gate_T1[:, 0])
+            probs_TE = score(logits.pop().to(torch.promote_types(x_ND.dtype, torch.float32)))
+            routing = Routing(expert_T1, torch.ones_like(gate_T1), probs_TE, self._source.routed_factor)
+            y_ETD = torch.zeros_like(x_ETD)
+            y_ETD[0] = watcher.routed(number, x_ETD[expert_T1[:, 0], tokens], routing, weights)
+            return y_ETD.view_as(x_ND)
+
+        self._experts.forward = gated_inputs if gates_inputs else experts  # type: ignore[method-assign]
         if self._source.seam == "block":
             assert self._block is not None, "the seam is a block"
 

@@ -23,7 +23,7 @@ from megatron_moe2dense.surgery.convert import require_same_source
 from megatron_moe2dense.surgery.experts import Experts
 from megatron_moe2dense.surgery.neurons import NeuronSelector, selectors
 from megatron_moe2dense.surgery.observe import Observer
-from megatron_moe2dense.surgery.plan import ConversionPlan, shared_scale
+from megatron_moe2dense.surgery.plan import ConversionPlan, input_scale, shared_scale
 from megatron_moe2dense.surgery.ranks import Ranks, joined
 from megatron_moe2dense.surgery.refit.normal import Sums
 from megatron_moe2dense.surgery.resume import Resume
@@ -175,6 +175,7 @@ def _plan(config: SelectConfig, source: MoeSource, chosen: dict[int, tuple[Layer
             neurons=tuple((neurons_F % width).tolist()),
             scale=float(stats["gate_sum"].sum() / stats.tokens / groups),
             shared_scale=shared_scale(stats),
+            input_scale=input_scale(stats),
         )
         for layer, (stats, neurons_F) in chosen.items()
     ]

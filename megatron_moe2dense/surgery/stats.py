@@ -59,6 +59,9 @@ SHARED_GATE_STATISTICS: dict[str, Statistic] = {
     )
 }
 
+# Where a gate multiplies what goes into the one expert that a token selects: x in the other statistics is that product, g_e then 1.
+INPUT_GATE_STATISTICS: dict[str, Statistic] = {"input_gate_sum": Statistic("input_gate_sum", "", "the gate")}
+
 
 @dataclass(frozen=True)
 class LayerStats:

@@ -39,7 +39,8 @@ class Grouping:
 class LayerPlan:
     """What one MoE layer becomes: kept experts best first [K], their groups [K], weights inside the group [K], the factor of
     each group's down projection [G] and that of the shared experts (no effect where the family has none); how neurons are
-    aligned before a group is merged (no effect on a group of one)."""
+    aligned before a group is merged (no effect on a group of one); what multiplies the input of the slices, where gates do so in
+    the MoE."""
 
     layer: int
     experts: tuple[int, ...]
@@ -48,23 +49,25 @@ class LayerPlan:
     scales: tuple[float, ...]
     shared_scale: float = 1.0
     align: Align = "none"
+    input_scale: float = 1.0
 
     @property
     def unscaled(self) -> tuple[Any, ...]:
         """What its slices depend on before they are scaled."""
-        return self.experts, self.group_of, self.merge_weights, self.align
+        return self.experts, self.group_of, self.merge_weights, self.align, self.input_scale
 
 
 @dataclass(frozen=True)
 class NeuronPlan:
     """What one MoE layer becomes when its neurons are chosen one by one (ours): the chosen ones best first, by their expert [F] and
-    their place in it [F]; the factors of their down columns and of the shared experts' down projection."""
+    their place in it [F]; the factors of their down columns, of the shared experts' down projection and of their input."""
 
     layer: int
     experts: tuple[int, ...]
     neurons: tuple[int, ...]
     scale: float
     shared_scale: float = 1.0
+    input_scale: float = 1.0
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -74,7 +77,7 @@ class NeuronPlan:
     @property
     def unscaled(self) -> tuple[Any, ...]:
         """What its slices depend on before they are scaled."""
-        return self.experts, self.neurons
+        return self.experts, self.neurons, self.input_scale
 
 
 class Scorer(Method):

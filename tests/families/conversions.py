@@ -5,6 +5,7 @@ Nothing here reads how the package describes a family: experts and routers are f
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import math
@@ -39,7 +40,7 @@ SCORES: dict[str, Score] = {
         (
             *("afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v3", "deepseek_v32", "dots1", "dots3_note_text", "exaone_moe"),
             *("flint", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "hy_v4", "inkling2_text", "kimi_linear", "kolibri1", "laguna"),
-            *("lfm2_moe", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "nemotron_h", "solar_open"),
+            *("lfm2_moe", "llama4_text", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "nemotron_h", "solar_open"),
         ),
         torch.sigmoid,
     ),
@@ -168,7 +169,11 @@ def constant_routing(model: PreTrainedModel, plan: dict[str, Any], kept: nn.Modu
             shape = (len(gates_TA), len(experts_K))
             return x, experts_K.expand(shape), scales_K.to(gates_TA).expand(shape)
 
-        hooks.append(module.register_forward_pre_hook(fixed))
+        if gates_inputs(module):
+            router = model.get_submodule(name.rpartition(".")[0]).router
+            hooks += _constant_inputs(module, router, experts_K, (scales_K, layer["input_scale"]))
+        else:
+            hooks.append(module.register_forward_pre_hook(fixed))
     for name in gates.keys() - dict(kept.named_modules()).keys():
         share = layers[number_of(name)]["shared_scale"]
         logit = math.log(share / (1 - share))
@@ -176,6 +181,27 @@ def constant_routing(model: PreTrainedModel, plan: dict[str, Any], kept: nn.Modu
     yield
     for hook in hooks:
         hook.remove()
+
+
+def gates_inputs(module: nn.Module) -> bool:
+    """Whether a stock module of experts gets all tokens once for each expert, times their gates, in place of indices and weights."""
+    return len(inspect.signature(module.forward).parameters) == 1
+
+
+def _constant_inputs(module: nn.Module, router: nn.Module, experts_K: torch.Tensor, scales: tuple[torch.Tensor, float]) -> list[Any]:
+    """scales: of the outputs of the experts, and of the input."""
+    scales_K, of_input = scales
+
+    def routed(_module: nn.Module, _arguments: Any, output: tuple[torch.Tensor, ...]) -> Any:
+        gates_TE = torch.zeros_like(output[0])
+        gates_TE[:, experts_K] = of_input
+        return gates_TE, *output[1:]
+
+    def scaled(_module: nn.Module, _arguments: Any, y_ND: torch.Tensor) -> torch.Tensor:
+        scales_E = torch.zeros(len(module.down_proj)).scatter(0, experts_K, scales_K)
+        return (y_ND.view(len(scales_E), -1, y_ND.shape[-1]) * scales_E[:, None, None]).view_as(y_ND)
+
+    return [router.register_forward_hook(routed), module.register_forward_hook(scaled)]
 
 
 def number_of(name: str) -> int:
@@ -198,7 +224,7 @@ def reference_statistics(model: PreTrainedModel, model_type: str, tokens_BS: tor
         watched = {part: parts[part] for part in ("gate", "router", "shared_expert", "shared_expert_gate") if part in parts}
         for part, child in watched.items():
             key = f"{block}.{'router' if part == 'gate' else part}"
-            hooks.append(child.register_forward_hook(lambda _, __, output, key=key: seen.update({key: _first(output)})))
+            hooks.append(child.register_forward_hook(lambda _, __, output, key=key: seen.update({key: output})))
         hooks.append(module.register_forward_pre_hook(lambda _, arguments, name=name: seen.update({name: arguments})))
     model(input_ids=tokens_BS, use_cache=False)
     for hook in hooks:
@@ -206,15 +232,27 @@ def reference_statistics(model: PreTrainedModel, model_type: str, tokens_BS: tor
     found = {}
     for name, module in experts_modules(model.double()).items():
         block = name.rpartition(".")[0]
-        x, experts, gates = seen[name]
+        router, more = _first(seen[f"{block}.router"]), {}
+        if gates_inputs(module):
+            input_gates_TE, router = seen[f"{block}.router"]
+            x, experts, gates = _of_gated_inputs(seen[name][0], input_gates_TE)
+            more = {"input_gate_sum": input_gates_TE.sum().double()[None]}
+        else:
+            x, experts, gates = seen[name]
         weights = _rows(gates) * BEHIND.get(model_type, 1.0)
-        sums = _sums(module, _rows(x), _rows(experts), weights, score(_rows(seen[f"{block}.router"])))
+        sums = _sums(module, _rows(x), _rows(experts), weights, score(_rows(router))) | more
         if f"{block}.shared_expert_gate" in seen:
-            squares_T = _rows(seen[f"{block}.shared_expert"]).square().sum(-1)
-            shares_T = _rows(seen[f"{block}.shared_expert_gate"]).sigmoid()[:, 0]
+            squares_T = _rows(_first(seen[f"{block}.shared_expert"])).square().sum(-1)
+            shares_T = _rows(_first(seen[f"{block}.shared_expert_gate"])).sigmoid()[:, 0]
             sums |= {"shared_square_sum": squares_T.sum()[None], "shared_gated_square_sum": (shares_T * squares_T).sum()[None]}
         found[number_of(name)] = sums
     return found
+
+
+def _of_gated_inputs(x_ND: torch.Tensor, gates_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the one expert of each token gets, which it is, and a weight of 1."""
+    x_ETD, experts_T = x_ND.view(gates_TE.shape[1], -1, x_ND.shape[-1]), gates_TE.argmax(1)
+    return x_ETD[experts_T, torch.arange(len(experts_T))], experts_T[:, None], torch.ones(len(experts_T), 1)
 
 
 def _rows(values: torch.Tensor) -> torch.Tensor:
@@ -290,5 +328,6 @@ class _Down:
     def _run(self, x_TD: torch.Tensor, changed: dict[str, torch.Tensor]) -> torch.Tensor:
         experts_N2 = torch.arange(self.experts).repeat_interleave(len(x_TD))[:, None].expand(-1, 2)
         weights_N2 = torch.tensor([1.0, 0.0], dtype=x_TD.dtype).expand(experts_N2.shape)  # LongCat's class takes no single column
-        arguments = (x_TD.repeat(self.experts, 1), experts_N2, weights_N2)
+        repeated = x_TD.repeat(self.experts, 1)
+        arguments = (repeated,) if gates_inputs(self.module) else (repeated, experts_N2, weights_N2)
         return functional_call(self.module, changed, arguments).view(self.experts, len(x_TD), -1)

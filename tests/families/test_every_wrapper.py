@@ -32,7 +32,6 @@ WINDOWS = np.random.default_rng(0).integers(0, 128, (6, 16))
 REFUSED = {
     "ernie4_5_vl_moe": "it has experts for text and experts for images",
     "inkling_mm_model": "its shared experts are weighed together with the routed ones",
-    "llama4": "its gates multiply what goes into an expert",
     "muse_spark": "its experts are no plain FFNs: they hold model.language_model.layers.0.mlp.experts.post_expert_norm.weight",
 }
 CONVERTED = [model_type for model_type in wrapper_types() if model_type not in REFUSED]

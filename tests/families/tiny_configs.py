@@ -124,7 +124,13 @@ OWN: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 4, "attn_layer_offset": 1},  # experts in layers 1 and 3, attention in 1
     "laguna": {"layer_types": SLIDING, "num_attention_heads_per_layer": [2, 4, 2, 4], "moe_router_logit_softcapping": 4.0},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "llama4_text": {"moe_layers": [1, 2, 3], "intermediate_size_mlp": 112, "no_rope_layer_interval": 2, "floor_scale": 4},
+    "llama4_text": {
+        "num_experts_per_tok": 1,  # as published
+        "moe_layers": [1, 2, 3],
+        "intermediate_size_mlp": 112,
+        "no_rope_layer_interval": 2,
+        "floor_scale": 4,
+    },
     "longcat_flash": {"num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 24, "zero_expert_num": 4},
     "mellum": {"layer_types": SLIDING, "mlp_layer_types": DENSE_FIRST},
     "minimax_m3_vl_text": {

@@ -76,9 +76,7 @@ class Forks:
         self._jobs: list[Job] = []
         self._folder = tempfile.TemporaryDirectory()
         command = [sys.executable, "-m", "tests.helpers.forks"]
-        # Megatron-Core's small functions as they are written: every rank would compile anew what the tests of one process compile once.
-        variables = {**environment(), "TORCHDYNAMO_DISABLE": "1"}
-        self._server = subprocess.Popen(command, env=variables, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._server = subprocess.Popen(command, env=environment(), cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def close(self) -> None:
         """End it, and all ranks that are left."""

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_moe2dense.cli import main
+from megatron_moe2dense.families import dense
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 from tests.surgery.conftest import calibration
 from tests.surgery.test_calibrate import damage
@@ -135,11 +136,15 @@ def test_inspect_of_what_is_no_supported_moe(moe: Path, tmp_path: Path, user_err
     assert "did you mean 'qwen3'" in user_error("inspect", str(tmp_path / "dense"))
 
 
-def test_a_language_model_inside_another_model_is_named(tmp_path: Path, user_error: Refused):
+def test_images_are_not_lost_unasked_where_no_class_keeps_them(tmp_path: Path, user_error: Refused, monkeypatch: pytest.MonkeyPatch):
     from tests.families.every import tiny_checkpoint
 
-    said = user_error("inspect", str(tiny_checkpoint(tmp_path / "moe", "qwen3_vl_moe")))
-    assert "a language model (qwen3_vl_moe_text) inside a qwen3_vl_moe" in said
+    every = dense.candidates
+    monkeypatch.setattr(dense, "candidates", lambda source, exception, alone: every(source, exception, alone) if alone else ())
+    moe = tiny_checkpoint(tmp_path / "moe", "qwen3_vl_moe")
+    said = user_error("convert", f"source={moe}", f"statistics={tmp_path / 'stats'}", f"output={tmp_path / 'dense'}")
+    assert "no stock class holds a dense qwen3_vl_moe_text inside a qwen3_vl_moe" in said
+    assert "text_only=true converts the language model alone" in said
 
 
 def test_statistics_and_plans_whose_gates_lack_the_factor_behind_the_experts(tmp_path: Path, user_error: Refused):
