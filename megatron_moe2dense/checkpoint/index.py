@@ -94,21 +94,28 @@ class CheckpointIndex:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
+    """In the order in which stock transformers looks: one file, then an index (which an earlier, sharded save may have left beside it)."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
     if index.exists():
         names = _shard_names(index)
         absent = sorted(name for name in names if not (directory / name).exists())
         if absent:
             raise UserError(f"{directory}: {len(absent)} of {len(names)} shards absent, first {absent[0]}", "all shards", "download them")
         return [directory / name for name in sorted(names)]
-    single = directory / "model.safetensors"
-    if not single.exists():
+    shards = sorted(path.name for path in directory.glob("*.safetensors"))
+    if shards:
         raise UserError(
-            f"{directory} has no model.safetensors and no model.safetensors.index.json",
-            "a checkpoint in safetensors format",
-            "check the path; convert .bin checkpoints with transformers' save_pretrained",
+            f"{directory}: {len(shards)} files such as {shards[0]}, and no model.safetensors.index.json",
+            "the index that says which tensor is in which file",
+            "download model.safetensors.index.json too",
         )
-    return [single]
+    raise UserError(
+        f"{directory} has no model.safetensors and no model.safetensors.index.json",
+        "a checkpoint in safetensors format",
+        "check the path; convert .bin checkpoints with transformers' save_pretrained",
+    )
 
 
 def _shard_names(index: Path) -> set[str]:

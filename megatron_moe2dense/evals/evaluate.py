@@ -23,6 +23,7 @@ from megatron_moe2dense.evals.harness import Tasks, answer, load_tasks, require_
 from megatron_moe2dense.evals.models import load_model, open_device, require_accelerate, vocab_size
 from megatron_moe2dense.evals.perplexity import Loaded, measure
 from megatron_moe2dense.families import FAMILIES
+from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.tokens.config import TokensConfig
 from megatron_moe2dense.tokens.indexed import windows as cut
 
@@ -57,8 +58,8 @@ def run(config: EvalConfig) -> None:
     device = open_device(config.device)
     if config.device_map:
         require_accelerate()
-    indices = {label: CheckpointIndex.open(directory) for label, directory in config.directories().items()}
-    teacher_index = CheckpointIndex.open(config.kl.teacher) if config.kl else None
+    indices = {label: Account.open(directory).index for label, directory in config.directories().items()}
+    teacher_index = Account.open(config.kl.teacher).index if config.kl else None
     _check_vocabularies(indices, teacher_index)
     for index in indices.values() if config.harness else ():
         require_tokenizer(index.directory)
@@ -80,8 +81,8 @@ def run(config: EvalConfig) -> None:
 
 def dry_run(config: EvalConfig) -> dict[str, Any]:
     """What would be read and written: bytes, tokens, forward FLOPs and peak memory (models in `dtype` and their logits)."""
-    indices = {label: CheckpointIndex.open(directory) for label, directory in config.directories().items()}
-    teacher = CheckpointIndex.open(config.kl.teacher) if config.kl else None
+    indices = {label: Account.open(directory).index for label, directory in config.directories().items()}
+    teacher = Account.open(config.kl.teacher).index if config.kl else None
     _check_vocabularies(indices, teacher)
     done = _done(config, indices, keep=True)
     todo = [index for label, index in indices.items() if label not in done]

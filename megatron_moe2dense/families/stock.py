@@ -113,6 +113,11 @@ class Stock:
         return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
 
     @cached_property
+    def integers(self) -> set[str]:
+        """Names of the tensors that are no floating-point numbers."""
+        return {name for name, tensor in self.model.state_dict().items() if not tensor.is_floating_point()}
+
+    @cached_property
     def layer_shapes(self) -> list[dict[str, Shape]]:
         """Of each decoder layer, by name in the layer."""
         return [{name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()} for layer in self.layers]

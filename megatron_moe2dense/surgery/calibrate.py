@@ -180,7 +180,7 @@ def dry_run(config: CalibrateConfig) -> dict[str, Any]:
     block = {
         name for layer in source.layers for name in (*source.expert_names(layer), *source.router_names(layer), *source.shared_names(layer))
     }
-    block |= set(source.left_out)
+    block |= set(source.account.left_out)
     rest = sum(int(np.prod(info.shape)) for name, info in source.index.tensors.items() if name not in block)
     per_token = 2 * rest + len(source.layers) * 2 * run_experts * expert_params
     per_token += len(source.layers) * 2 * 3 * dims.hidden_size * dims.shared_width

@@ -51,8 +51,8 @@ def run(config: ConvertConfig) -> None:
     for job, plan in jobs if ranks.rank == 0 else []:
         parameters, nbytes = dense_size(source, plan.groups)
         print(f"{job.output}: {parameters:,} parameters, {nbytes / 1e6:,.1f} MB, plan {plan.hash()}")
-    if source.left_out and ranks.rank == 0:
-        print(left_out_line(source.left_out_facts(), source.family))
+    if source.account.left_out and ranks.rank == 0:
+        print(left_out_line(source.account.left_out_facts(), source.family))
 
 
 def _opened(config: ConvertConfig) -> MoeSource:
@@ -145,7 +145,7 @@ def dry_run(config: ConvertConfig) -> dict[str, Any]:
     return {
         "source": source.facts(),
         **single,
-        "left_out": source.left_out_facts(),
+        "left_out": source.account.left_out_facts(),
         "reads": {str(source.index.directory): source.index.nbytes},
         "writes": {output: dense_size(source, plan.groups)[1] for output, plan in plans.items()},
         "flops": sum(len(source.layers) * 2 * plan.keep * 3 * dims.hidden_size * dims.expert_width for plan in plans.values()),

@@ -78,7 +78,7 @@ def _moe_facts(config: InspectConfig, source: MoeSource, parameters: dict[str, i
     return {
         "moe_layers": list(source.layers),
         "active_parameters": sum(parameters.values()) - idle - parameters[_LEFT_OUT],
-        "left_out": source.left_out_facts(),
+        "left_out": source.account.left_out_facts(),
         "dense": {
             "family": dense_of(source, keep).stock.name,
             "form": source.form.kind,
@@ -104,7 +104,7 @@ def _parts(index: CheckpointIndex, source: MoeSource | None) -> tuple[dict[str, 
 
 
 def _block_parts(source: MoeSource) -> dict[str, str]:
-    parts = dict.fromkeys(source.left_out, _LEFT_OUT)
+    parts = dict.fromkeys(source.account.left_out, _LEFT_OUT)
     for layer in source.layers:
         parts |= dict.fromkeys(source.router_names(layer), "router")
         parts |= dict.fromkeys(source.shared_names(layer), "shared experts")

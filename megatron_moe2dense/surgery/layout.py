@@ -59,7 +59,7 @@ def dense_width(source: MoeSource, groups: int) -> int:
 def _dense_steps(source: MoeSource, groups: int) -> tuple[Step, ...]:
     dense, layers = dense_of(source, groups), range(source.dims.layers)
     made = {layer: _made(source, dense, layer, groups) for layer in layers}
-    gone = {name for layer in dense.slots for name in replaced(source, layer)} | {*source.left_out}
+    gone = {name for layer in dense.slots for name in replaced(source, layer)} | {*source.account.left_out}
     of_layer: dict[int | None, dict[str, TensorSpec]] = {None: {}, **{layer: {} for layer in layers}}
     for name, new in _copied(source, dense, gone).items():
         info = source.index.tensors[name]

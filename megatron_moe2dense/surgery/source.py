@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,28 +14,24 @@ from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.checkpoint.values import Values
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.dense import DenseForm, require_known
 from megatron_moe2dense.families.disk import Disk, ReadTensor
 from megatron_moe2dense.families.ffn import Ffn, FfnPlace, Gating, gating_of
 from megatron_moe2dense.families.probe import BlockFacts, probe
 from megatron_moe2dense.families.spec import Dims
-from megatron_moe2dense.families.stock import MoePlace, Shape, Stock
+from megatron_moe2dense.families.stock import MoePlace, Stock
 from megatron_moe2dense.families.table import EXCEPTIONS, FamilyException
 from megatron_moe2dense.surgery.densify import Units
 from megatron_moe2dense.surgery.plan import ROUTED_FACTOR
 
-_PLAIN = ("BF16", "F16", "F32", "F64")
-
 
 @dataclass(frozen=True, eq=False)
 class MoeSource:
-    """An opened MoE checkpoint. stock: its class. values, disk: its tensors, by name in the files and in the class. text_only: whether
-    what is around the language model stays behind. pad_to: what the width of the dense FFN is a multiple of."""
+    """An opened MoE checkpoint. account: of its tensors. text_only: whether what is around the language model stays behind. pad_to: what
+    the width of the dense FFN is a multiple of."""
 
-    index: CheckpointIndex
-    stock: Stock
-    values: Values
-    disk: Disk
+    account: Account
     facts_of_block: BlockFacts
     text_only: bool = False
     pad_to: int = 1
@@ -53,10 +48,28 @@ class MoeSource:
         if not stock.moe and not EXCEPTIONS.get(stock.name, FamilyException()).refused:
             raise UserError(f"{index.directory}/config.json: {stock.name} has no layer of experts", "a MoE", "point to the MoE checkpoint")
         require_known(stock)
-        values = Values(index)
-        source = cls(index, stock, values, Disk(stock, values.shapes), probe(stock, stock.moe[max(stock.moe)]), text_only, pad_to)
-        source._check()
-        return source
+        account = Account.of(index, stock)
+        return cls(account, probe(stock, stock.moe[max(stock.moe)]), text_only, pad_to)
+
+    @property
+    def index(self) -> CheckpointIndex:
+        """The opened files."""
+        return self.account.index
+
+    @property
+    def stock(self) -> Stock:
+        """Its class."""
+        return self.account.stock
+
+    @property
+    def values(self) -> Values:
+        """Its tensors, by name in the files."""
+        return self.account.values
+
+    @property
+    def disk(self) -> Disk:
+        """Its tensors, by name in the class."""
+        return self.account.disk
 
     @cached_property
     def fingerprint(self) -> str:
@@ -204,86 +217,3 @@ class MoeSource:
         known = {*place.experts.names, *(name for shared in place.shared for name in shared.names), place.shared_gate}
         inside = f"{place.block}." if place.block else f"{place.router}."
         return self.stored(layer, [name for name in shapes if name.startswith(inside) and name not in known])
-
-    @cached_property
-    def left_out(self) -> list[str]:
-        """Tensors in the files that the stock model does not run, as its class says or by the number of their layer (multi-token
-        prediction, mostly): no part of the dense result."""
-        names = {name: self.disk.where(name)[0] for name in self.disk.unknown}
-        ignored = self.stock.ignored(names.values())
-        return [part for name, target in names.items() if target in ignored or self._is_beyond(name) for part in self.values.stored(name)]
-
-    def _is_beyond(self, name: str) -> bool:
-        head, _, rest = name.partition(f"{self.stock.prefix.rpartition('.')[2]}.")
-        number = rest.partition(".")[0]
-        return bool(head) and number.isdigit() and int(number) >= len(self.stock.layers)
-
-    def left_out_facts(self) -> dict[str, Any]:
-        """How many tensors are left out, and which: experts' numbers as *."""
-        short = dict.fromkeys(re.sub(r"(?<=experts\.)\d+(?=\.)", "*", name) for name in self.left_out)
-        return {"tensors": len(self.left_out), "names": list(short)}
-
-    def _check(self) -> None:
-        """UserError for a tensor of a MoE block that is absent, of another shape, quantised or unknown, and for one absent elsewhere."""
-        expected = self._expected_in_blocks()
-        for name, shape in expected.items():
-            self._require(name, shape)
-        self.index.require(part for name in self.disk.missing for part in self._disk_names(name))
-        known = set(expected)
-        for layer in self.layers:
-            prefixes = tuple({name.rpartition(f".{layer}.")[0] + f".{layer}." for name in expected if f".{layer}." in name})
-            unknown = sorted(
-                name for name in self.disk.unknown if name.startswith(prefixes) and self._in_block(name, layer) and name not in known
-            )
-            if unknown:
-                raise UserError(
-                    f"{self.index.directory}: {unknown[0]} ({len(unknown)} such tensors in layer {layer})",
-                    f"only router, {self.dims.experts} experts and shared experts in a MoE block of {self.family}, as config.json says",
-                    "check that config.json and the weights are of the same model",
-                )
-
-        left_out = set(self.left_out)
-        unknown = [name for name in self.disk.unknown if not left_out.issuperset(self.values.stored(name))]
-        if unknown:
-            cls = type(self.stock.model).__name__
-            raise UserError(
-                f"{self.index.directory}: {unknown[0]}, which {cls} does not know ({len(unknown)} such tensors)",
-                f"the tensors of {cls}, and those that it says it leaves out",
-                "check that config.json and the weights are of the same model, or save it with transformers' save_pretrained first",
-            )
-
-    def _in_block(self, name: str, layer: int) -> bool:
-        block = self.stock.moe[layer].block or self.stock.moe[layer].experts.path
-        return f".{layer}.{block}." in name or f".{layer}.block_sparse_moe." in name
-
-    def _expected_in_blocks(self) -> dict[str, Shape]:
-        """Names on disk and shapes of all tensors of MoE blocks, in the layout that the files have."""
-        found: dict[str, Shape] = {}
-        for layer, place in self.stock.moe.items():
-            inside = f"{place.block}." if place.block else f"{place.experts.path}."
-            for name, shape in self.stock.layer_shapes[layer].items():
-                if name.startswith(inside):
-                    found |= self._expected(self.stock.in_model(layer, name), shape)
-        return found
-
-    def _expected(self, name: str, shape: Shape) -> dict[str, Shape]:
-        """What the files should have for a tensor of the class: under the class's name, or as the class saves it."""
-        if self.disk.is_plain(name):
-            return {self.disk.names_of(name)[0]: shape}
-        return self.disk.saved(name, shape)
-
-    def _disk_names(self, name: str) -> list[str]:
-        return list(self._expected(name, self.stock.shapes[name]))
-
-    def _require(self, name: str, shape: Shape) -> None:
-        if name in self.values.encoded:
-            self.index.require(self.values.encoded[name])
-        else:
-            self.index.require_shape(name, shape)
-            dtype = self.index.tensors[name].dtype
-            if dtype not in _PLAIN and not (dtype in ("I64", "I32", "BOOL") and name.endswith("tid2eid")):
-                raise UserError(
-                    f"{self.index.directory}: {name} is quantised ({dtype})",
-                    "weights in bfloat16, float16 or float32 (or GPT-OSS's MXFP4)",
-                    "dequantise the checkpoint first",
-                )

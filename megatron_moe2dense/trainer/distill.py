@@ -11,7 +11,6 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_moe2dense.checkpoint.assets import copy_assets
-from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import MANIFEST, Status, claim, config_hash, read_json, write_json, write_manifest
@@ -198,7 +197,7 @@ def student_spec(config: DistillConfig) -> models.ModelSpec:
     if config.initialize == "random":
         content = read_json(directory / "config.json", "the student's Hugging Face directory with its config.json")
         return models.ModelSpec.of(content, str(directory), dtype)
-    return models.ModelSpec.of(CheckpointIndex.open(directory).config, str(directory), dtype)
+    return models.ModelSpec.open(directory, dtype)
 
 
 def _balancing(config: DistillConfig, spec: models.ModelSpec) -> dict[str, Any]:

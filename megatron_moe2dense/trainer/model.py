@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES, Dims, FamilySpec, Router, family_of
 from megatron_moe2dense.trainer.config import ParallelConfig
@@ -53,6 +55,19 @@ class ModelSpec:
             known = [name for name, other in FAMILIES.items() if other.megatron is not None]
             raise UserError(f"{where}: {family.name}, which the trainer can not build", f"one of {', '.join(known)}", "use another model")
         return cls(config, family, _dense_where_one_expert(family, family.dims(config)), dtype)
+
+    @classmethod
+    def open(cls, directory: str | Path, dtype: torch.dtype) -> ModelSpec:
+        """Of a checkpoint, all of whose tensors are accounted for before one is read.
+
+        Raises:
+            UserError: as `of`; damaged files; a tensor that is quantised, absent, unknown or of another shape than the stock class has.
+        """
+        from megatron_moe2dense.families.account import Account  # with it transformers' classes
+
+        spec = cls.of(CheckpointIndex.open(directory).config, str(directory), dtype)
+        Account.open(directory)
+        return spec
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

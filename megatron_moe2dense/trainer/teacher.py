@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.families import Dims
@@ -76,7 +75,7 @@ def build(config: DistillConfig, student: models.ModelSpec, groups: Groups, runt
     """
     assert config.teacher is not None
     directory = Path(config.teacher)
-    spec = models.ModelSpec.of(CheckpointIndex.open(directory).config, str(directory), student.dtype)
+    spec = models.ModelSpec.open(directory, student.dtype)
     require_same_vocabulary(spec, student)
     overrides = {"moe_router_topk": active_experts(config.active_experts(), spec.dims)} if spec.dims.experts else {}
     chunks = models.build(spec, groups, runtime, PipelineLayout.of_teacher(groups.parallel, spec.dims.layers), **overrides)

@@ -16,6 +16,8 @@ from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.mapping import Entry, WeightMapping, is_packed, join, pack, split, unpack
 from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec, padded_vocabulary
 
+_ROWS = 8192  # of the vocabulary, that are compared at once
+
 
 @torch.no_grad()
 def load(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups, directory: Path) -> None:
@@ -26,9 +28,25 @@ def load(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups, directo
     """
     index = CheckpointIndex.open(directory)
     with CheckpointReader(index) as reader:
+        _require_one_table(reader, spec, directory)
         for parameter, entry, _ in weights_of_rank(chunks, spec, groups, index.tensors):
             index.require(entry.hf)
             parameter.copy_(_checked(_local(reader, entry, spec, groups), parameter, f"{directory}: {', '.join(entry.hf)}"))
+
+
+def _require_one_table(reader: CheckpointReader, spec: ModelSpec, directory: Path) -> None:
+    """UserError for tied embeddings beside a head of its own: stock transformers keeps both, this model has one."""
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if not spec.dims.tied_embeddings or head not in reader.index.tensors or embedding not in reader.index.tensors:
+        return
+    rows = reader.index.tensors[head].shape[0]
+    pieces = ((start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
+    if any(not reader.rows(head, 0, *piece).equal(reader.rows(embedding, 0, *piece)) for piece in pieces):
+        raise UserError(
+            f"{directory}: tie_word_embeddings is true, and {head} differs from {embedding}",
+            "one table of embeddings, or a config.json that says there are two",
+            'set "tie_word_embeddings": false in config.json, which is how stock transformers reads it',
+        )
 
 
 def weights_of_rank(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_moe2dense.checkpoint.assets import ASSETS, copy_assets
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
@@ -47,6 +48,24 @@ def test_the_reader_gives_whole_tensors_and_slices(checkpoint: Path):
             assert reader.rows(name, 0, 3, 9).equal(tensor[3:9])
             if tensor.ndim == 2:
                 assert reader.rows(name, 1, 3, 9).equal(tensor[:, 3:9])
+
+
+def test_files_are_looked_for_in_the_order_of_stock_transformers(tmp_path: Path):
+    """One file, saved again over shards whose index is still there, is what both read; shards alone want their index."""
+    tiny_qwen3(tmp_path / "model", seed=1, max_shard_size="100KB")
+    tiny_qwen3(tmp_path / "model", seed=2)
+    assert (tmp_path / "model/model.safetensors").exists()
+    assert (tmp_path / "model/model.safetensors.index.json").exists()
+    with CheckpointReader(CheckpointIndex.open(tmp_path / "model")) as reader:
+        found = reader.tensor("model.norm.weight")
+        embedding = reader.tensor("model.embed_tokens.weight")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert found.equal(stock.model.norm.weight)
+    assert embedding.equal(stock.model.embed_tokens.weight)
+    tiny_qwen3(tmp_path / "shards", max_shard_size="100KB")
+    (tmp_path / "shards/model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match=r"and no model\.safetensors\.index\.json"):
+        CheckpointIndex.open(tmp_path / "shards")
 
 
 def test_a_checkpoint_without_its_config_is_no_checkpoint(checkpoint: Path):

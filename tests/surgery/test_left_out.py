@@ -67,13 +67,55 @@ def test_the_dense_checkpoint_is_the_one_without_them(tmp_path: Path, capsys: py
     assert all(tensor.equal(dense[1][name]) for name, tensor in dense[0].items())
 
 
-def test_buffers_that_checkpoints_used_to_hold_are_left_out(tmp_path: Path):
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    assert MoeSource.open(with_tensors(tiny_qwen3_moe(tmp_path / "moe"), **{name: torch.ones(8)})).left_out == [name]
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "mtp.fc.weight",
+        "model.layers.1.self_attn.k_scale",
+        "model.layers.1.self_attn.k_proj.output_scale",
+    ],
+)
+def test_what_no_class_needs_is_left_out(name: str, tmp_path: Path):
+    assert MoeSource.open(with_tensors(tiny_qwen3_moe(tmp_path / "moe"), **{name: torch.ones(8)})).account.left_out == [name]
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight_scale_inv", "mtp.fc.weight"])
-def test_a_tensor_that_the_class_does_not_know_is_refused_by_name(name: str, tmp_path: Path, user_error: Callable[..., str]):
-    """Qwen3-MoE's class has no rule for heads of multi-token prediction."""
-    said = user_error("inspect", str(with_tensors(tiny_qwen3_moe(tmp_path / "moe"), **{name: torch.ones(4, 4)})))
+def test_a_tensor_that_the_class_does_not_know_is_refused_by_name(tmp_path: Path, user_error: Callable[..., str]):
+    name = "model.layers.1.self_attn.sinks"
+    said = user_error("inspect", str(with_tensors(tiny_qwen3_moe(tmp_path / "moe"), **{name: torch.ones(4)})))
     assert f"{name}, which Qwen3MoeForCausalLM does not know (1 such tensors)" in said
+
+
+QUANTISED = {
+    "self_attn.q_proj.weight": torch.zeros(64, 64).to(torch.float8_e4m3fn),  # attention in FP8 beside experts that are not
+    "self_attn.q_proj.weight_scale_inv": torch.ones(1, 1),
+    "self_attn.q_proj.qweight": torch.zeros(8, 64, dtype=torch.int32),
+    "self_attn.q_proj.weight.quant_state.bitsandbytes__nf4": torch.zeros(8, dtype=torch.uint8),
+    "input_layernorm.weight": torch.zeros(64, dtype=torch.int8),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_numbers_are_refused_wherever_they_stand(name: str, tmp_path: Path, user_error: Callable[..., str]):
+    moe = with_tensors(tiny_qwen3_moe(tmp_path / "moe"), **{f"model.layers.1.{name}": QUANTISED[name]})
+    for command in (("inspect", str(moe)), ("calibrate", f"source={moe}", f"output={tmp_path / 'out'}", "data.path=none")):
+        assert f"model.layers.1.{name} is quantised (" in user_error(*command)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("model.embed_tokens.weight", (264, 64), "model.embed_tokens.weight is [264, 64]"),  # rows beyond the vocabulary
+        ("model.layers.1.self_attn.q_proj.weight", (64, 32), "model.layers.1.self_attn.q_proj.weight is [64, 32]"),
+        ("lm_head.weight", None, "no tensor 'lm_head.weight' (1 missing)"),
+        ("model.norm.weight", None, "no tensor 'model.norm.weight' (1 missing)"),
+    ],
+)
+def test_absent_and_misshapen_tensors_outside_the_blocks_are_refused(
+    name: str, shape: tuple[int, ...] | None, said: str, tmp_path: Path, user_error: Callable[..., str]
+):
+    moe = tiny_qwen3_moe(tmp_path / "moe")
+    tensors = load_file(moe / "model.safetensors")
+    del tensors[name]
+    save_file({**tensors, **({} if shape is None else {name: torch.zeros(shape)})}, moe / "model.safetensors", {"format": "pt"})
+    assert said in user_error("inspect", str(moe))

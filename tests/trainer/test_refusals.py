@@ -94,6 +94,45 @@ def test_distill_refuses_broken_weights(value: float, root: Path, tmp_path: Path
     assert "model.layers.2.mlp.experts.3.up_proj.weight" in distill(root, capsys, tmp_path, teacher=broken)
 
 
+# What is done to a tensor of a checkpoint: it is absent, of another shape, quantised, or stands beside one that nobody knows.
+WRONG = {
+    "model.layers.0.self_attn.k_proj.weight": (None, "no tensor 'model.layers.0.self_attn.k_proj.weight'"),
+    "model.embed_tokens.weight": (torch.zeros(264, 64), "model.embed_tokens.weight is [264, 64]"),
+    "model.layers.1.self_attn.o_proj.weight": (torch.zeros(64, 64).to(torch.float8_e4m3fn), "o_proj.weight is quantised (F8_E4M3)"),
+    "model.layers.1.self_attn.o_proj.weight_scale_inv": (torch.ones(1, 1), "o_proj.weight_scale_inv is quantised (F32)"),
+    "model.layers.1.self_attn.sinks": (torch.zeros(4), "sinks, which Qwen3"),
+}
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("name", WRONG)
+def test_every_tensor_of_both_checkpoints_is_accounted_for(
+    name: str, side: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """By every command that reads one."""
+    tensor, said = WRONG[name]
+    tensors = load_file((tiny_qwen3_moe if side == "teacher" else tiny_qwen3)(tmp_path / side) / "model.safetensors")
+    tensors.pop(name, None)
+    save_file({**tensors, **({} if tensor is None else {name: tensor})}, tmp_path / side / "model.safetensors", {"format": "pt"})
+    assert said in distill(root, capsys, tmp_path, **{side: tmp_path / side})
+    capsys.readouterr()
+    assert said in refused(
+        "eval", capsys, models=f"{{it: {tmp_path / side}}}", output=tmp_path / "e.jsonl", perplexity__data__path=root / "tokens"
+    )
+    if side == "teacher":
+        assert said in refused("cache-teacher", capsys, teacher=tmp_path / side, output=tmp_path / "cache", data__path=root / "tokens")
+        assert said in refused("inspect", capsys, source=tmp_path / side)
+
+
+def test_a_head_of_its_own_beside_tied_embeddings(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Stock transformers keeps both tables; one model of a run would have one of them."""
+    file = tiny_qwen3(tmp_path / "student", tie_word_embeddings=True) / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file, {"format": "pt"})
+    said = distill(root, capsys, tmp_path, student=tmp_path / "student")
+    assert "tie_word_embeddings is true, and lm_head.weight differs from model.embed_tokens.weight" in said
+
+
 def test_a_finished_run_is_refused_and_another_config_does_not_resume_it(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = ["student=" + str(root / "student"), f"teacher={root / 'teacher'}", f"output={tmp_path / 'run'}", f"data.path={root / 'tokens'}"]
     run += ["data.sequence_length=32", "batch.micro=2", "batch.global=4", "train.steps=1", "dtype=float32", "teacher_check.loss_bound=null"]

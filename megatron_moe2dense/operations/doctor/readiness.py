@@ -103,9 +103,7 @@ def _vocabulary(config: DistillConfig) -> str:
     student = distill.student_spec(config)
     if config.has_live_teacher():
         assert config.teacher is not None
-        teacher.require_same_vocabulary(
-            ModelSpec.of(CheckpointIndex.open(Path(config.teacher)).config, config.teacher, student.dtype), student
-        )
+        teacher.require_same_vocabulary(ModelSpec.open(config.teacher, student.dtype), student)
     return str(student.dims.vocab_size)
 
 

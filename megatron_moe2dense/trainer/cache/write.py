@@ -47,7 +47,7 @@ def run(config: CacheTeacherConfig) -> None:
         process_groups.require_sequence(config.parallel, config.data.sequence_length)
         working, facts = _claimed(config)
         with _nothing_left_of_a_refusal(working):
-            spec = models.ModelSpec.of(CheckpointIndex.open(config.teacher).config, config.teacher, getattr(torch, config.dtype))
+            spec = models.ModelSpec.open(config.teacher, getattr(torch, config.dtype))
             reading = Reading(config.data, config.seed, facts.vocab_size, working / "data_index")
             samples = Samples(training_dataset(reading, facts.samples), reading)
             live = teacher.build(_as_a_run(config), spec, groups, device)
@@ -91,7 +91,7 @@ def _samples(config: CacheTeacherConfig) -> int:
 
 def _facts(config: CacheTeacherConfig) -> CacheFacts:
     index = CheckpointIndex.open(config.teacher)
-    dims = models.ModelSpec.of(index.config, config.teacher, getattr(torch, config.dtype)).dims
+    dims = models.ModelSpec.open(config.teacher, getattr(torch, config.dtype)).dims
     if config.k > dims.vocab_size:
         raise UserError(f"k={config.k}", f"at most the vocabulary of {dims.vocab_size}", "choose a smaller k")
     active = _as_a_run(config).active_experts()

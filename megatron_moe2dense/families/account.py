@@ -1,0 +1,123 @@
+"""What every tensor of a checkpoint is to its stock class, from headers alone: used, left out by a rule that has a name, or refused."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_moe2dense.checkpoint.index import CheckpointIndex, TensorInfo
+from megatron_moe2dense.checkpoint.values import Values
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families.disk import Disk
+from megatron_moe2dense.families.stock import Shape, Stock
+
+_PLAIN = ("BF16", "F16", "F32", "F64")
+# Ends of names that stand beside quantised numbers: FP8 and compressed-tensors, AWQ and GPTQ, bitsandbytes, ModelOpt.
+_OF_QUANTISED = re.compile(
+    r"(weight_scale(_inv|_2)?|input_scale|weight_(packed|shape|zero_point|g_idx)|qweight|qzeros|g_idx|\.scales|(nested_)?absmax"
+    r"|(nested_)?quant_map|quant_state\.\w+|\.SCB|activation_scale(_inv)?)$"
+)
+# What stock classes run without: heads of multi-token prediction, and scales of a key-value cache in FP8.
+_NOT_RUN = re.compile(r"^(model\.)?mtp\.|\.(k|v|kv|q|prob)(_proj)?(\.output)?_scale$")
+
+
+@dataclass(frozen=True, eq=False)
+class Account:
+    """An opened checkpoint whose tensors are all accounted for. values, disk: by name in the files and in the class."""
+
+    index: CheckpointIndex
+    stock: Stock
+    values: Values
+    disk: Disk
+
+    @classmethod
+    def of(cls, index: CheckpointIndex, stock: Stock) -> Account:
+        """Compare headers with what the class holds.
+
+        Raises:
+            UserError: a tensor that is quantised, absent, of another shape, or one that the class neither holds nor leaves out.
+        """
+        values = Values(index)
+        account = cls(index, stock, values, Disk(stock, values.shapes))
+        account._require_plain()
+        account._require_shapes()
+        account._require_known()
+        return account
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Account:
+        """As `of`, of a directory. UserError also for damaged files, and for a class that transformers does not have."""
+        index = CheckpointIndex.open(directory)
+        return cls.of(index, Stock.read(index.directory))
+
+    @cached_property
+    def left_out(self) -> list[str]:
+        """Tensors in the files that the stock model does not run: those that its class says it leaves out, heads of
+        multi-token prediction (layers beyond the last, mostly), and scales of a quantised key-value cache."""
+        names = {name: self.disk.where(name)[0] for name in self.disk.unknown}
+        ignored = self.stock.ignored(names.values())
+        out = [name for name, target in names.items() if target in ignored or self._is_beyond(name) or _NOT_RUN.search(name)]
+        return [part for name in out for part in self.values.stored(name)]
+
+    def left_out_facts(self) -> dict[str, Any]:
+        """How many tensors are left out, and which: experts' numbers as *."""
+        short = dict.fromkeys(re.sub(r"(?<=experts\.)\d+(?=\.)", "*", name) for name in self.left_out)
+        return {"tensors": len(self.left_out), "names": list(short)}
+
+    def _is_beyond(self, name: str) -> bool:
+        head, _, rest = name.partition(f"{self.stock.prefix.rpartition('.')[2]}.")
+        number = rest.partition(".")[0]
+        return bool(head) and number.isdigit() and int(number) >= len(self.stock.layers)
+
+    def _require_plain(self) -> None:
+        """Nothing that needs scales or tables to be numbers, but for MXFP4."""
+        encoded = {part for parts in self.values.encoded.values() for part in parts}
+        left_out = set(self.left_out)
+        for name, info in self.index.tensors.items():
+            if name not in encoded and name not in left_out and (self._is_encoded(info) or self._stands_beside(name)):
+                method = (self.index.config.get("quantization_config") or {}).get("quant_method")
+                raise UserError(
+                    f"{self.index.directory}: {name} is quantised ({info.dtype}{'' if method is None else f', {method}'})",
+                    "weights in bfloat16, float16 or float32 (or GPT-OSS's MXFP4)",
+                    "dequantise the checkpoint first",
+                )
+
+    def _is_encoded(self, info: TensorInfo) -> bool:
+        return info.dtype not in _PLAIN and self.disk.where(info.name)[0] not in self.stock.integers
+
+    def _stands_beside(self, name: str) -> bool:
+        return _OF_QUANTISED.search(name) is not None and name in self._unknown
+
+    @cached_property
+    def _unknown(self) -> set[str]:
+        return set(self.disk.unknown)
+
+    def _require_shapes(self) -> None:
+        for name, shape in self.stock.shapes.items():
+            if self.disk.names_of(name):
+                for stored, expected in self._expected(name, shape).items():
+                    if stored in self.values.encoded:
+                        self.index.require(self.values.encoded[stored])
+                    else:
+                        self.index.require_shape(stored, expected)
+        self.index.require(stored for name in self.disk.missing for stored in self._expected(name, self.stock.shapes[name]))
+
+    def _expected(self, name: str, shape: Shape) -> dict[str, Shape]:
+        """What the files should have for a tensor of the class: under the class's name, or as the class saves it."""
+        if self.disk.is_plain(name):
+            return {self.disk.names_of(name)[0]: shape}
+        return self.disk.saved(name, shape)
+
+    def _require_known(self) -> None:
+        left_out = set(self.left_out)
+        unknown = [name for name in self.disk.unknown if not left_out.issuperset(self.values.stored(name))]
+        if unknown:
+            cls = type(self.stock.model).__name__
+            raise UserError(
+                f"{self.index.directory}: {unknown[0]}, which {cls} does not know ({len(unknown)} such tensors)",
+                f"the tensors of {cls}, and those that it says it leaves out",
+                "check that config.json and the weights are of the same model, or save it with transformers' save_pretrained first",
+            )
