@@ -97,13 +97,20 @@ class Account:
 
     def _require_shapes(self) -> None:
         for name, shape in self.stock.shapes.items():
-            if self.disk.names_of(name):
+            if self.disk.names_of(name) and not self._gives(name, shape):
                 for stored, expected in self._expected(name, shape).items():
                     if stored in self.values.encoded:
                         self.index.require(self.values.encoded[stored])
                     else:
                         self.index.require_shape(stored, expected)
         self.index.require(stored for name in self.disk.missing for stored in self._expected(name, self.stock.shapes[name]))
+
+    def _gives(self, name: str, shape: Shape) -> bool:
+        """Whether the files hold a tensor of the class, whole."""
+        try:
+            return self.disk.shape(name) == shape
+        except (RuntimeError, ValueError, KeyError, IndexError):  # parts that are absent, or do not fit each other
+            return False
 
     def _expected(self, name: str, shape: Shape) -> dict[str, Shape]:
         """What the files should have for a tensor of the class: under the class's name, or as the class saves it."""

@@ -24,7 +24,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.surgery.seam import MoeWatcher
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
-from tests.families.conversions import Loaded, constant_routing, hidden_states, load, opened_once, require_close
+from tests.families.conversions import Loaded, constant_routing, hidden_states, load, opened_once, require_close, run
 from tests.families.every import tiny_checkpoint, wrapper_types
 from tests.helpers.tiny_models import write_tokens
 
@@ -46,9 +46,9 @@ class Wrapped:
         self.model_type, self.source, self.dense, self.alone = model_type, folder / "moe", folder / "dense", folder / "alone"
         tiny_checkpoint(self.source, model_type)
         statistics = folder / "statistics"
-        main(["calibrate", f"source={self.source}", f"output={statistics}", f"data.path={text}", "data.sequence_length=16"])
+        run(["calibrate", f"source={self.source}", f"output={statistics}", f"data.path={text}", "data.sequence_length=16"])
         self._convert = ["convert", f"source={self.source}", f"statistics={statistics}", "scale.method=proportional"]
-        main([*self._convert, f"output={self.dense}"])
+        run([*self._convert, f"output={self.dense}"])
 
     def convert_alone(self) -> None:
         main([*self._convert, f"output={self.alone}", "text_only=true"])
