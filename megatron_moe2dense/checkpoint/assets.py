@@ -1,4 +1,5 @@
-"""The small files that travel with a checkpoint: tokenizer, chat template, generation config."""
+"""The small files that travel with a checkpoint: tokenizer, chat template, generation config; of models for images or sound, what
+prepares those."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ ASSETS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tiktoken.model",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -20,16 +23,18 @@ ASSETS = (
     "chat_template.json",
     "generation_config.json",
 )
+# Of images and sound: not beside a language model alone.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "feature_extractor_config.json")
 
 
-def copy_assets(source: Path, target: Path) -> list[str]:
-    """Copy the assets that `source` has, byte for byte; returns their names.
+def copy_assets(source: Path, target: Path, processors: bool = False) -> list[str]:
+    """Copy the assets that `source` has, byte for byte; returns their names. processors: those of images and sound too.
 
     Raises:
         UserError: one is a link to somewhere outside `source`, whose content would be published with the model. Links into the
             `blobs` folder of a Hugging Face cache are none of these.
     """
-    copied = [name for name in ASSETS if (source / name).exists()]
+    copied = [name for name in (*ASSETS, *(PROCESSORS if processors else ())) if (source / name).exists()]
     folder = source.resolve()
     for name in copied:
         place = (source / name).resolve()

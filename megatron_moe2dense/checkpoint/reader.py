@@ -135,7 +135,7 @@ class CheckpointReader:
             raise UserError(
                 f"{info.file}: {info.name} has {bad} NaN or infinite of {whole.numel()} values",
                 "finite weights",
-                "download the checkpoint again, or leave this expert out",
+                "download the checkpoint again",
             )
 
 

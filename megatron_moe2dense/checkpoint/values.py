@@ -50,7 +50,7 @@ class Values:
                 raise UserError(
                     f"{self.index.tensors[name].file}: {name} has NaN or infinite values in entry {rows.start}",
                     "finite weights",
-                    "download the checkpoint again, or leave this expert out",
+                    "download the checkpoint again",
                 )
             return found
 

@@ -21,7 +21,7 @@ _OF_QUANTISED = re.compile(
     r"|(nested_)?quant_map|quant_state\.\w+|\.SCB|activation_scale(_inv)?)$"
 )
 # What stock classes run without: heads of multi-token prediction, and scales of a key-value cache in FP8.
-_NOT_RUN = re.compile(r"^(model\.)?mtp\.|\.(k|v|kv|q|prob)(_proj)?(\.output)?_scale$")
+_NOT_RUN = re.compile(r"^(model\.)?(language_model\.)?mtp\.|\.(k|v|kv|q|prob)(_proj)?(\.output)?_scale$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +98,7 @@ class Account:
     def _require_shapes(self) -> None:
         for name, shape in self.stock.shapes.items():
             if self.disk.names_of(name) and not self._gives(name, shape):
-                for stored, expected in self._expected(name, shape).items():
-                    if stored in self.values.encoded:
-                        self.index.require(self.values.encoded[stored])
-                    else:
-                        self.index.require_shape(stored, expected)
+                self._refuse(name, shape)
         self.index.require(stored for name in self.disk.missing for stored in self._expected(name, self.stock.shapes[name]))
 
     def _gives(self, name: str, shape: Shape) -> bool:
@@ -112,11 +108,26 @@ class Account:
         except (RuntimeError, ValueError, KeyError, IndexError):  # parts that are absent, or do not fit each other
             return False
 
+    def _refuse(self, name: str, shape: Shape) -> None:
+        """UserError for what does not become a tensor of the class: the first part that is absent, of another shape or too many."""
+        wanted = self._expected(name, shape)
+        for stored, expected in wanted.items():
+            if stored in self.values.encoded:
+                self.index.require(self.values.encoded[stored])
+            else:
+                self.index.require_shape(stored, expected)
+        more = [stored for stored in self.disk.names_of(name) if stored not in wanted]
+        raise UserError(
+            f"{self.index.directory}: {(more or self.disk.names_of(name))[0]} ({len(more)} such tensors)",
+            f"{name} of {type(self.stock.model).__name__} as {list(shape)}, from {len(wanted)} tensors such as {next(iter(wanted))}",
+            "check that config.json and the weights are of the same model",
+        )
+
     def _expected(self, name: str, shape: Shape) -> dict[str, Shape]:
         """What the files should have for a tensor of the class: under the class's name, or as the class saves it."""
         if self.disk.is_plain(name):
             return {self.disk.names_of(name)[0]: shape}
-        return self.disk.saved(name, shape)
+        return self.disk.saved(name)
 
     def _require_known(self) -> None:
         left_out = set(self.left_out)

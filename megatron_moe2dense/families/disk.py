@@ -115,9 +115,11 @@ class Disk:
         target = self._of[name]
         return self._run(target, self._entries[target], read, rows)[name]
 
-    def saved(self, name: str, shape: Shape) -> dict[str, Shape]:
-        """Names on disk, and shapes, as which the class saves a tensor of that shape."""
-        found = revert(self._stock, {name: torch.empty(shape, device="meta")})
+    def saved(self, name: str) -> dict[str, Shape]:
+        """Names on disk, and shapes, as which the class saves a tensor, and those that it is saved together with."""
+        entry = self._entries.get(self._of.get(name, ""))
+        names = (name,) if entry is None else entry.gives
+        found = revert(self._stock, {each: torch.empty(self._stock.shapes[each], device="meta") for each in names})
         return {each: tuple(tensor.shape) for each, tensor in found.items()}
 
     def shape(self, name: str) -> Shape:

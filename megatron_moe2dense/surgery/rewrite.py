@@ -137,7 +137,7 @@ def _write_step(source: MoeSource, reader: CheckpointReader, output: DenseOutput
 
 def _write_rest(source: MoeSource, output: DenseOutput) -> None:
     write_json(output.directory / "config.json", dense_of(source, output.plan.groups).config(source.index.config))
-    copy_assets(source.index.directory, output.directory)
+    copy_assets(source.index.directory, output.directory, processors=source.stock.wrapped and not source.form.alone)
     output.plan.write(output.directory / PLAN_FILE)
     if output.fits is not None:
         facts = [output.fits[plan.layer].report.facts() for plan in output.plan.layers]

@@ -35,6 +35,7 @@ REFUSED = {
     "muse_spark": "its experts are no plain FFNs: they hold model.language_model.layers.0.mlp.experts.post_expert_norm.weight",
 }
 CONVERTED = [model_type for model_type in wrapper_types() if model_type not in REFUSED]
+IMAGES, TOKENS = "preprocessor_config.json", "tiktoken.model"
 # Transformers 5.23 has no causal language model class for what stands in these.
 NOT_ALONE = {"deepseek_ocr2", "glm4v_moe", "glm5_next", "mistral_large4", "step3p7", "unlimited_ocr"}
 
@@ -45,6 +46,8 @@ class Wrapped:
     def __init__(self, model_type: str, folder: Path, text: Path):
         self.model_type, self.source, self.dense, self.alone = model_type, folder / "moe", folder / "dense", folder / "alone"
         tiny_checkpoint(self.source, model_type)
+        for name in (IMAGES, TOKENS):
+            (self.source / name).write_text("{}")
         statistics = folder / "statistics"
         run(["calibrate", f"source={self.source}", f"output={statistics}", f"data.path={text}", "data.sequence_length=16"])
         self._convert = ["convert", f"source={self.source}", f"statistics={statistics}", "scale.method=proportional"]
@@ -111,6 +114,8 @@ def test_what_is_around_the_language_model_is_carried_over_bit_for_bit(made: Wra
     assert around, "there are towers"
     assert around == {name for name in after if "language_model." not in name and "lm_head" not in name}
     assert [name for name in around if not torch.equal(before[name], after[name])] == []
+    assert (made.dense / IMAGES).exists()
+    assert (made.dense / TOKENS).exists()
     tokens = [getattr(AutoConfig.from_pretrained(directory), "image_token_id", None) for directory in (made.source, made.dense)]
     assert tokens[0] == tokens[1]
 
@@ -126,6 +131,8 @@ def test_the_language_model_alone_computes_the_same(made: Wrapped, capsys: pytes
     alone, faults = load(made.alone)
     assert not faults
     assert type(alone).__name__.endswith("ForCausalLM")
+    assert (made.alone / TOKENS).exists()
+    assert not (made.alone / IMAGES).exists()
     tokens, whole = torch.from_numpy(WINDOWS[:2]), made.loaded[0]
     require_close(alone(input_ids=tokens, use_cache=False).logits, whole(input_ids=tokens, use_cache=False).logits, "logits")
 

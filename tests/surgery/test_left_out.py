@@ -119,3 +119,15 @@ def test_absent_and_misshapen_tensors_outside_the_blocks_are_refused(
     del tensors[name]
     save_file({**tensors, **({} if shape is None else {name: torch.zeros(shape)})}, moe / "model.safetensors", {"format": "pt"})
     assert said in user_error("inspect", str(moe))
+
+
+@pytest.mark.parametrize("more", [("up_proj",), ("gate_proj", "up_proj", "down_proj")])
+def test_an_expert_too_many_is_refused(more: tuple[str, ...], tmp_path: Path, user_error: Callable[..., str]):
+    """Stock transformers refuses both too: a stack of 9 experts, and one that does not fit together."""
+    moe = tiny_checkpoint(tmp_path / "moe", "qwen3_5_moe")
+    start = "model.language_model.layers.1.mlp.experts"
+    known = load_file(moe / "model.safetensors")
+    with_tensors(moe, **{f"{start}.8.{part}.weight": known[f"{start}.7.{part}.weight"].clone() for part in more})
+    said = user_error("inspect", str(moe))
+    assert f"{start}.8." in said
+    assert "such tensors)" in said

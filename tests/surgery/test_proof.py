@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
@@ -19,7 +19,7 @@ from megatron_moe2dense.surgery import layout, proof
 from megatron_moe2dense.surgery.densify import rescaled
 from megatron_moe2dense.surgery.source import MoeSource
 from tests.families.every import tiny_checkpoint
-from tests.helpers.tiny_models import write_tokens
+from tests.helpers.tiny_models import tiny_qwen3_moe, write_tokens
 from tests.surgery.conftest import calibration
 
 
@@ -70,3 +70,20 @@ def test_a_width_is_padded_with_neurons_of_zeros(moe: Path, statistics: Path, tm
     assert not padded[down][:, 64:].any()
     logits = [Qwen3ForCausalLM.from_pretrained(tmp_path / name)(torch.arange(10)[None]).logits for name in ("plain", "padded")]
     torch.testing.assert_close(logits[1], logits[0])
+
+
+def test_weights_beyond_float32_are_no_proof(tmp_path: Path, user_error: Any):
+    moe = tiny_qwen3_moe(tmp_path / "moe")
+    main(["calibrate", *calibration(moe, write_tokens(tmp_path / "tokens", 65, 128), tmp_path / "stats")])
+    tensors = load_file(moe / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".layers.0." in name and name.endswith(("gate_up_proj", "gate_proj.weight", "up_proj.weight", "down_proj", "down_proj.weight")):
+            tensor.fill_(3e38)[..., ::2, :] *= -1
+    save_file(tensors, moe / "model.safetensors", {"format": "pt"})
+    plan = tmp_path / "stats/moe2dense.json"
+    content = json.loads(plan.read_text())
+    content["source"]["fingerprint"] = MoeSource.open(moe).fingerprint
+    plan.write_text(json.dumps(content))
+    message = user_error("convert", f"source={moe}", f"statistics={tmp_path / 'stats'}", f"output={tmp_path / 'dense'}")
+    assert "layer 0 gives no finite output" in message
+    assert not (tmp_path / "dense").exists()
