@@ -14,6 +14,8 @@ from megatron_moe2dense.evals import evaluate
 from megatron_moe2dense.evals.config import EvalConfig
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:

@@ -22,6 +22,8 @@ from megatron_moe2dense.evals.config import EvalConfig, HarnessConfig
 from megatron_moe2dense.evals.harness import Answers, load_tasks, task_manager
 from tests.helpers.tiny_models import tiny_qwen3
 
+pytestmark = pytest.mark.slow
+
 WORDS = [f"w{i}" for i in range(255)]
 QUESTIONS = [
     {"question": " ".join(WORDS[i : i + 4]), "choices": [WORDS[3 * i + 7], WORDS[5 * i + 40], WORDS[2 * i + 101]], "gold": i % 3}

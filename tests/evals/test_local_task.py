@@ -19,6 +19,8 @@ from megatron_moe2dense.evals.config import EvalConfig, MakeTaskConfig
 from megatron_moe2dense.tokens.indexed import TokenFile
 from tests.helpers.tiny_models import write_tokens
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS, CONTEXT, LENGTH = 120, 32, 16
 
 

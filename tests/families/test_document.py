@@ -13,6 +13,8 @@ from tests.families.every import moe_types, wrapper_types
 from tests.families.facts import ENGINES, MODELS
 from tests.families.test_every_wrapper import CONVERTED
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 CLASS = r"`(\w+For(?:CausalLM|ConditionalGeneration))`"
 

@@ -22,6 +22,8 @@ from tests.families.every import (
     wrapper_types,
 )
 
+pytestmark = pytest.mark.slow
+
 TOKENS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
 
 

@@ -44,6 +44,8 @@ from tests.families.conversions import (
 from tests.families.every import as_in_memory, moe_types, tiny_checkpoint, tiny_config, tiny_model
 from tests.helpers.tiny_models import write_tokens
 
+pytestmark = pytest.mark.slow
+
 # A gated delta rule multiplies the rounding of float32 by some hundred: these types are calibrated in float64.
 IN_FLOAT64 = ("qwen3_5_moe_text", "qwen3_next")
 # Its router computes in float32 whatever type its weights have, so the stock model runs in no other.

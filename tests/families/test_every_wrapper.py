@@ -28,6 +28,8 @@ from tests.families.conversions import Loaded, constant_routing, hidden_states, 
 from tests.families.every import tiny_checkpoint, wrapper_types
 from tests.helpers.tiny_models import write_tokens
 
+pytestmark = pytest.mark.slow
+
 WINDOWS = np.random.default_rng(0).integers(0, 128, (6, 16))
 REFUSED = {
     "ernie4_5_vl_moe": "it has experts for text and experts for images",

@@ -11,6 +11,8 @@ import pytest
 
 from tests.helpers.distributed import ROOT
 
+pytestmark = pytest.mark.slow
+
 HERE = ".".join(map(str, sys.version_info[:2]))
 REAL = Path(sys.base_prefix) / f"bin/python{HERE}"
 

@@ -15,6 +15,8 @@ from megatron_moe2dense.plots.style import DROPPED, KEPT, short, style
 from megatron_moe2dense.plots.usage import mutual_information, relative_use, specialisation, use_by_kind
 from tests.plots.inputs import metrics, plan, ranking, record
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def the_style():

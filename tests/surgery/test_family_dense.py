@@ -21,6 +21,8 @@ from megatron_moe2dense.tokens.indexed import windows
 from tests.helpers.tiny_models import as_mxfp4, tiny, write_tokens
 from tests.surgery.conftest import SEQUENCE, calibration
 
+pytestmark = pytest.mark.slow
+
 MOE = [name for name, spec in FAMILIES.items() if spec.moe]
 SIBLING = {"qwen3_moe": "qwen3", "mixtral": "mistral", "qwen2_moe": "qwen2"}  # the others become their own class without experts
 MERGED = ("keep=5", "groups=3", "group.method=round_robin", "scale.method=proportional")

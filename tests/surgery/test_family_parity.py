@@ -20,6 +20,8 @@ from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
 from tests.helpers.tiny_models import as_mxfp4, tiny
 
+pytestmark = pytest.mark.slow
+
 MOE = [name for name, spec in FAMILIES.items() if spec.moe]
 WINDOWS = np.random.default_rng(0).integers(0, 256, (3, 24))  # one batch of 2, one of 1
 VARIANTS: list[tuple[str, dict[str, Any]]] = [

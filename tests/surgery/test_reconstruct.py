@@ -25,6 +25,8 @@ from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny, write_tokens
 from tests.surgery.conftest import SEQUENCE, calibration
 
+pytestmark = pytest.mark.slow
+
 WINDOWS, LENGTH, HIDDEN, WIDTH = 20, 8, 6, 10
 REPORT = FitReport(layer=0, ridge=1e-3, tokens=1, unknowns=1, before=1.0, train=0.5, held_out=0.6)
 BARE = ["data.sequence_length=" + str(SEQUENCE), "refit.method=ridge"]

@@ -21,6 +21,8 @@ from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny, write_tokens
 from tests.surgery.conftest import SEQUENCE, calibration
 
+pytestmark = pytest.mark.slow
+
 RIDGE, WINDOWS = 1e-3, 12
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},

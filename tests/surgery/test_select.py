@@ -20,6 +20,8 @@ from megatron_moe2dense.surgery.stats import CalibratedStats
 from tests.helpers.tiny_models import tiny, write_tokens
 from tests.surgery.conftest import SEQUENCE, calibration
 
+pytestmark = pytest.mark.slow
+
 WINDOWS, WIDTH = 12, 2 * 32  # tokens of the text; neurons of a dense FFN: top-2 experts of 32
 
 

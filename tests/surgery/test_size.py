@@ -24,6 +24,8 @@ from tests.helpers.tiny_models import tiny_qwen3
 from tests.surgery.cases import PRUNED, SELECTED
 from tests.surgery.conftest import SEQUENCE, calibration
 
+pytestmark = pytest.mark.slow
+
 BATCHES = f"batch_tokens={3 * SEQUENCE}"  # 20 windows in batches of 3: the last one has 2
 
 

@@ -13,6 +13,8 @@ from megatron_moe2dense.common import records
 from megatron_moe2dense.sweep.auto import _Search
 from tests.helpers.tiny_models import tiny, write_tokens
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 24
 TEXTS = (("data", "heldout", 8), ("refit_data", "distill", 16))
 

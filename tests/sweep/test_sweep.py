@@ -19,6 +19,8 @@ from megatron_moe2dense.sweep.grid import in_slice, points
 from tests.helpers.forks import forks
 from tests.helpers.tiny_models import tiny, write_tokens
 
+pytestmark = pytest.mark.slow
+
 # Deepseek: first layer dense, shared experts, latent attention. GPT-OSS: biases, sinks, sliding windows. Qwen2: gated shared expert.
 FAMILIES = ("qwen3_moe", "deepseek_v2", "gpt_oss", "qwen2_moe", "olmoe")
 METRICS = ("nll", "perplexity", "kl", "top1_agreement")

@@ -28,6 +28,8 @@ from megatron_moe2dense.trainer.config import DistillConfig, ExportConfig
 from tests.helpers.tiny_models import tiny_qwen3, write_tokens
 from tests.trainer.forms.make import description
 
+pytestmark = pytest.mark.slow
+
 
 class Bomb:
     """Runs a command when it is unpickled."""

@@ -23,6 +23,8 @@ from megatron_moe2dense.trainer.config import DistillConfig, ExportConfig
 from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 
+pytestmark = pytest.mark.slow
+
 STEPS, SAVED, LENGTH = 6, 3, 16
 TP2, PP2, DP2, WHOLE = {"tensor": 2}, {"pipeline": 2}, {}, {"distributed_optimizer": False}
 # Layout that saved (two processes), that resumes, its processes. A checkpoint's tensors are whole ones, so each way to write them and

@@ -26,6 +26,8 @@ from megatron_moe2dense.trainer.data.samples import Batch, Samples, SampleStream
 from megatron_moe2dense.trainer.groups import Groups
 from tests.helpers.tiny_models import write_tokens
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 END, PAD, LENGTH = 7, 3, 8
 

@@ -23,6 +23,8 @@ from tests.helpers.forks import launch
 from tests.helpers.tiny_models import as_mxfp4, tiny, tiny_qwen3, tiny_qwen3_moe
 from tests.trainer.cases import loaded
 
+pytestmark = pytest.mark.slow
+
 Place = tuple[Groups, Runtime]
 
 

@@ -31,6 +31,8 @@ from megatron_moe2dense.trainer.runtime.routers import router_fields
 from tests.families.published import DEEPSEEK_V2_LITE
 from tests.helpers.tiny_models import tiny
 
+pytestmark = pytest.mark.slow
+
 GPU = Runtime(torch.device("cuda", 0), "nccl", transformer_engine=True)
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 

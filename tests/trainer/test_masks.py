@@ -20,6 +20,8 @@ from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.data.samples import training_stream
 from tests.helpers.tiny_models import tiny_qwen3, write_tokens
 
+pytestmark = pytest.mark.slow
+
 END, PAD, LENGTH, SAMPLES = 7, 3, 16, 4
 
 

@@ -15,6 +15,8 @@ from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.losses.mixture import Mixture
 from tests.trainer.runs import alone, with_student
 
+pytestmark = pytest.mark.slow
+
 CROSS_ENTROPY = {"method": "cross_entropy"}
 TERMS = [{"weight": 1.0, "loss": CROSS_ENTROPY}, {"weight": 2.0, "loss": CROSS_ENTROPY, "until": 0.5}]
 

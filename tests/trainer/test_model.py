@@ -25,6 +25,8 @@ from megatron_moe2dense.trainer.runtime.configs import config_of
 from megatron_moe2dense.trainer.runtime.modules import prepare_sinks
 from tests.helpers.tiny_models import tiny, tiny_qwen3_moe
 
+pytestmark = pytest.mark.slow
+
 GPU = Runtime(torch.device("cuda", 0), "nccl", transformer_engine=True)
 
 

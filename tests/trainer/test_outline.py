@@ -22,6 +22,8 @@ from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from tests.families.published import DEEPSEEK_V2_LITE, QWEN3_30B_A3B
 from tests.helpers.tiny_models import tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("family", [name for name, spec in FAMILIES.items() if spec.megatron is not None])
 def test_every_layer_has_the_weights_of_its_kind_by_name_and_shape(family: str, tmp_path: Path):

@@ -32,6 +32,8 @@ from tests.helpers.semaphores import no_semaphores
 from tests.helpers.tiny_models import tiny_qwen3, write_tokens
 from tests.trainer.runs import TIMED, alone
 
+pytestmark = pytest.mark.slow
+
 STEPS, LENGTH = 6, 16
 
 

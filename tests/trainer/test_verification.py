@@ -23,6 +23,8 @@ from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.verification import stock
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 
+pytestmark = pytest.mark.slow
+
 RANDOM = {"loss_bound": None}  # what a teacher with random weights needs
 
 

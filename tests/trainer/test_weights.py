@@ -24,6 +24,8 @@ from tests.helpers.distributed import ROOT
 from tests.helpers.forks import launch
 from tests.helpers.tiny_models import as_mxfp4, tiny, tiny_qwen3, tiny_qwen3_moe, without_routing
 
+pytestmark = pytest.mark.slow
+
 PICO = ROOT / "examples/pico_moe/model"
 FUSED = ("qwen3_moe", "olmoe", "mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3")
 ROPE = {"rope_type": "default", "rope_theta": 5e5}

@@ -26,6 +26,8 @@ from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny, write_tokens
 from tests.operations.plan.measured import step_of
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 32
 
 

@@ -26,6 +26,8 @@ from megatron_moe2dense.trainer.data.config import StreamConfig
 from megatron_moe2dense.trainer.flops import forward_flops
 from tests.families.published import GPT_OSS_20B, QWEN3_30B_A3B, dense_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
