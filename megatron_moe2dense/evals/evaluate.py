@@ -58,9 +58,7 @@ def run(config: EvalConfig) -> None:
     device = open_device(config.device)
     if config.device_map:
         require_accelerate()
-    indices = {label: Account.open(directory).index for label, directory in config.directories().items()}
-    teacher_index = Account.open(config.kl.teacher).index if config.kl else None
-    _check_vocabularies(indices, teacher_index)
+    indices, teacher_index = _opened(config)
     for index in indices.values() if config.harness else ():
         require_tokenizer(index.directory)
     windows = _windows(config, indices)
@@ -81,9 +79,7 @@ def run(config: EvalConfig) -> None:
 
 def dry_run(config: EvalConfig) -> dict[str, Any]:
     """What would be read and written: bytes, tokens, forward FLOPs and peak memory (models in `dtype` and their logits)."""
-    indices = {label: Account.open(directory).index for label, directory in config.directories().items()}
-    teacher = Account.open(config.kl.teacher).index if config.kl else None
-    _check_vocabularies(indices, teacher)
+    indices, teacher = _opened(config)
     done = _done(config, indices, keep=True)
     todo = [index for label, index in indices.items() if label not in done]
     windows = _windows(config, indices)
@@ -107,7 +103,10 @@ def dry_run(config: EvalConfig) -> dict[str, Any]:
     }
 
 
-def _check_vocabularies(indices: dict[str, CheckpointIndex], teacher: CheckpointIndex | None) -> None:
+def _opened(config: EvalConfig) -> tuple[dict[str, CheckpointIndex], CheckpointIndex | None]:
+    """The models by label and the teacher; UserError for one that is not whole, and for a teacher of another vocabulary."""
+    indices = {label: Account.open(directory).index for label, directory in config.directories().items()}
+    teacher = Account.open(config.kl.teacher).index if config.kl else None
     for label, index in indices.items():
         if teacher is not None and vocab_size(index) != vocab_size(teacher):
             raise UserError(
@@ -115,6 +114,7 @@ def _check_vocabularies(indices: dict[str, CheckpointIndex], teacher: Checkpoint
                 "teacher and model with the same vocabulary",
                 "compare models that share a tokenizer",
             )
+    return indices, teacher
 
 
 def _windows(config: EvalConfig, indices: dict[str, CheckpointIndex]) -> Windows:

@@ -14,8 +14,8 @@ from megatron_moe2dense.families.stock import model_class
 
 def vocab_size(index: CheckpointIndex) -> int:
     """Rows of the vocabulary by config.json, of the language model in it where there is one; UserError when it names none."""
-    size = index.config.get("vocab_size", index.config.get("text_config", {}).get("vocab_size"))
-    if size is None and "text_config" in index.config:  # of the class by default
+    size = index.config.get("vocab_size")
+    if size is None and "text_config" in index.config:  # or of its class by default
         size = AutoConfig.from_pretrained(index.directory, local_files_only=True, trust_remote_code=False).get_text_config().vocab_size
     if not isinstance(size, int):
         raise UserError(

@@ -97,16 +97,9 @@ class Account:
 
     def _require_shapes(self) -> None:
         for name, shape in self.stock.shapes.items():
-            if self.disk.names_of(name) and not self._gives(name, shape):
+            if self.disk.names_of(name) and self.disk.shape(name) != shape:
                 self._refuse(name, shape)
         self.index.require(stored for name in self.disk.missing for stored in self._expected(name, self.stock.shapes[name]))
-
-    def _gives(self, name: str, shape: Shape) -> bool:
-        """Whether the files hold a tensor of the class, whole."""
-        try:
-            return self.disk.shape(name) == shape
-        except (RuntimeError, ValueError, KeyError, IndexError):  # parts that are absent, or do not fit each other
-            return False
 
     def _refuse(self, name: str, shape: Shape) -> None:
         """UserError for what does not become a tensor of the class: the first part that is absent, of another shape or too many."""

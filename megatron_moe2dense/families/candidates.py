@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from megatron_moe2dense.families.stock import Stock
-from megatron_moe2dense.families.table import EXCEPTIONS, FamilyException
+from megatron_moe2dense.families.table import FamilyException
 
 # Config keys by which classes make a layer dense, with the value for `layers` layers.
 _SWITCHES: dict[str, Any] = {
@@ -50,7 +50,7 @@ def _of_itself(source: Stock, exception: FamilyException) -> Iterator[tuple[str,
         yield "itself, no experts", _of_experts(source, exception, 1), 0
         return
     if not exception.experts:
-        yield "itself, all layers dense", _all_dense(source), 0
+        yield "itself, all layers dense", _all_dense(source, exception), 0
     for count in (exception.experts,) if exception.experts else (1, 2):
         yield ("itself, one expert", "itself, two experts")[count - 1], _of_experts(source, exception, count), count
 
@@ -67,7 +67,7 @@ def _of_experts(source: Stock, exception: FamilyException, count: int) -> Any:
     return config
 
 
-def _all_dense(source: Stock) -> Any:
+def _all_dense(source: Stock, exception: FamilyException) -> Any:
     config = copy.deepcopy(source.config)
     for name, value in _SWITCHES.items():
         if hasattr(config, name):
@@ -76,7 +76,7 @@ def _all_dense(source: Stock) -> Any:
         types = getattr(config, name, None)
         if types is not None and "moe" in types:
             _assign(config, name, ["mlp" if kind == "moe" else kind for kind in types])
-    for name, value in EXCEPTIONS.get(source.name, FamilyException()).config.items():
+    for name, value in exception.config.items():
         _assign(config, name, value)
     return config
 

@@ -22,7 +22,7 @@ from megatron_moe2dense.families.candidates import candidates
 from megatron_moe2dense.families.ffn import FfnPlace
 from megatron_moe2dense.families.probe import StandIn, first_of, random_tokens, real, run_block
 from megatron_moe2dense.families.stock import MoePlace, Stock
-from megatron_moe2dense.families.table import EXCEPTIONS, FamilyException
+from megatron_moe2dense.families.table import exception_of
 
 _WIDTHS = r"intermediate|ffn_(hidden|dim)|hidden_dim$"  # in the names of keys that count neurons
 # What a published config.json says of its own files: how they are coded, which module beside them reads them, and GPT-OSS' second name for
@@ -85,7 +85,7 @@ class DenseForm:
     def __init__(self, source: Stock, alone: bool = False):
         self.source = source
         self.alone = alone and source.wrapped
-        self.exception = EXCEPTIONS.get(source.name, FamilyException())
+        self.exception = exception_of(source.name)
         require_known(source)
         reasons = []
         for kind, config, experts in candidates(source, self.exception, self.alone):
@@ -316,9 +316,14 @@ def _set(config: Any, name: str, value: int) -> None:
     setattr(getattr(config, outer) if outer else config, inner or name, value)
 
 
+def has_experts(stock: Stock) -> bool:
+    """Whether a class is a MoE, one that is refused too."""
+    return bool(stock.moe or exception_of(stock.name).refused)
+
+
 def require_known(source: Stock) -> None:
     """UserError for a class whose experts can not become one FFN, or have not been found."""
-    refused = EXCEPTIONS.get(source.name, FamilyException()).refused
+    refused = exception_of(source.name).refused
     if refused or not source.moe:
         raise _refusal(source, refused or "it has no layer of experts that could be found")
     if (more := _beside_matrices(source)) is not None:

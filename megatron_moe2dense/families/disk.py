@@ -27,11 +27,12 @@ ReadTensor = Callable[[str, slice | None], torch.Tensor]
 
 @dataclass
 class _Entry:
-    """Tensors on disk that become one in memory, or a few (`gives`). converter: None for a plain one under another name."""
+    """Tensors on disk that become one in memory, or a few. gives: their shapes by name; None where some on disk are absent or do not fit
+    each other. converter: None for a plain one under another name."""
 
     names: dict[str, list[str]] = field(default_factory=dict)
     converter: WeightConverter | None = None
-    gives: tuple[str, ...] = ()
+    gives: dict[str, Shape | None] = field(default_factory=dict)
 
     @property
     def stored(self) -> list[str]:
@@ -62,18 +63,17 @@ class Disk:
         known = stock.shapes
         for target, entry in list(self._entries.items()):
             entry.gives = self._given(target, entry)
-            if not set(entry.gives) <= set(known):
+            if not entry.gives.keys() <= known.keys():
                 self.unknown += entry.stored
                 del self._entries[target]
             self._of.update(dict.fromkeys(entry.gives, target))
         self.missing = [name for name in known if name not in self._of and name not in _tied(stock)]
 
-    def _given(self, target: str, entry: _Entry) -> tuple[str, ...]:
-        """The tensors of the class that an entry becomes; only the first where some on disk are absent or do not fit each other."""
+    def _given(self, target: str, entry: _Entry) -> dict[str, Shape | None]:
         try:
-            return tuple(self._run(target, entry, self._meta))
+            return {name: tuple(tensor.shape) for name, tensor in self._run(target, entry, self._meta).items()}
         except (RuntimeError, ValueError, KeyError, IndexError):
-            return (target,)
+            return {target: None}
 
     def _place(self, name: str) -> tuple[str, WeightConverter | None, str]:
         """Name in memory (the first, where there are several), what converts it, and its pattern there."""
@@ -118,13 +118,13 @@ class Disk:
     def saved(self, name: str) -> dict[str, Shape]:
         """Names on disk, and shapes, as which the class saves a tensor, and those that it is saved together with."""
         entry = self._entries.get(self._of.get(name, ""))
-        names = (name,) if entry is None else entry.gives
+        names = (name,) if entry is None else tuple(entry.gives)
         found = revert(self._stock, {each: torch.empty(self._stock.shapes[each], device="meta") for each in names})
         return {each: tuple(tensor.shape) for each, tensor in found.items()}
 
-    def shape(self, name: str) -> Shape:
-        """What the files make of a tensor of the class."""
-        return tuple(self.tensor(name, self._meta).shape)
+    def shape(self, name: str) -> Shape | None:
+        """What the files make of a tensor of the class; None where they make none of it."""
+        return self._entries[self._of[name]].gives[name]
 
     def where(self, name: str) -> tuple[str, str]:
         """Name in memory of a name on disk, and its pattern there: what decides how the class takes it."""

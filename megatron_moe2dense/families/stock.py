@@ -102,7 +102,8 @@ class Stock:
             return config
         whole = copy.deepcopy(self.model.config)
         if wrapper is not None:
-            given = {name: value for name, value in whole.to_dict().items() if name in CONFIG_MAPPING[wrapper]().to_dict()}
+            known = CONFIG_MAPPING[wrapper]().to_dict()
+            given = {name: value for name, value in whole.to_dict().items() if name in known}
             whole = CONFIG_MAPPING[wrapper](**_without_types(given))
         whole.text_config = config
         return whole

@@ -32,6 +32,11 @@ class FamilyException:
     lost: str = ""
 
 
+def exception_of(model_type: str) -> FamilyException:
+    """The line of a type; one that says nothing where it has none."""
+    return EXCEPTIONS.get(model_type, FamilyException())
+
+
 EXCEPTIONS: dict[str, FamilyException] = {
     "qwen3_moe": FamilyException(sibling="qwen3"),
     "qwen2_moe": FamilyException(sibling="qwen2"),

@@ -70,8 +70,8 @@ def _picked(plan: NeuronPlan, read: ReadExpert) -> Iterator[Ffn]:
         ffn, chosen = read(expert), [neuron for of, neuron in zip(plan.experts, plan.neurons, strict=True) if of == expert]
         yield replace(
             ffn,
-            gate_FD=None if ffn.gate_FD is None else _of_scaled_input(ffn.gate_FD[chosen], plan),
-            up_FD=_of_scaled_input(ffn.up_FD[chosen], plan),
+            gate_FD=None if ffn.gate_FD is None else _of_scaled_input(ffn.gate_FD[chosen], plan).to(ffn.up_FD.dtype),
+            up_FD=_of_scaled_input(ffn.up_FD[chosen], plan).to(ffn.up_FD.dtype),
             down_DF=ffn.down_DF[:, chosen],
             gate_bias_F=None if ffn.gate_bias_F is None else ffn.gate_bias_F[chosen],
             up_bias_F=None if ffn.up_bias_F is None else ffn.up_bias_F[chosen],
@@ -105,15 +105,16 @@ def _merge(plan: LayerPlan, group: int, read: ReadExpert) -> Ffn:
             return None
         total = weighted_mean(tensors, weights)
         if name in ("gate_FD", "up_FD"):
-            total = total * plan.input_scale
+            total = _of_scaled_input(total, plan)
         return total if name.startswith("down") else total.to(dtype)
 
     merged: dict[str, Any] = {field.name: mean(field.name) for field in fields(Ffn)}
     return Ffn(**merged)
 
 
-def _of_scaled_input(rows_FD: torch.Tensor, plan: NeuronPlan) -> torch.Tensor:
-    return rows_FD if plan.input_scale == 1.0 else (rows_FD.double() * plan.input_scale).to(rows_FD.dtype)
+def _of_scaled_input(rows_FD: torch.Tensor, plan: LayerPlan | NeuronPlan) -> torch.Tensor:
+    """Gate or up rows that see their input times the plan's scale, in float64 where there is one."""
+    return rows_FD if plan.input_scale == 1.0 else rows_FD.double() * plan.input_scale
 
 
 def _joined(biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

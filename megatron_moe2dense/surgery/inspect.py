@@ -12,8 +12,8 @@ from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.mxfp4 import stored_values
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.table import render
+from megatron_moe2dense.families.dense import has_experts
 from megatron_moe2dense.families.stock import Stock
-from megatron_moe2dense.families.table import EXCEPTIONS, FamilyException
 from megatron_moe2dense.surgery.config import InspectConfig
 from megatron_moe2dense.surgery.layout import dense_of, dense_size, dense_width
 from megatron_moe2dense.surgery.source import MoeSource
@@ -45,7 +45,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     """All facts. Parameters are counts, bytes as stored."""
     index = CheckpointIndex.open(config.source)
     stock = Stock.read(index.directory)
-    source = MoeSource.open(config.source, config.text_only) if stock.moe or EXCEPTIONS.get(stock.name, FamilyException()).refused else None
+    source = MoeSource.of(index, stock, config.text_only) if has_experts(stock) else None
     parameters, nbytes = _parts(index, source)
     facts = {
         "source": str(index.directory),

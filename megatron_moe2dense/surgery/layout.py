@@ -134,9 +134,9 @@ def _require_taken(source: MoeSource, dense: Dense, specs: list[TensorSpec]) -> 
     wrong = [f"{name} is not known" for name in taken.unknown]
     wrong += [f"{name} is missing" for name in taken.missing]
     wrong += [
-        f"{name} is {list(taken.shape(name))} instead of {list(shape)}"
+        f"{name} is {list(found or ())} instead of {list(shape)}"
         for name, shape in dense.stock.shapes.items()
-        if name not in taken.missing and taken.names_of(name) and taken.shape(name) != shape
+        if taken.names_of(name) and (found := taken.shape(name)) != shape
     ]
     if wrong:
         raise UserError(

@@ -15,13 +15,12 @@ from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.checkpoint.values import Values
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.account import Account
-from megatron_moe2dense.families.dense import DenseForm, require_known
+from megatron_moe2dense.families.dense import DenseForm, has_experts, require_known
 from megatron_moe2dense.families.disk import Disk, ReadTensor
 from megatron_moe2dense.families.ffn import Ffn, FfnPlace, Gating, gating_of
 from megatron_moe2dense.families.probe import BlockFacts, probe
 from megatron_moe2dense.families.spec import Dims
 from megatron_moe2dense.families.stock import MoePlace, Stock
-from megatron_moe2dense.families.table import EXCEPTIONS, FamilyException
 from megatron_moe2dense.surgery.densify import Units
 from megatron_moe2dense.surgery.plan import ROUTED_FACTOR
 
@@ -44,8 +43,12 @@ class MoeSource:
             UserError: no MoE with an exact dense form, damaged files, tensors missing, unknown or of another shape.
         """
         index = CheckpointIndex.open(directory)
-        stock = Stock.read(index.directory)
-        if not stock.moe and not EXCEPTIONS.get(stock.name, FamilyException()).refused:
+        return cls.of(index, Stock.read(index.directory), text_only, pad_to)
+
+    @classmethod
+    def of(cls, index: CheckpointIndex, stock: Stock, text_only: bool = False, pad_to: int = 1) -> MoeSource:
+        """As `open`, of files and a class that were read already."""
+        if not has_experts(stock):
             raise UserError(f"{index.directory}/config.json: {stock.name} has no layer of experts", "a MoE", "point to the MoE checkpoint")
         require_known(stock)
         account = Account.of(index, stock)

@@ -63,10 +63,12 @@ class ModelSpec:
         Raises:
             UserError: as `of`; damaged files; a tensor that is quantised, absent, unknown or of another shape than the stock class has.
         """
-        from megatron_moe2dense.families.account import Account  # with it transformers' classes
+        from megatron_moe2dense.families.account import Account  # with these transformers' classes
+        from megatron_moe2dense.families.stock import Stock
 
-        spec = cls.of(CheckpointIndex.open(directory).config, str(directory), dtype)
-        Account.open(directory)
+        index = CheckpointIndex.open(directory)
+        spec = cls.of(index.config, str(directory), dtype)
+        Account.of(index, Stock.read(index.directory))
         return spec
 
     @property

@@ -24,7 +24,9 @@ from torch.func import functional_call
 from torch.nn.functional import softplus
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.cli import main
+from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.surgery.source import MoeSource
 from tests.families.every import experts_modules
 from tests.families.every_table import LAYER
@@ -86,16 +88,21 @@ class Conversion:
 def opened_once() -> Iterator[None]:
     """All commands share what opening a source finds out: half of their time."""
     known: dict[tuple[str, bool, int], MoeSource] = {}
-    real = MoeSource.open
+    real_open, real_of = MoeSource.open, MoeSource.of
 
-    def once(directory: str | Path, text_only: bool = False, pad_to: int = 1) -> MoeSource:
+    def opened(directory: str | Path, text_only: bool = False, pad_to: int = 1) -> MoeSource:
         key = (str(directory), text_only, pad_to)
+        return known[key] if key in known else real_open(directory, text_only, pad_to)
+
+    def of(index: CheckpointIndex, stock: Stock, text_only: bool = False, pad_to: int = 1) -> MoeSource:
+        key = (str(index.directory), text_only, pad_to)
         if key not in known:
-            known[key] = real(directory, text_only, pad_to)
+            known[key] = real_of(index, stock, text_only, pad_to)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MoeSource, "open", once)
+        patch.setattr(MoeSource, "open", opened)
+        patch.setattr(MoeSource, "of", of)
         yield
 
 

@@ -47,7 +47,7 @@ def run(config: CacheTeacherConfig) -> None:
         process_groups.require_sequence(config.parallel, config.data.sequence_length)
         working, facts = _claimed(config)
         with _nothing_left_of_a_refusal(working):
-            spec = models.ModelSpec.open(config.teacher, getattr(torch, config.dtype))
+            spec = models.ModelSpec.of(CheckpointIndex.open(config.teacher).config, config.teacher, getattr(torch, config.dtype))
             reading = Reading(config.data, config.seed, facts.vocab_size, working / "data_index")
             samples = Samples(training_dataset(reading, facts.samples), reading)
             live = teacher.build(_as_a_run(config), spec, groups, device)
