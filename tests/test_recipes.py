@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_moe2dense import cli
-from megatron_moe2dense.families import family_of
+from megatron_moe2dense.families.stock import Stock
 from tests.families import published
 from tests.helpers.tiny_models import tiny, write_tokens
 
@@ -134,8 +134,8 @@ def test_the_memory_and_sizes_beside_a_layout_are_those_of_the_dry_run(recipe: s
     monkeypatch.chdir(ROOT)
     text = (ROOT / f"yaml_configs/{recipe}/distill.yaml").read_text()
     teacher = PUBLISHED[recipe]
-    family = family_of(teacher, recipe)
-    dims = family.dims(teacher)
+    stock = Stock.of(teacher, recipe)
+    dims = stock.dims
     student = published.dense_config(teacher, dims.active * dims.expert_width + dims.shared_width)
     for name, config in (("teacher", teacher), ("student", student)):
         (tmp_path / name).mkdir()
@@ -147,7 +147,7 @@ def test_the_memory_and_sizes_beside_a_layout_are_those_of_the_dry_run(recipe: s
     assert f"{memory['student']:.1f} GB of student and {memory['teacher']:.1f} GB of teacher" in text
     assert f"{facts['flops']:.1e}".replace("e+", "e") in text
     # a GPU's share: experts over 8, the rest whole; the student's weights and gradients whole, its optimizer state over 8
-    moe_layers = len(family.moe_layers(teacher))
+    moe_layers = len(stock.moe)
     experts = 2 * moe_layers * dims.experts * 3 * dims.hidden_size * dims.expert_width / 1e9
     of_teacher = experts / 8 + memory["teacher"] - experts
     of_student = memory["student"] / 18 * (2 + 4 + 12 / 8)

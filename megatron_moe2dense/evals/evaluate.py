@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from megatron_moe2dense.evals.generation import speeds
 from megatron_moe2dense.evals.harness import Tasks, answer, load_tasks, require_tokenizer
 from megatron_moe2dense.evals.models import load_model, open_device, require_accelerate, vocab_size
 from megatron_moe2dense.evals.perplexity import Loaded, measure
-from megatron_moe2dense.families import FAMILIES
 from megatron_moe2dense.families.account import Account
+from megatron_moe2dense.families.probe import probe
+from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.tokens.config import TokensConfig
 from megatron_moe2dense.tokens.indexed import windows as cut
 
@@ -240,14 +242,14 @@ def _parameters(index: CheckpointIndex) -> int:
 
 
 def _active_parameters(index: CheckpointIndex) -> int:
-    """Parameters a token goes through: of E routed experts only the A selected ones, where the family is known."""
-    spec, total = FAMILIES.get(str(index.config.get("model_type"))), _parameters(index)
-    layers = () if spec is None else spec.moe_layers(index.config)
-    if spec is None or not layers:
+    """Parameters a token goes through: of E routed experts only the A selected ones."""
+    stock, total = Stock.of(index.config, f"{index.directory}/config.json"), _parameters(index)
+    if not stock.moe:
         return total
-    dims = spec.dims(index.config)
-    expert = spec.moe[0].experts.parameters(dims.hidden_size, dims.expert_width)
-    return total - len(layers) * (dims.experts - dims.active) * expert
+    active = probe(stock, stock.moe[max(stock.moe)]).active
+    shapes = stock.layer_shapes
+    experts = {n: sum(prod(shapes[n][name]) for name in place.experts.names) for n, place in stock.moe.items()}
+    return total - sum(held * (stock.dims.experts - active) // stock.dims.experts for held in experts.values())
 
 
 def _plan_hash(directory: Path) -> str | None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_moe2dense.families.layout import FfnTensors
-
 _LAYER, _ATTENTION = "model.layers.{layer}.", "model.layers.{layer}.self_attn."
+_FFN = {f"{_LAYER}mlp.{name}_proj.weight": axes for name, axes in {"gate": "FD", "up": "FD", "down": "DF"}.items()}
 _BIASES = {"q": "Q", "k": "K", "v": "K", "o": "D"}
 
 
-def decoder_axes(ffn: FfnTensors, biases: str = "", qk_norm: bool = False) -> Mapping[str, str]:
-    """Name templates of a decoder with grouped-query attention, with one letter an axis.
+def decoder_axes(biases: str = "", qk_norm: bool = False) -> Mapping[str, str]:
+    """Name templates of a decoder with grouped-query attention and gated FFNs, with one letter an axis.
 
     V vocabulary, D hidden channels, F neurons of the FFN, Q query heads times head_dim, K key (or value) heads times head_dim,
     H head_dim.
@@ -24,4 +23,4 @@ def decoder_axes(ffn: FfnTensors, biases: str = "", qk_norm: bool = False) -> Ma
     attention = {f"{_ATTENTION}{name}_proj.weight": axes for name, axes in {"q": "QD", "k": "KD", "v": "KD", "o": "DQ"}.items()}
     attention |= {f"{_ATTENTION}{name}_proj.bias": _BIASES[name] for name in biases}
     attention |= {f"{_ATTENTION}{name}_norm.weight": "H" for name in "qk" if qk_norm}
-    return {**trunk, **norms, **attention, **dict.fromkeys(ffn.gate_up, "FD"), ffn.down: "DF"}
+    return {**trunk, **norms, **attention, **_FFN}

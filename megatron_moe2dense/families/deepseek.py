@@ -1,41 +1,99 @@
-"""What DeepSeek-V2 and V3 share: multi-head latent attention, dense first layers, shared experts. Their dense result is the family
-itself with `first_k_dense_replace` = all layers."""
+"""DeepSeek-V2 and V3: multi-head latent attention and its YaRN; a softmax router that does not renormalise, or a sigmoid one with a
+correction bias for the selection; limits to groups of experts."""
 
 from __future__ import annotations
 
-import dataclasses
+import math
+from typing import Any
 
-from megatron_moe2dense.families.dims import decoder_dims, first_of
-from megatron_moe2dense.families.layout import MoeTensors, fused, mlp
-from megatron_moe2dense.families.spec import Dims, HfConfig
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families.megatron import ATTENTION, HF_ATTENTION, WeightRule, decoder_fields, rope_of
+from megatron_moe2dense.families.spec import FamilySpec, GroupLimit, HfConfig, Router
 
-BLOCK = "model.layers.{layer}.mlp."
-FFN = mlp(BLOCK)
+# Down projections are on every tensor-parallel rank whole: their outputs, the latents, are normed before they are split by heads.
+_LATENT_ATTENTION = (
+    WeightRule(ATTENTION + "linear_q_proj.weight", (HF_ATTENTION + "q_proj.weight",), split=0),
+    WeightRule(ATTENTION + "linear_q_down_proj.weight", (HF_ATTENTION + "q_a_proj.weight",)),
+    WeightRule(
+        ATTENTION + "q_layernorm.weight",
+        (HF_ATTENTION + "q_a_layernorm.weight",),
+        aliases=(ATTENTION + "linear_q_up_proj.layer_norm_weight",),
+    ),
+    WeightRule(ATTENTION + "linear_q_up_proj.weight", (HF_ATTENTION + "q_b_proj.weight",), split=0),
+    WeightRule(ATTENTION + "linear_kv_down_proj.weight", (HF_ATTENTION + "kv_a_proj_with_mqa.weight",)),
+    WeightRule(
+        ATTENTION + "kv_layernorm.weight",
+        (HF_ATTENTION + "kv_a_layernorm.weight",),
+        aliases=(ATTENTION + "linear_kv_up_proj.layer_norm_weight",),
+    ),
+    WeightRule(ATTENTION + "linear_kv_up_proj.weight", (HF_ATTENTION + "kv_b_proj.weight",), split=0),
+    WeightRule(ATTENTION + "linear_proj.weight", (HF_ATTENTION + "o_proj.weight",), split=1),
+)
 
 
-def layouts(correction: str | None = None) -> tuple[MoeTensors, ...]:
-    """The block with a tensor for each expert, as published, and with all of them in one. correction: the router's, if any."""
-    experts = (mlp(BLOCK + "experts.{expert}."), fused(BLOCK + "experts."))
-    shared = mlp(BLOCK + "shared_experts.")
-    return tuple(MoeTensors(BLOCK + "gate.weight", each, correction=correction, shared=shared) for each in experts)
+def _megatron_config(config: HfConfig) -> dict[str, Any]:
+    """UserError: projections with biases, rotary positions that are not interleaved, or scaled in a way other than YaRN's."""
+    for name, wanted in (("attention_bias", False), ("mlp_bias", False), ("rope_interleave", True)):
+        if config.get(name, wanted) != wanted:
+            raise UserError(f"config.json: {name} {config[name]!r}", f"{wanted}, as published", "use another model")
+    return {
+        **decoder_fields(config),
+        "qk_layernorm": True,
+        "multi_latent_attention": True,
+        "q_lora_rank": config["q_lora_rank"],
+        "kv_lora_rank": config["kv_lora_rank"],
+        "qk_head_dim": config["qk_nope_head_dim"],
+        "qk_pos_emb_head_dim": config["qk_rope_head_dim"],
+        "v_head_dim": config["v_head_dim"],
+        "rotary_base": rope_of(config)["rope_theta"],
+        **_rope(config),
+    }
 
 
-def moe_layers(config: HfConfig) -> tuple[int, ...]:
-    """All but the first dense ones."""
-    return tuple(range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"]))
+def _rope(config: HfConfig) -> dict[str, Any]:
+    rope = rope_of(config)
+    kind = rope["rope_type"]
+    if kind == "default":
+        return {"rope_type": "rope"}
+    if kind != "yarn" or rope.get("truncate") is False:
+        found = f"config.json: rope_type {kind!r}" + (" without truncate" if kind == "yarn" else "")
+        raise UserError(found, "default or yarn, with truncate", "use another model")
+    original = rope["original_max_position_embeddings"]
+    factor = rope.get("factor") or config["max_position_embeddings"] / original
+    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    # The stock factor of cosines and sines; Megatron's is _yarn(factor, its mscale) / _yarn(factor, its mscale_all_dim).
+    stock = rope.get("attention_factor")
+    if stock is None:
+        stock = _yarn(factor, mscale) / _yarn(factor, all_dim) if mscale and all_dim else _yarn(factor, 1.0)
+    return {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": float(factor),
+        "original_max_position_embeddings": original,
+        "beta_fast": float(rope.get("beta_fast") or 32),
+        "beta_slow": float(rope.get("beta_slow") or 1),
+        "mscale": (stock * _yarn(factor, all_dim or 0.0) - 1.0) / (0.1 * math.log(factor)) if factor > 1 else 1.0,
+        "mscale_all_dim": float(all_dim or 0.0),  # of the softmax scale, squared, in both
+    }
 
 
-def dims(config: HfConfig) -> Dims:
-    """Sizes; head_dim is that of queries and keys, with and without rotary positions together."""
-    head_dim = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
-    dense = dataclasses.replace(decoder_dims(config), head_dim=head_dim)
-    if not moe_layers(config):
-        return dense
-    width = config["moe_intermediate_size"]
-    return dataclasses.replace(
-        dense,
-        experts=first_of(config, "n_routed_experts", "num_experts", "num_local_experts"),
-        active=config["num_experts_per_tok"],
-        expert_width=width,
-        shared_width=config["n_shared_experts"] * width,
-    )
+def _yarn(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _router_of_v2(config: HfConfig) -> Router:
+    method, scaling = config["topk_method"], config["routed_scaling_factor"]
+    if method == "greedy":
+        return Router("softmax", renormalize=False, scaling=scaling)  # the stock class does not read norm_topk_prob
+    if method == "group_limited_greedy":
+        limit = GroupLimit(config["n_group"], config["topk_group"], rank_by="best")
+        return Router("softmax", renormalize=False, scaling=scaling, limit=limit)
+    raise UserError(f"config.json: topk_method {method!r}", "greedy or group_limited_greedy", "use a model with one of these routers")
+
+
+def _router_of_v3(config: HfConfig) -> Router:
+    limit = GroupLimit(config["n_group"], config["topk_group"], rank_by="two_best")
+    return Router("sigmoid", bool(config["norm_topk_prob"]), config["routed_scaling_factor"], limit)
+
+
+DEEPSEEK_V2 = FamilySpec("deepseek_v2", _LATENT_ATTENTION, _megatron_config, _router_of_v2)
+DEEPSEEK_V3 = FamilySpec("deepseek_v3", _LATENT_ATTENTION, _megatron_config, _router_of_v3)

@@ -102,9 +102,17 @@ class Disk:
         found = converter.convert(target, model=model, config=self._stock.model.config)
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in found.items()}
 
-    def names_of(self, name: str) -> list[str]:
-        """The tensors on disk that hold a tensor of the class (some may hold others beside it); none where it is tied to another."""
-        return self._entries[self._of[name]].stored if name in self._of else []
+    def names_of(self, name: str, rows: slice | None = None) -> list[str]:
+        """The tensors on disk that hold a tensor of the class (some may hold others beside it); none where it is tied to another.
+
+        rows: only what holds these of its first axis, where experts have tensors of their own.
+        """
+        if name not in self._of:
+            return []
+        entry = self._entries[self._of[name]]
+        if rows is None:
+            return entry.stored
+        return [each for pattern, names in entry.names.items() for each in (names[rows] if "*" in pattern else names)]
 
     def is_plain(self, name: str) -> bool:
         """Whether the tensor stands on disk as it is in memory."""

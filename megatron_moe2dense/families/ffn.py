@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ _GATE, _UP, _DOWN = ("gate_proj", "w1"), ("up_proj", "w3", "v1"), ("down_proj", 
 _GATE_UP = ("gate_up_proj", "input_linear")
 # Projected gate rows (None where there is no gate) and up rows, [..., I] each, to what goes into the down projection, [..., I].
 Gating = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
+# What goes into the neurons (gate and up), and what comes out of them.
+Part = Literal["up", "down", "up_bias", "down_bias"]
+_PARTS: tuple[Part, ...] = ("up", "down", "up_bias", "down_bias")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,17 @@ class FfnPlace:
     @property
     def names(self) -> tuple[str, ...]:
         """Every parameter, by name in the layer."""
-        return tuple(name for name in (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias) if name is not None)
+        return tuple(name for part in _PARTS for name in self.names_of(part))
+
+    def names_of(self, part: Part) -> tuple[str, ...]:
+        """The parameters that hold a part, by name in the layer: none, one, or a gate and an up one."""
+        names = {
+            "up": (self.gate, self.up),
+            "down": (self.down,),
+            "up_bias": (self.gate_bias, self.up_bias),
+            "down_bias": (self.down_bias,),
+        }
+        return tuple(name for name in names[part] if name is not None)
 
     @property
     def gated(self) -> bool:
@@ -73,50 +86,45 @@ class FfnPlace:
         outputs, inputs = shape[-2:] if not self.transposed else (shape[-1], shape[-2])
         return inputs, outputs
 
+    def read_part(self, part: Part, tensor: Callable[[str], torch.Tensor]) -> list[torch.Tensor]:
+        """The gate (where there is one) and up matrix [F, D], or the down matrix [D, F], or their biases.
+
+        tensor: a parameter of one FFN, or of one expert (without the axis that counts them), by name in the layer.
+        """
+        found = [self._turned(part, tensor(name)) for name in self.names_of(part)]
+        return list(halves(found[0], self.interleaved)) if found and self._holds_both(part) else found
+
+    def write_part(self, part: Part, tensors: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The inverse of `read_part`: parameters by name in the layer; of an expert without the axis that counts them."""
+        both = [joined(tensors[0], tensors[1], self.interleaved)] if self._holds_both(part) else tensors
+        return ((name, self._turned(part, tensor)) for name, tensor in zip(self.names_of(part), both, strict=True))
+
+    def _holds_both(self, part: Part) -> bool:
+        """Whether one parameter holds the rows of gate and up."""
+        return self.packed and part in ("up", "up_bias")
+
+    def _turned(self, part: Part, tensor: torch.Tensor) -> torch.Tensor:
+        """From the way a matrix is stored to [outputs, inputs], or back."""
+        return tensor.T if (self.transposed and tensor.ndim == 2) or (self.flat and part == "down") else tensor
+
     def read(self, tensor: Callable[[str], torch.Tensor]) -> Ffn:
-        """tensor: a parameter of one FFN, or of one expert (without the axis that counts them), by name in the layer."""
-
-        def matrix(name: str) -> torch.Tensor:
-            found = tensor(name)
-            return found.T if self.transposed else found
-
-        def bias(name: str | None) -> torch.Tensor | None:
-            return None if name is None else tensor(name)
-
-        down = matrix(self.down)
-        down = down.T if self.flat else down
-        up_bias, gate_bias = bias(self.up_bias), bias(self.gate_bias)
-        if not self.packed:
-            gate = None if self.gate is None else matrix(self.gate)
-            return Ffn(gate, matrix(self.up), down, gate_bias, up_bias, bias(self.down_bias))
-        gate, up = halves(matrix(self.up), self.interleaved)
-        if up_bias is not None:
-            gate_bias, up_bias = halves(up_bias, self.interleaved)
-        return Ffn(gate, up, down, gate_bias, up_bias, bias(self.down_bias))
+        """All of it. tensor: as `read_part` takes it."""
+        up, down, up_bias, down_bias = (self.read_part(part, tensor) for part in _PARTS)
+        gate, gate_bias = (found[0] if len(found) == 2 else None for found in (up, up_bias))
+        return Ffn(gate, up[-1], down[0], gate_bias, up_bias[-1] if up_bias else None, down_bias[0] if down_bias else None)
 
     def write(self, ffn: Ffn) -> Iterator[tuple[str, torch.Tensor]]:
-        """The parameters that hold `ffn`, by name in the layer; of an expert without the axis that counts them."""
-
-        def placed(name: str, found: torch.Tensor) -> tuple[str, torch.Tensor]:
-            return name, found.T if self.transposed and found.ndim == 2 else found
-
-        if self.packed:
-            assert ffn.gate_FD is not None, "a packed FFN has a gate"
-            yield placed(self.up, joined(ffn.gate_FD, ffn.up_FD, self.interleaved))
-        else:
-            yield placed(self.up, ffn.up_FD)
-            if self.gate is not None:
-                assert ffn.gate_FD is not None, "it is made from FFNs with a gate"
-                yield placed(self.gate, ffn.gate_FD)
-        yield placed(self.down, ffn.down_DF.T if self.flat else ffn.down_DF)
+        """The parameters that hold `ffn`, by name in the layer; biases that it lacks are zeros."""
         width, hidden = len(ffn.up_FD), len(ffn.down_DF)
-        up_bias, gate_bias = (ffn.up_FD.new_zeros(width) if bias is None else bias for bias in (ffn.up_bias_F, ffn.gate_bias_F))
+        gate = [] if ffn.gate_FD is None else [ffn.gate_FD]
+        assert bool(gate) == self.gated, "it is made from FFNs with a gate where it has one"
+        biases = [ffn.up_FD.new_zeros(width) if bias is None else bias for bias in (ffn.gate_bias_F, ffn.up_bias_F)]
+        yield from self.write_part("up", [*gate, ffn.up_FD])
+        yield from self.write_part("down", [ffn.down_DF])
         if self.up_bias is not None:
-            yield self.up_bias, joined(gate_bias, up_bias, self.interleaved) if self.packed else up_bias
-        if self.gate_bias is not None:
-            yield self.gate_bias, gate_bias
+            yield from self.write_part("up_bias", biases if self.packed or self.gate_bias is not None else biases[1:])
         if self.down_bias is not None:
-            yield self.down_bias, ffn.up_FD.new_zeros(hidden) if ffn.down_bias_D is None else ffn.down_bias_D
+            yield from self.write_part("down_bias", [ffn.up_FD.new_zeros(hidden) if ffn.down_bias_D is None else ffn.down_bias_D])
 
 
 def halves(rows: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,19 +1,17 @@
-"""What a model family is to the trainer: sizes, router, where its tensors stand and the Megatron-Core name table."""
+"""What a model family is to the trainer, beside what its stock class says: router, Megatron-Core names and TransformerConfig fields."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
-
-from megatron_moe2dense.families.layout import FfnTensors, MoeTensors, Packing
 
 HfConfig = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes of one model, read from its config.json. `experts == 0` means a dense model.
+    """Sizes of one model. `experts == 0` means a dense model.
 
     head_dim: width of a query head. shared_width: of all shared experts of a layer together.
     """
@@ -59,63 +57,47 @@ class Router:
 
 
 @dataclass(frozen=True)
-class WeightRule:
-    """One row of the weight-name table between Megatron-Core and Hugging Face.
+class FfnPart:
+    """Of the FFN of a layer without experts, of an expert or of the shared experts: what goes into its neurons or comes out of them."""
 
-    Several rows for one Megatron name are the layouts found on disk: the first whose tensors the checkpoint has is read, and the first
-    is written.
+    of: Literal["dense", "experts", "shared"]
+    part: Literal["up", "down", "up_bias", "down_bias"]
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """One row of the weight-name table between Megatron-Core and the stock class.
 
     megatron: name with `{layer}` (global number) and `{expert}` (global number) where it has them.
-    hf: the Hugging Face tensors it is made of. kind: how.
+    made_of: the tensors of the stock class that it is made of, with `{router}` and `{shared_gate}` for these modules of the layer; or a
+        part of an FFN, which stands where the class has it (families/ffn.py).
+    kind: how.
         plain    one tensor, the same layout
         qkv      q, k, v -> per KV group [q heads of the group; k; v] along axis 0
-        gate_up  gate, up (or one tensor of both) -> [gate; up] along axis 0, each split by tensor parallelism on its own
+        gate_up  gate, up -> [gate; up] along axis 0, each split by tensor parallelism on its own
         vocab    one tensor with a row per vocabulary entry, padded with zero rows in Megatron
     split: the axis that tensor parallelism splits, None when replicated; "expert" splits follow the expert-TP group.
     aliases: names of the same tensor under other layer specs (Transformer Engine fuses norms into linears).
-    packing: how `hf` store plain and gate_up tensors; where experts are stacked, the Megatron name tells which one is meant (the first,
-        without a number).
     """
 
     megatron: str
-    hf: tuple[str, ...]
+    made_of: tuple[str, ...] | FfnPart
     kind: Literal["plain", "qkv", "gate_up", "vocab"] = "plain"
     split: int | None = None
     aliases: tuple[str, ...] = ()
-    packing: Packing = field(default=Packing())
-
-
-def _no_layers(_config: HfConfig) -> tuple[int, ...]:
-    return ()
-
-
-def _nothing_added(_config: HfConfig) -> dict[str, tuple[int, ...]]:
-    return {}
 
 
 @dataclass(frozen=True)
 class FamilySpec:
     """One model family. Callables take the content of config.json and return plain data.
 
-    architecture: class name of the stock transformers causal LM.
-    ffn: the FFN of layers without experts, or of the one expert that stands in the place of all.
-    megatron: the name table. megatron_config(config): TransformerConfig fields the family needs, as plain data
-        (activation by its name). Both None: the trainer does not know the family.
-    moe: where the MoE blocks stand, one entry for each layout found on disk; empty for a dense family.
-    moe_layers(config): numbers of the layers with experts. router(config): how they route.
+    attention: the rows of its attention. megatron_config(config): TransformerConfig fields the family needs, as plain data (activation
+        by its name). router(config): how layers with experts route.
     axes: of every tensor of a dense family what its axes count (families/axes.py); None: the family can not be pruned to a shape.
-    added(config): where the dense result is the class itself with one expert, what Megatron's dense model has no place for (its
-        router): name templates with their shapes; exported as zeros.
     """
 
     name: str
-    architecture: str
-    dims: Callable[[HfConfig], Dims]
-    ffn: FfnTensors
-    megatron: tuple[WeightRule, ...] | None = None
-    megatron_config: Callable[[HfConfig], dict[str, Any]] | None = None
-    moe: tuple[MoeTensors, ...] = ()
-    moe_layers: Callable[[HfConfig], tuple[int, ...]] = field(default=_no_layers)
+    attention: tuple[WeightRule, ...]
+    megatron_config: Callable[[HfConfig], dict[str, Any]]
     router: Callable[[HfConfig], Router] | None = None
     axes: Mapping[str, str] | None = None
-    added: Callable[[HfConfig], dict[str, tuple[int, ...]]] = field(default=_nothing_added)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,8 @@ from megatron_moe2dense.families.spec import Dims
 
 Shape = tuple[int, ...]
 _ROUTERS = ("gate", "router")
+# What transformers raises for a config that it can not make a model of.
+_UNREADABLE = (ValueError, KeyError, AttributeError, TypeError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,19 @@ class Stock:
     def read(cls, directory: Any, dtype: torch.dtype | None = None) -> Stock:
         """Of a checkpoint's config.json. UserError when transformers has no such class, or can not build it."""
         try:
-            stock = cls(AutoConfig.from_pretrained(directory, trust_remote_code=False), dtype)
-        except (ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
-            _require_known(directory)
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"{directory}/config.json: {reason}",
-                "the config of a causal language model that stock transformers has",
-                "check the config, or install a transformers that knows it",
-            ) from None
-        return stock
+            return cls(AutoConfig.from_pretrained(directory, trust_remote_code=False), dtype)
+        except _UNREADABLE as error:
+            _require_known(read_json(Path(directory) / "config.json", "a config"), f"{directory}/config.json")
+            raise _unreadable(error, f"{directory}/config.json") from None
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], where: str, dtype: torch.dtype | None = None) -> Stock:
+        """As `read`, of the content of a config.json. where: its place, for the message."""
+        _require_known(content, where)
+        try:
+            return cls(CONFIG_MAPPING[content["model_type"]].from_dict(dict(content)), dtype)
+        except _UNREADABLE as error:
+            raise _unreadable(error, where) from None
 
     @property
     def name(self) -> str:
@@ -131,8 +136,10 @@ class Stock:
 
     @cached_property
     def dims(self) -> Dims:
-        """Sizes that classes agree on how to call; those of experts are the MoE's to add."""
+        """Sizes: of the layers and FFNs as they are built (of the first with experts), of config.json where classes agree on the key."""
         config = self.config
+        place, shapes = next(iter(self.moe.values()), None), self.layer_shapes
+        dense = (layer for layer in range(len(self.layers)) if layer not in self.moe)
         heads = _first_of(config, "num_attention_heads", "n_heads", default=0)
         hidden = _first_of(config, "hidden_size", "d_model", default=0)
         rope = getattr(config, "rope_parameters", None) or {}
@@ -147,7 +154,11 @@ class Stock:
             tied_embeddings=bool(self.model.all_tied_weights_keys),
             norm_eps=float(_first_of(config, "rms_norm_eps", "norm_eps", "layer_norm_epsilon", default=0.0)),
             rope_theta=float(rope.get("rope_theta", 0.0) or 0.0) if isinstance(rope, dict) else 0.0,
-            dense_width=_first_of(config, "intermediate_size", default=0) or 0,
+            dense_width=max((ffn.sizes(shapes[layer])[0] for layer in dense for ffn in self.ffns(layer).values()), default=0),
+            experts=0 if place is None else place.experts.experts,
+            active=0 if place is None else _first_of(config, "num_experts_per_tok", default=0),
+            expert_width=0 if place is None else place.experts.sizes(shapes[place.layer])[0],
+            shared_width=0 if place is None else sum(shared.sizes(shapes[place.layer])[0] for shared in place.shared),
         )
 
     def in_model(self, layer: int, name: str) -> str:
@@ -199,13 +210,21 @@ class Stock:
         return found
 
 
-def _require_known(directory: Any) -> None:
+def _unreadable(error: Exception, where: str) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(
+        f"{where}: {reason}",
+        "the config of a causal language model that stock transformers has",
+        "check the config, or install a transformers that knows it",
+    )
+
+
+def _require_known(content: Mapping[str, Any], where: str) -> None:
     """UserError for a model_type that transformers does not know."""
-    found = read_json(Path(directory) / "config.json", "a config").get("model_type")
-    known = set(CONFIG_MAPPING.keys())
+    found, known = content.get("model_type"), set(CONFIG_MAPPING.keys())
     if found not in known:
         raise UserError(
-            f"{directory}/config.json: model_type {found!r}",
+            f"{where}: model_type {found!r}",
             f"a type that transformers {transformers.__version__} has",
             did_you_mean(str(found), known) or "docs/families.md lists the MoE types",
         )

@@ -119,23 +119,8 @@ class MoeSource:
 
     @cached_property
     def dims(self) -> Dims:
-        """Sizes: of the first MoE layer, and of config.json where classes agree on the key."""
-        place = self._first
-        width, _ = place.experts.sizes(self.stock.layer_shapes[place.layer])
-        return replace(
-            self.stock.dims,
-            experts=place.experts.experts,
-            active=self.facts_of_block.active,
-            expert_width=width,
-            shared_width=sum(shared.sizes(self.stock.layer_shapes[place.layer])[0] for shared in place.shared),
-            dense_width=max(
-                (self._dense_width(layer) for layer in range(len(self.stock.layers)) if layer not in self.stock.moe), default=0
-            ),
-        )
-
-    def _dense_width(self, layer: int) -> int:
-        shapes = self.stock.layer_shapes[layer]
-        return max((place.sizes(shapes)[0] for place in self.stock.ffns(layer).values()), default=0)
+        """Sizes of the model."""
+        return replace(self.stock.dims, active=self.facts_of_block.active)
 
     def facts(self) -> dict[str, Any]:
         """What manifests and plans record of the source."""

@@ -28,11 +28,11 @@ def start(config: DistillConfig, chunks: list[HeadlessGPT], spec: ModelSpec, gro
     """
     drawn = [(weight, weight.detach().clone()) for weight in ffn_weights(chunks)] if config.initialize == "random_ffn" else []
     if config.initialize != "random":
-        weights.load(chunks, spec, groups, Path(config.student))
+        weights.load(chunks, spec, groups)
     wrapped = optim.wrap(chunks, config, groups)
     _broadcast(wrapped)
     if config.initialize != "random" and latest(Path(config.output) / "checkpoints") is None:
-        fingerprint.verify(chunks, spec, groups, Path(config.student))
+        fingerprint.verify(chunks, spec, groups)
     if drawn:
         _put_back(drawn)
         _broadcast(wrapped)

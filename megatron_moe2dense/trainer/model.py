@@ -21,7 +21,9 @@ from torch import Tensor
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families import FAMILIES, Dims, FamilySpec, Router, family_of
+from megatron_moe2dense.families import Dims, FamilySpec, Router, family_of
+from megatron_moe2dense.families.account import Account
+from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits
@@ -40,21 +42,23 @@ VOCABULARY_MULTIPLE = 128
 
 @dataclass(frozen=True, eq=False)
 class ModelSpec:
-    """What a model is: its config.json, family and sizes, and its compute type. Two are equal when they are one."""
+    """What a model is: its config.json, family, stock class and sizes, and its compute type; of a checkpoint also what its tensors are.
+    Two are equal when they are one."""
 
     config: Mapping[str, Any]
     family: FamilySpec
+    stock: Stock
     dims: Dims
     dtype: torch.dtype
+    account: Account | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: str, dtype: torch.dtype) -> ModelSpec:
-        """Read a Hugging Face config; UserError for an unknown family, or one without a weight mapping to Megatron-Core."""
+        """Of a Hugging Face config. UserError for a family that the trainer can not build, and for a config that is none of its class."""
         family = family_of(config, where)
-        if family.megatron is None or family.megatron_config is None:
-            known = [name for name, other in FAMILIES.items() if other.megatron is not None]
-            raise UserError(f"{where}: {family.name}, which the trainer can not build", f"one of {', '.join(known)}", "use another model")
-        return cls(config, family, _dense_where_one_expert(family, family.dims(config)), dtype)
+        stock = Stock.of(config, where)
+        spec = cls(config, family, stock, stock.dims, dtype)
+        return dataclasses.replace(spec, dims=_dense(spec.dims)) if spec._has_one_expert() else spec
 
     @classmethod
     def open(cls, directory: str | Path, dtype: torch.dtype) -> ModelSpec:
@@ -63,31 +67,48 @@ class ModelSpec:
         Raises:
             UserError: as `of`; damaged files; a tensor that is quantised, absent, unknown or of another shape than the stock class has.
         """
-        from megatron_moe2dense.families.account import Account  # with these transformers' classes
-        from megatron_moe2dense.families.stock import Stock
-
         index = CheckpointIndex.open(directory)
         spec = cls.of(index.config, str(directory), dtype)
-        Account.of(index, Stock.read(index.directory))
-        return spec
+        return dataclasses.replace(spec, account=Account.of(index, spec.stock))
+
+    @property
+    def opened(self) -> Account:
+        """Of the checkpoint that it was opened from."""
+        assert self.account is not None, "ModelSpec.open reads a checkpoint"
+        return self.account
+
+    @property
+    def class_config(self) -> dict[str, Any]:
+        """config.json as its stock class understands it: every key has a value."""
+        return self.stock.config.to_dict()
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Numbers of the layers with experts to choose from."""
-        return self.family.moe_layers(self.config) if self.dims.experts else ()
+        return tuple(self.stock.moe) if self.dims.experts else ()
+
+    @property
+    def router(self) -> Router:
+        """How layers with experts route."""
+        assert self.family.router is not None, "a family with experts has a router"
+        return self.family.router(self.class_config)
+
+    def _has_one_expert(self) -> bool:
+        """Whether one expert in every layer takes every token whole: the softmax over one logit is 1."""
+        dims = self.dims
+        alone = dims.experts == 1 and not dims.dense_width and not dims.shared_width
+        return alone and self.router.score == "softmax" and self.router.scaling == 1.0
 
     def idle_router(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what the Hugging Face class has and a dense model lacks: the routers of layers with one expert."""
-        if self.dims.experts or not self.family.moe_layers(self.config):
+        """Names and shapes of what the stock class has and a dense model lacks: the routers of layers with one expert."""
+        if self.dims.experts:
             return {}
-        added = self.family.added(self.config)
-        return {name.format(layer=layer): shape for layer in range(self.dims.layers) for name, shape in added.items()}
+        routers = tuple(self.stock.in_model(layer, f"{place.router}.") for layer, place in self.stock.moe.items())
+        return {name: shape for name, shape in self.stock.shapes.items() if name.startswith(routers)}
 
 
-def _dense_where_one_expert(family: FamilySpec, dims: Dims) -> Dims:
-    """A family that writes its dense result as one expert is trained as a dense model: the softmax over one logit is 1."""
-    if dims.experts != 1 or all(layout.experts != family.ffn for layout in family.moe):
-        return dims
+def _dense(dims: Dims) -> Dims:
+    """Of a model whose experts are one: it is trained as a dense one."""
     return dataclasses.replace(dims, experts=0, active=0, expert_width=0, dense_width=dims.expert_width)
 
 
@@ -154,15 +175,14 @@ def _chunk(spec: ModelSpec, config: TransformerConfig, groups: Groups, runtime: 
     model = model.to(device=runtime.device, dtype=spec.dtype)
     prepare_sinks(model)
     if spec.dims.experts:
-        finish_routers(model, _router(spec))
+        finish_routers(model, spec.router)
     return model
 
 
 def transformer_fields(spec: ModelSpec, groups: Groups, runtime: Runtime) -> dict[str, Any]:
     """The fields of Megatron's TransformerConfig for this model, layout and device."""
     dims, parallel = spec.dims, groups.parallel
-    assert spec.family.megatron_config is not None, "ModelSpec.of takes families with a Megatron table"
-    family = dict(spec.family.megatron_config(spec.config))
+    family = spec.family.megatron_config(spec.class_config)
     fields: dict[str, Any] = {
         "num_layers": dims.layers,
         "hidden_size": dims.hidden_size,
@@ -225,13 +245,13 @@ def _moe_fields(spec: ModelSpec, groups: Groups, runtime: Runtime) -> dict[str, 
         "moe_grouped_gemm": runtime.transformer_engine,
         "moe_permute_fusion": runtime.transformer_engine,
         "expert_tensor_parallel_size": groups.parallel.expert_tensor,
-        **router_fields(_router(spec), dims.experts, spec.family.moe[0].correction is not None),
+        **router_fields(spec.router, dims.experts, _has_correction(spec)),
     }
 
 
-def _router(spec: ModelSpec) -> Router:
-    assert spec.family.router is not None, "a family with experts has a router"
-    return spec.family.router(spec.config)
+def _has_correction(spec: ModelSpec) -> bool:
+    """Whether routers have a bias for the selection alone."""
+    return any(name.endswith("e_score_correction_bias") for name in spec.stock.layer_shapes[max(spec.stock.moe)])
 
 
 def recompute_fields(parallel: ParallelConfig, spec: ModelSpec) -> dict[str, Any]:

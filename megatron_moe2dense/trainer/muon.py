@@ -161,13 +161,13 @@ def is_matrix(name: str, axes: int) -> bool:
 
 
 def _matrices(chunk: HeadlessGPT, spec: ModelSpec, groups: Groups) -> Iterator[tuple[Tensor, Matrices]]:
-    mapping, ranks = WeightMapping(spec.family, spec.dims), groups.collection.tp.size()
+    mapping, ranks = WeightMapping(spec), groups.collection.tp.size()
     dims = spec.dims
     own = dataclasses.replace(dims, heads=dims.heads // ranks, kv_heads=dims.kv_heads // ranks)
     for name, parameter in chunk.named_parameters():
         if is_matrix(name, parameter.dim()):
             sharded = ranks > 1 and getattr(parameter, "tensor_model_parallel", False)
-            yield parameter, Matrices(mapping.entry(name).rule.kind, own, parameter.partition_dim if sharded else None)  # type: ignore[attr-defined]
+            yield parameter, Matrices(mapping.rule(name)[0].kind, own, parameter.partition_dim if sharded else None)  # type: ignore[attr-defined]
 
 
 def _fresh_state(muon: Any, config: Any = None) -> None:  # noqa: ARG001 - as Megatron-Core calls it before it loads

@@ -84,11 +84,11 @@ def outline(spec: ModelSpec) -> Outline:
 
 
 def _weights(model: models.HeadlessGPT, spec: ModelSpec) -> Iterator[Weight]:
-    mapping = WeightMapping(spec.family, spec.dims)
+    mapping = WeightMapping(spec)
     for name, parameter in model.named_parameters():
-        entry = mapping.entry(name)
+        rule, numbers = mapping.rule(name)
         by_name = model.config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
-        yield Weight(name, tuple(parameter.shape), entry.rule, entry.expert, by_name)
+        yield Weight(name, tuple(parameter.shape), rule, numbers.get("expert", 0), by_name)
 
 
 @functools.lru_cache(maxsize=32)

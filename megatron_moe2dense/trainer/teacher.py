@@ -79,7 +79,7 @@ def build(config: DistillConfig, student: models.ModelSpec, groups: Groups, runt
     require_same_vocabulary(spec, student)
     overrides = {"moe_router_topk": active_experts(config.active_experts(), spec.dims)} if spec.dims.experts else {}
     chunks = models.build(spec, groups, runtime, PipelineLayout.of_teacher(groups.parallel, spec.dims.layers), **overrides)
-    weights.load(chunks, spec, groups, directory)
+    weights.load(chunks, spec, groups)
     for chunk in chunks:
         chunk.requires_grad_(False).eval()
     logger.info("teacher: %s, %d layers, %d parameters on this rank", directory, spec.dims.layers, _count(chunks))

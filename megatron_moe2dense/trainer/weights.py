@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families import FfnPart, WeightRule
+from megatron_moe2dense.families.account import Account
+from megatron_moe2dense.families.disk import ReadTensor, plain_names, revert
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.mapping import Entry, WeightMapping, is_packed, join, pack, split, unpack
+from megatron_moe2dense.trainer.mapping import Entry, WeightMapping, join, split
 from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec, padded_vocabulary
 
 _ROWS = 8192  # of the vocabulary, that are compared at once
 
 
 @torch.no_grad()
-def load(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups, directory: Path) -> None:
-    """Fill every parameter of the model's chunks from the checkpoint; each rank reads only its slices.
+def load(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups) -> None:
+    """Fill every parameter of the model's chunks from the opened checkpoint; each rank reads its slices, and whole what is stored in
+    another form than the class holds it (packed or stacked experts: one at a time).
 
     Raises:
-        UserError: a tensor is missing, of another shape, NaN or infinite.
+        UserError: a tensor of another shape than the model's, NaN or infinite.
     """
-    index = CheckpointIndex.open(directory)
-    with CheckpointReader(index) as reader:
-        _require_one_table(reader, spec, directory)
-        for parameter, entry, _ in weights_of_rank(chunks, spec, groups, index.tensors):
-            index.require(entry.hf)
-            parameter.copy_(_checked(_local(reader, entry, spec, groups), parameter, f"{directory}: {', '.join(entry.hf)}"))
+    account = spec.opened
+    with CheckpointReader(account.index) as reader:
+        _require_one_table(reader, spec)
+        for parameter, entry, _ in weights_of_rank(chunks, spec, groups):
+            where = f"{account.index.directory}: {', '.join(files_of(account, entry))}"
+            parameter.copy_(_checked(_local(reader, entry, spec, groups), parameter, where))
 
 
-def _require_one_table(reader: CheckpointReader, spec: ModelSpec, directory: Path) -> None:
+def files_of(account: Account, entry: Entry) -> tuple[str, ...]:
+    """The tensors in the files that a parameter is made of; those of all experts where they stand in one."""
+    found = (name for tensor in entry.names for name in account.disk.names_of(tensor, _rows(entry)))
+    return tuple(stored for name in found for stored in account.values.stored(name))
+
+
+def _rows(entry: Entry) -> slice | None:
+    return None if entry.expert is None else slice(entry.expert, entry.expert + 1)
+
+
+def _require_one_table(reader: CheckpointReader, spec: ModelSpec) -> None:
     """UserError for tied embeddings beside a head of its own: stock transformers keeps both, this model has one."""
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     if not spec.dims.tied_embeddings or head not in reader.index.tensors or embedding not in reader.index.tensors:
@@ -43,35 +55,27 @@ def _require_one_table(reader: CheckpointReader, spec: ModelSpec, directory: Pat
     pieces = ((start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
     if any(not reader.rows(head, 0, *piece).equal(reader.rows(embedding, 0, *piece)) for piece in pieces):
         raise UserError(
-            f"{directory}: tie_word_embeddings is true, and {head} differs from {embedding}",
+            f"{reader.index.directory}: tie_word_embeddings is true, and {head} differs from {embedding}",
             "one table of embeddings, or a config.json that says there are two",
             'set "tie_word_embeddings": false in config.json, which is how stock transformers reads it',
         )
 
 
-def weights_of_rank(
-    chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups, present: Container[str]
-) -> Iterator[tuple[Tensor, Entry, bool]]:
+def weights_of_rank(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups) -> Iterator[tuple[Tensor, Entry, bool]]:
     """Every parameter (and stored buffer) of this rank with its entry, and whether this rank counts it in sums over all ranks: those
-    that hold copies do not, so that every value counts once.
-
-    Args:
-        present: the names of the checkpoint's tensors.
-    """
+    that hold copies do not, so that every value counts once."""
     local_experts = spec.dims.experts // groups.parallel.expert
     for chunk in chunks:
         first_layer = get_transformer_layer_offset(chunk.config, chunk.vp_stage, groups.stage)
-        mapping = WeightMapping(spec.family, spec.dims, first_layer, groups.expert_rank * local_experts, present)
+        mapping = WeightMapping(spec, first_layer, groups.expert_rank * local_experts)
         for name, parameter in _stored(chunk):
             entry = mapping.entry(name)
             yield parameter, entry, _counts(entry, groups) and not mapping.is_copy(name)
 
 
 def _counts(entry: Entry, groups: Groups) -> bool:
-    is_expert = "{expert}" in entry.rule.megatron
-    replicas, slices = (
-        (groups.collection.expt_dp, groups.collection.expt_tp) if is_expert else (groups.collection.dp_cp, groups.collection.tp)
-    )
+    own = groups.collection
+    replicas, slices = (own.expt_dp, own.expt_tp) if entry.is_expert else (own.dp_cp, own.tp)
     return replicas.rank() == 0 and (entry.rule.split is not None or slices.rank() == 0)
 
 
@@ -89,37 +93,50 @@ def _checked(value: Tensor, parameter: Tensor, where: str) -> Tensor:
 
 def _local(reader: CheckpointReader, entry: Entry, spec: ModelSpec, groups: Groups) -> Tensor:
     """This rank's slice of one Megatron parameter."""
-    axis, kv_heads = entry.rule.split, spec.dims.kv_heads
-    if is_packed(entry.rule):
-        return _local_of_packed(reader, entry, groups)
-    if axis is None:
-        return join(entry.rule.kind, (reader.tensor(name) for name in entry.hf), kv_heads)
+    rule, account = entry.rule, spec.opened
     parts, rank = _share(entry, groups)
-    slices = []
-    for name in entry.hf:
-        size = reader.index.tensors[name].shape[axis]
-        whole = padded_vocabulary(size) if entry.rule.kind == "vocab" else size
-        step = whole // parts
-        rows = reader.rows(name, axis, min(rank * step, size), min((rank + 1) * step, size))
-        slices.append(_pad_rows(rows, step) if entry.rule.kind == "vocab" else rows)
-    return join(entry.rule.kind, slices, kv_heads // parts)
+    if _is_stored_as_it_is(account, entry):
+        slices = [_slice(reader, name, rule, (parts, rank)) for name in files_of(account, entry)]
+    else:
+        whole = _whole(account, account.values.reader(reader, finite=False), entry)
+        slices = whole if rule.split is None else [tensor.chunk(parts, rule.split)[rank] for tensor in whole]
+    return join(rule.kind, slices, spec.dims.kv_heads // parts)
+
+
+def _is_stored_as_it_is(account: Account, entry: Entry) -> bool:
+    """Whether the tensors in the files are the matrices themselves, so that a rank can read its part alone."""
+    place = entry.ffn
+    same = place is None or not (place.packed or place.transposed or place.experts)
+    return same and all(account.disk.is_plain(name) for name in entry.names)
+
+
+def _slice(reader: CheckpointReader, name: str, rule: WeightRule, share: tuple[int, int]) -> Tensor:
+    (parts, rank), axis = share, rule.split
+    if axis is None:
+        return reader.tensor(name)
+    size = reader.index.tensors[name].shape[axis]
+    step = (padded_vocabulary(size) if rule.kind == "vocab" else size) // parts
+    rows = reader.rows(name, axis, min(rank * step, size), min((rank + 1) * step, size))
+    return _pad_rows(rows, step) if rule.kind == "vocab" else rows
+
+
+def _whole(account: Account, read: ReadTensor, entry: Entry) -> list[Tensor]:
+    """What `join` takes, from tensors that have to be converted first."""
+    if not isinstance(entry.rule.made_of, FfnPart) or entry.ffn is None:
+        return [account.disk.tensor(name, read) for name in entry.names]
+    in_model, rows = dict(zip(entry.ffn.names_of(entry.rule.made_of.part), entry.names, strict=True)), _rows(entry)
+
+    def tensor(name: str) -> Tensor:
+        found = account.disk.tensor(in_model[name], read, rows)
+        return found if rows is None else found[0]
+
+    return entry.ffn.read_part(entry.rule.made_of.part, tensor)
 
 
 def _share(entry: Entry, groups: Groups) -> tuple[int, int]:
     """In how many parts tensor parallelism splits this parameter, and which of them is this rank's."""
-    is_expert = "{expert}" in entry.rule.megatron
-    parts = groups.parallel.expert_tensor if is_expert else groups.parallel.tensor
+    parts = groups.parallel.expert_tensor if entry.is_expert else groups.parallel.tensor
     return parts, groups.tensor_rank if parts > 1 else 0
-
-
-def _local_of_packed(reader: CheckpointReader, entry: Entry, groups: Groups) -> Tensor:
-    """This rank's slice where it does not lie in one piece: the expert is read whole."""
-    rule, expert = entry.rule, entry.expert
-    stored = [reader.rows(name, 0, expert, expert + 1)[0] if rule.packing.stacked else reader.tensor(name) for name in entry.hf]
-    whole = unpack(rule, stored, f"{reader.index.tensors[entry.hf[0]].file}: {entry.hf[0]}")
-    parts, rank = _share(entry, groups)
-    slices = whole if rule.split is None else [tensor.chunk(parts, rule.split)[rank] for tensor in whole]
-    return join(rule.kind, slices, kv_heads=1)
 
 
 def _stored(model: HeadlessGPT) -> Iterator[tuple[str, Tensor]]:
@@ -135,26 +152,36 @@ def _pad_rows(rows: Tensor, count: int) -> Tensor:
 
 
 def unload(model: HeadlessGPT, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors of a model built whole (tensor = pipeline = expert = 1), vocabulary padding removed.
+    """The tensors of a model built whole (tensor = pipeline = expert = 1) as the stock class saves them, vocabulary padding removed.
 
     Tensors of all experts of a layer are gathered first; a router that has nothing to choose from is zero.
     """
-    mapping = WeightMapping(spec.family, spec.dims)
+    plain = plain_names(spec.stock, spec.stock.shapes)
+    for name, tensor in _in_class(model, spec):
+        yield from [(plain[name], tensor)] if name in plain else revert(spec.stock, {name: tensor}).items()
+
+
+def _in_class(model: HeadlessGPT, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the stock class."""
+    mapping = WeightMapping(spec)
     experts: dict[str, list[Tensor]] = {}
     for name, parameter in _stored(model):
         if mapping.is_copy(name):
             continue
         entry = mapping.entry(name)
-        tensors = pack(entry.rule, split(entry.rule.kind, parameter.detach(), spec.dims))
-        if not entry.rule.packing.stacked:
-            yield from zip(entry.hf, tensors, strict=True)
+        tensors: Sequence[Tensor] = split(entry.rule.kind, parameter.detach(), spec.dims)
+        if isinstance(entry.rule.made_of, FfnPart) and entry.ffn is not None:
+            tensors = [tensor for _, tensor in entry.ffn.write_part(entry.rule.made_of.part, tensors)]
+        if entry.expert is None:
+            yield from zip(entry.names, tensors, strict=True)
             continue
-        for hf, tensor in zip(entry.hf, tensors, strict=True):
-            gathered = experts.setdefault(hf, [])
+        assert entry.ffn is not None, "experts are FFNs"
+        for each, tensor in zip(entry.names, tensors, strict=True):
+            gathered = experts.setdefault(each, [])
             assert len(gathered) == entry.expert, "experts come in the order of their numbers"
             gathered.append(tensor)
-            if len(gathered) == max(1, spec.dims.experts):
-                yield hf, torch.stack(experts.pop(hf))
+            if len(gathered) == entry.ffn.experts:
+                yield each, torch.stack(experts.pop(each))
     assert not experts, "every layer has all its experts"
-    for hf, shape in spec.idle_router().items():
-        yield hf, torch.zeros(shape, dtype=spec.dtype)
+    for name, shape in spec.idle_router().items():
+        yield name, torch.zeros(shape, dtype=spec.dtype)

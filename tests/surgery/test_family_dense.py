@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from megatron_moe2dense.cli import main
 from megatron_moe2dense.families import FAMILIES
@@ -23,7 +22,7 @@ from tests.surgery.conftest import SEQUENCE, calibration
 
 pytestmark = pytest.mark.slow
 
-MOE = [name for name, spec in FAMILIES.items() if spec.moe]
+MOE = [name for name, spec in FAMILIES.items() if spec.router]
 SIBLING = {"qwen3_moe": "qwen3", "mixtral": "mistral", "qwen2_moe": "qwen2"}  # the others become their own class without experts
 MERGED = ("keep=5", "groups=3", "group.method=round_robin", "scale.method=proportional")
 ASSETS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -40,7 +39,7 @@ def dense_of(moe: Path, tokens: str, folder: Path, *options: str) -> Path:
 
 def load_cleanly(path: Path, family: str) -> PreTrainedModel:
     """The stock class of the dense family, by its own name, with every key in its place."""
-    stock = getattr(transformers, FAMILIES[SIBLING.get(family, family)].architecture)
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[SIBLING.get(family, family)]]
     model, info = stock.from_pretrained(path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
     assert type(AutoModelForCausalLM.from_pretrained(path)) is stock

@@ -22,7 +22,7 @@ from tests.helpers.tiny_models import as_mxfp4, tiny
 
 pytestmark = pytest.mark.slow
 
-MOE = [name for name, spec in FAMILIES.items() if spec.moe]
+MOE = [name for name, spec in FAMILIES.items() if spec.router]
 WINDOWS = np.random.default_rng(0).integers(0, 256, (3, 24))  # one batch of 2, one of 1
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in MOE),

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex, TensorInfo
 from megatron_moe2dense.cli import main
-from megatron_moe2dense.families import smaller_config
 from megatron_moe2dense.surgery.prune_dense.config import PruneTarget
 from megatron_moe2dense.surgery.prune_dense.importance import best, choose
 from megatron_moe2dense.surgery.prune_dense.shape import target_shape
@@ -45,7 +44,7 @@ def test_qwen3_32b_has_the_papers_parameters_in_the_papers_shape():
     target = PruneTarget(hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=8, intermediate_size=6144)
     shape = target_shape(source, target)
     specs = {spec.name: spec for step in steps_of(source, shape) for _, spec in step}
-    stock = on_meta(smaller_config(QWEN3_32B, source.config_sizes(shape), range(48)))
+    stock = on_meta(source.smaller_config(shape, range(48)))
     assert {name: spec.shape for name, spec in specs.items()} == stock
     assert sum(spec.parameters for spec in specs.values()) == source.parameters(shape) == 3_441_113_088
 

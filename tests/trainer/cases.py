@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
@@ -33,9 +32,9 @@ def distill_all(configs: list[dict[str, Any]]) -> None:
 
 def loaded(directory: Path, place: tuple[Groups, Runtime], dtype: str) -> tuple[list[HeadlessGPT], ModelSpec]:
     """The checkpoint as a Megatron model in the current layout, in eval mode."""
-    spec = ModelSpec.of(CheckpointIndex.open(directory).config, str(directory), getattr(torch, dtype))
+    spec = ModelSpec.open(directory, getattr(torch, dtype))
     chunks = models.build(spec, *place, PipelineLayout.of_student(place[0].parallel, spec.dims.layers))
-    weights.load(chunks, spec, place[0], directory)
+    weights.load(chunks, spec, place[0])
     return [chunk.eval() for chunk in chunks], spec
 
 
@@ -47,7 +46,7 @@ def fingerprints(cases: list[tuple[Path, list[dict[str, Any]]]]) -> list[list[Fi
 def _fingerprint(directory: Path, parallel: ParallelConfig) -> Fingerprint:
     with runtime.session("cpu") as device, process_groups.initialized(parallel, seed=0) as groups:
         chunks, spec = loaded(directory, (groups, device), "bfloat16" if directory.name == "tied" else "float32")
-        return fingerprint.verify(chunks, spec, groups, directory)
+        return fingerprint.verify(chunks, spec, groups)
 
 
 def global_tensors(cases: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, torch.Tensor]]:

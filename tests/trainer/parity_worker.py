@@ -83,9 +83,10 @@ def _worst(trainer: Any, spec: Any, found: dict[str, Tensor], reference: Path) -
     """The largest relative difference in norm of one tensor, its slices put together over all ranks."""
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+    from megatron_moe2dense.families.account import Account
     from megatron_moe2dense.trainer import weights
 
-    weights.load(trainer.models.student, spec, trainer.groups, reference)
+    weights.load(trainer.models.student, dataclasses.replace(spec, account=Account.open(reference)), trainer.groups)
     squares: dict[str, tuple[float, float]] = {}
     for name, parameter in _parameters(trainer):
         number, local = name.split(" ", 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,16 @@ from megatron_moe2dense.trainer.runtime import Runtime
 from tests.helpers.tiny_models import tiny, tiny_qwen3
 
 
-def test_a_family_without_a_megatron_table_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_family_that_the_trainer_does_not_know_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = json.loads((tiny_qwen3(tmp_path / "model") / "config.json").read_text())
     ModelSpec.of(config, "config.json", torch.float32)
-    monkeypatch.setitem(FAMILIES, "qwen3", dataclasses.replace(FAMILIES["qwen3"], megatron=None, megatron_config=None))
-    with pytest.raises(UserError, match=r"config\.json: qwen3, which the trainer can not build"):
+    monkeypatch.delitem(FAMILIES, "qwen3")
+    with pytest.raises(UserError, match=r"config\.json: model_type 'qwen3'"):
         ModelSpec.of(config, "config.json", torch.float32)
 
 
 ROPE = {"rope_theta": 1e4}
+YARN = {**ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another slope": ("gpt_oss", {"swiglu_alpha": 1.5}, "swiglu_alpha 1.5"),
     "attention without biases": ("gpt_oss", {"attention_bias": False}, "attention_bias False"),
@@ -36,10 +36,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "attention with biases in a MoE": ("qwen3_moe", {"attention_bias": True}, "attention_bias true"),
     "clipped queries": ("olmoe", {"clip_qkv": 8.0}, r"clip_qkv 8\.0"),
     "dynamic positions": ("mistral", {"rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
-    "a factor of its own": ("qwen2", {"rope_parameters": {**ROPE, "rope_type": "yarn", "attention_factor": 1.2}}, "attention_factor"),
+    "a factor of its own": ("qwen2", {"rope_parameters": {**YARN, "attention_factor": 1.2}}, "attention_factor"),
     "positions of a part": (
         "qwen3",
-        {"rope_parameters": {**ROPE, "rope_type": "yarn", "partial_rotary_factor": 0.5}},
+        {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}},
         "partial_rotary_factor",
     ),
 }

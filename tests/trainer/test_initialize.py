@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.trainer import distill, initialize, runtime, weights
 from megatron_moe2dense.trainer import groups as process_groups
-from megatron_moe2dense.trainer import initialize, runtime, weights
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.pipeline import PipelineLayout
@@ -25,7 +24,7 @@ def begun(directory: Path, how: str, seed: int = 0, dtype: str = "float32") -> d
     settings: dict[str, Any] = {"student": str(directory), "teacher": None, "output": str(directory / "run"), "initialize": how}
     config = DistillConfig(**settings, data={"path": "tokens"}, train={"steps": 1, "seed": seed}, dtype=dtype)  # type: ignore[arg-type]
     with runtime.session("cpu") as device, process_groups.initialized(config.parallel, seed) as groups:
-        spec = models.ModelSpec.of(CheckpointIndex.open(directory).config, str(directory), getattr(torch, dtype))
+        spec = distill.student_spec(config)
         chunks = models.build(spec, groups, device, PipelineLayout.of_student(config.parallel, spec.dims.layers))
         initialize.start(config, chunks, spec, groups)
         return {name: tensor.clone() for name, tensor in weights.unload(chunks[0], spec)}

@@ -79,8 +79,8 @@ def test_a_layer_of_transformer_engine_keeps_its_own_down_projections(place: tup
     ],
 )
 def test_names_of_the_transformer_engine_spec_mean_the_same_tensors(transformer_engine: str, local: str):
-    spec = FAMILIES["deepseek_v2"]
-    mapping = WeightMapping(spec, spec.dims(DEEPSEEK_V2_LITE), first_layer=3, first_expert=32)
+    spec = models.ModelSpec.of(DEEPSEEK_V2_LITE, "config.json", torch.bfloat16)
+    mapping = WeightMapping(spec, first_layer=3, first_expert=32)
     assert mapping.entry(f"decoder.layers.1.{transformer_engine}") == mapping.entry(f"decoder.layers.1.{local}")
 
 
@@ -112,7 +112,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "biases in attention": ({"attention_bias": True}, "attention_bias True"),
     "biases in FFNs": ({"mlp_bias": True}, "mlp_bias True"),
     "rotary halves": ({"rope_interleave": False}, "rope_interleave False"),
-    "another scaling": ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3'"),
+    "another scaling": ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}}, "'llama3'"),
     "YaRN without rounding": ({"rope_parameters": {**YARN, "truncate": False}}, "without truncate"),
 }
 
@@ -120,11 +120,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_megatron_has_no_latent_attention_for_is_refused(name: str):
     options, message = REFUSED[name]
-    spec = FAMILIES["deepseek_v2"]
-    assert spec.megatron_config is not None
-    spec.megatron_config(DEEPSEEK_V2_LITE)
+    spec, config = FAMILIES["deepseek_v2"], models.ModelSpec.of(DEEPSEEK_V2_LITE, "config.json", torch.bfloat16).class_config
+    spec.megatron_config(config)
     with pytest.raises(UserError, match=message):
-        spec.megatron_config({**DEEPSEEK_V2_LITE, **options})
+        spec.megatron_config({**config, **options})
 
 
 def test_sigmoid_gates_that_are_not_renormalised_are_refused():

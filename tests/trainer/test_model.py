@@ -70,7 +70,7 @@ EXPERTS = "decoder.layers.2.mlp.experts."
 )
 def test_names_of_the_transformer_engine_spec_mean_the_same_tensors(family: str, transformer_engine: str, local: str, tmp_path: Path):
     model = spec_of(tiny(family, tmp_path / "moe"))
-    mapping = WeightMapping(model.family, model.dims, first_layer=2, first_expert=8)
+    mapping = WeightMapping(model, first_layer=1, first_expert=8)
     assert mapping.entry(transformer_engine) == mapping.entry(local)
 
 
@@ -98,10 +98,8 @@ def test_sinks_of_any_attention_are_zero_and_counted_on_every_rank_that_has_some
 
 def test_numbers_of_layers_and_experts_are_global(tmp_path: Path):
     model = spec_of(tiny_qwen3_moe(tmp_path / "moe"))
-    entry = WeightMapping(model.family, model.dims, first_layer=2, first_expert=4).entry(
-        "decoder.layers.1.mlp.experts.local_experts.3.linear_fc2.weight"
-    )
-    assert entry.hf == ("model.layers.3.mlp.experts.7.down_proj.weight",)
+    entry = WeightMapping(model, first_layer=2, first_expert=4).entry("decoder.layers.1.mlp.experts.local_experts.3.linear_fc2.weight")
+    assert (entry.names, entry.expert) == (("model.layers.3.mlp.experts.down_proj",), 7)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families import FAMILIES
+from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.operations import dry_run
 from megatron_moe2dense.operations.plan.config import PlanConfig
 from megatron_moe2dense.trainer import distill
@@ -28,7 +28,7 @@ def test_in_bfloat16_it_is_torchs_muon(shape: tuple[int, int], tmp_path: Path):
     theirs = torch.nn.Parameter(ours.detach().clone())
     alone: Any = None  # no process group
     config = json.loads((tiny_qwen3(tmp_path) / "config.json").read_text())
-    whole = Matrices("plain", FAMILIES["qwen3"].dims(config), dim=None)
+    whole = Matrices("plain", Stock.of(config, "here").dims, dim=None)
     found = Muon([{"params": [ours], "lr": 0.02, "weight_decay": 0.1}], [whole], MuonConfig(), (alone, torch.bfloat16))
     expected = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):

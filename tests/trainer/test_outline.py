@@ -25,7 +25,7 @@ from tests.helpers.tiny_models import tiny
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("family", [name for name, spec in FAMILIES.items() if spec.megatron is not None])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_has_the_weights_of_its_kind_by_name_and_shape(family: str, tmp_path: Path):
     content = json.loads((tiny(family, tmp_path) / "config.json").read_text())
     spec = ModelSpec.of(content, str(tmp_path), torch.float32)

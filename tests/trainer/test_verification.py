@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import MANIFEST
-from megatron_moe2dense.families import FAMILIES, FamilySpec
+from megatron_moe2dense.families import FAMILIES, WeightRule
+from megatron_moe2dense.families.ffn import FfnPlace
+from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.trainer import distill
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.verification import stock
@@ -100,39 +102,34 @@ def test_a_teacher_of_zeros_is_refused(root: Path, tmp_path: Path):
         run(root, tmp_path / "run", None, teacher=str(zeroed))
 
 
-def other_tensors(ending: str, change: Callable[[tuple[str, ...]], tuple[str, ...]]) -> FamilySpec:
-    family = FAMILIES["qwen3_moe"]
-    assert family.megatron is not None
-    rules = tuple(replace(rule, hf=change(rule.hf)) if rule.megatron.endswith(ending) else rule for rule in family.megatron)
-    return replace(family, megatron=rules)
-
-
-def swapped_norms() -> FamilySpec:
+def swapped_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """The norm of queries at the place of that of keys, and the other way round."""
-    names = {"q_norm": "k_norm", "k_norm": "q_norm"}
-
-    def change(hf: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(name.replace(old, new) for name in hf for old, new in names.items() if old in name)
-
-    return other_tensors("_layernorm.weight", lambda hf: change(hf) or hf)
-
-
-def swapped_gate_and_up() -> FamilySpec:
-    return other_tensors("linear_fc1.weight", lambda hf: hf[::-1])
-
-
-def another_rotary_base() -> FamilySpec:
     family = FAMILIES["qwen3_moe"]
-    dims = family.dims
-    return replace(family, dims=lambda config: replace(dims(config), rope_theta=100.0))
+    other = {"q_layernorm.weight": "k_norm", "k_layernorm.weight": "q_norm"}
+
+    def swapped(rule: WeightRule) -> WeightRule:
+        name = other.get(rule.megatron.rpartition(".self_attention.")[2])
+        return rule if name is None else replace(rule, made_of=(f"model.layers.{{layer}}.self_attn.{name}.weight",))
+
+    monkeypatch.setitem(FAMILIES, "qwen3_moe", replace(family, attention=tuple(swapped(rule) for rule in family.attention)))
+
+
+def swapped_gate_and_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = FfnPlace.read_part
+    monkeypatch.setattr(FfnPlace, "read_part", lambda *arguments: read(*arguments)[::-1])
+
+
+def another_rotary_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    dims: Any = Stock.__dict__["dims"]
+    monkeypatch.setattr(Stock, "dims", property(lambda stock: replace(dims.func(stock), rope_theta=100.0)))
 
 
 @pytest.mark.parametrize("fault", [swapped_norms, swapped_gate_and_up, another_rotary_base])
 def test_a_wrong_name_table_or_architecture_is_refused(
-    fault: Callable[[], FamilySpec], pico: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: Callable[[pytest.MonkeyPatch], None], pico: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Of a trained teacher: random weights hardly use their attention. In bfloat16, which has the wider bound."""
-    monkeypatch.setitem(FAMILIES, "qwen3_moe", fault())
+    fault(monkeypatch)
     with pytest.raises(UserError, match="to the stock transformers forward"):
         run(tmp_path, tmp_path / "run", None, dtype="bfloat16", **pico)
 

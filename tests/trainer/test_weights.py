@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
@@ -77,9 +76,9 @@ def place() -> Iterator[tuple[Groups, Runtime]]:
 
 
 def load(directory: Path, place: tuple[Groups, Runtime], dtype: torch.dtype) -> tuple[models.HeadlessGPT, models.ModelSpec]:
-    spec = models.ModelSpec.of(CheckpointIndex.open(directory).config, str(directory), dtype)
+    spec = models.ModelSpec.open(directory, dtype)
     chunks = models.build(spec, *place, PipelineLayout((spec.dims.layers,), 1))
-    weights.load(chunks, spec, place[0], directory)
+    weights.load(chunks, spec, place[0])
     return chunks[0].eval(), spec
 
 

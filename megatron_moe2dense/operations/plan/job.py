@@ -141,8 +141,7 @@ def fewest_processes(parallel: ParallelConfig) -> int:
 
 def family_fields(spec: ModelSpec) -> Mapping[str, Any]:
     """The family's TransformerConfig fields."""
-    assert spec.family.megatron_config is not None, "ModelSpec.of takes families with a Megatron table"
-    return spec.family.megatron_config(spec.config)
+    return spec.family.megatron_config(spec.class_config)
 
 
 def require_layout(job: Job) -> None:

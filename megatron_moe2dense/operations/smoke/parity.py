@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.operations.smoke.report import Row
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import weights
@@ -35,7 +33,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Pass:
-    """Logits [T, V] in float32, mean next-token loss [nats], gradients by the names of the checkpoint's tensors."""
+    """Logits [T, V] in float32, mean next-token loss [nats], gradients by the tensors of the stock class, and the expert."""
 
     logits_TV: Tensor
     loss: float
@@ -44,21 +42,17 @@ class Pass:
 
 def one_pass(directory: Path, tokens_BS: Tensor, side: Side, groups: Groups) -> Pass:
     """Load the checkpoint, then one forward and backward pass over the tokens; one process."""
-    index = CheckpointIndex.open(directory)
-    spec = models.ModelSpec.of(index.config, str(directory), side.dtype)
+    spec = models.ModelSpec.open(directory, side.dtype)
     chunks = models.build(spec, groups, side.runtime, PipelineLayout.of_student(groups.parallel, spec.dims.layers))
-    weights.load(chunks, spec, groups, directory)
+    weights.load(chunks, spec, groups)
     inputs, labels = tokens_BS[:, :-1], tokens_BS[:, 1:]
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
     hidden = chunks[0](inputs, positions, None)
     logits_TV = chunks[0].parallel_logits(hidden, spec.dims.vocab_size).logits(slice(None))
     loss = torch.nn.functional.cross_entropy(logits_TV.float(), labels.t().flatten())  # tokens are sequence-major
     loss.backward()
-    gradients, seen = {}, Counter()
-    for parameter, entry, _ in weights.weights_of_rank(chunks, spec, groups, index.tensors):
-        seen[entry.hf] += 1  # experts stored as one tensor share its name
-        if parameter.grad is not None:
-            gradients[(*entry.hf, seen[entry.hf])] = parameter.grad.float()
+    found = weights.weights_of_rank(chunks, spec, groups)
+    gradients = {(entry.names, entry.expert): weight.grad.float() for weight, entry, _ in found if weight.grad is not None}
     return Pass(logits_TV.detach().float(), loss.item(), gradients)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -13,6 +13,7 @@ from typing import Any
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES, Dims, FamilySpec, family_of
+from megatron_moe2dense.families.stock import Stock
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class DenseSource:
 
     index: CheckpointIndex
     spec: FamilySpec
-    dims: Dims
+    stock: Stock
 
     @classmethod
     def open(cls, directory: str | Path) -> DenseSource:
@@ -67,11 +68,16 @@ class DenseSource:
         spec = family_of(index.config, str(index.directory / "config.json"))
         if spec.axes is None:
             known = [name for name, other in FAMILIES.items() if other.axes is not None]
-            do = "convert it first: `moe2dense convert` makes a MoE dense" if spec.moe else "prune a model of one of these"
+            do = "convert it first: `moe2dense convert` makes a MoE dense" if spec.router else "prune a model of one of these"
             raise UserError(f"{index.directory}: a {spec.name} model", f"a dense model: {', '.join(known)}", do)
-        source = cls(index, spec, spec.dims(index.config))
+        source = cls(index, spec, Stock.of(index.config, str(index.directory / "config.json")))
         source._check()
         return source
+
+    @property
+    def dims(self) -> Dims:
+        """Its sizes."""
+        return self.stock.dims
 
     def _check(self) -> None:
         needed = [name for name in self.tensors if not name.endswith(".bias")]
@@ -141,6 +147,14 @@ class DenseSource:
         trunk, layer = (sum(prod(self.sizes(tensor, shape)) for tensor in self.present(of)) for of in (None, 0))
         return trunk + shape.num_hidden_layers * layer
 
-    def config_sizes(self, shape: Shape) -> dict[str, int]:
-        """What config.json says of the sizes; with head_dim, which hidden_size no longer tells."""
-        return {**dataclasses.asdict(shape), "head_dim": self.dims.head_dim}
+    def smaller_config(self, shape: Shape, layers: Sequence[int]) -> dict[str, Any]:
+        """config.json of this model cut to a smaller shape. A layer that stays keeps its kind of attention, wherever it moves to.
+
+        Args:
+            layers: numbers of the source's layers that stay.
+        """
+        config = self.index.config
+        types = self.stock.config.layer_types if "layer_types" in config or config.get("use_sliding_window") else None
+        kinds = {} if types is None else {"layer_types": [types[layer] for layer in layers]}
+        # with head_dim, which hidden_size no longer tells
+        return {**config, **dataclasses.asdict(shape), "head_dim": self.dims.head_dim, **kinds}

@@ -18,7 +18,6 @@ from megatron_moe2dense.checkpoint.shards import ShardWriter, TensorSpec, shards
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import write_json, write_text
 from megatron_moe2dense.common.progress import progress
-from megatron_moe2dense.families import smaller_config
 from megatron_moe2dense.surgery.prune_dense.importance import Kept, KeptLayer
 from megatron_moe2dense.surgery.prune_dense.source import AxesOf, DenseSource, Shape
 from megatron_moe2dense.surgery.written import Written
@@ -67,7 +66,7 @@ def write_pruned(source: DenseSource, kept: Kept, shape: Shape, working: Path, s
             writer.mark(written.reached(number + 1))
         writer.finish()
     layers = [layer.number for layer in kept.layers]
-    write_json(working / "config.json", smaller_config(source.index.config, source.config_sizes(shape), layers))
+    write_json(working / "config.json", source.smaller_config(shape, layers))
     write_text(working / KEPT_FILE, chosen + "\n")
     copy_assets(source.index.directory, working)
     written.remove()

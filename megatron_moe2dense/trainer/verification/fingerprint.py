@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,11 +21,10 @@ from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec
-from megatron_moe2dense.trainer.weights import weights_of_rank
+from megatron_moe2dense.trainer.weights import files_of, weights_of_rank
 
 _BITS = {2: torch.int16, 4: torch.int32}
 _READ = 1024**2  # bytes
-_LAYER = re.compile(r"layers\.(\d+)\.")
 _CHUNK = 256 * 1024  # values summed at once: their 64-bit copy stays in the cache
 
 
@@ -53,23 +50,25 @@ def bit_sum(values: Tensor) -> int:
     return int(total)
 
 
-def verify(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups, directory: Path) -> Fingerprint:
-    """Compare what stands in the model's parameters with the files it was loaded from; a collective of all ranks.
+def verify(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups) -> Fingerprint:
+    """Compare what stands in the model's parameters with the files it was opened from; a collective of all ranks.
 
     It can not see a tensor at the place of another of its own parameter (q for k): that takes a forward pass.
 
     Raises:
         UserError: a parameter holds other values than its tensors in the files; a tensor of the files is in no parameter.
     """
+    directory = spec.opened.index.directory
     index = CheckpointIndex.open(directory)
     names = sorted(index.tensors)
     device = next(chunks[0].parameters()).device
     in_model_N, parameter_N, bytes_N = _of_model(chunks, (spec, groups), {name: i for i, name in enumerate(names)}, device)
-    left_over = [name for name, number in zip(names, parameter_N, strict=True) if number < 0 and not _may_be_left(name, spec)]
+    may_be_left = _may_be_left(spec)
+    left_over = [name for name, number in zip(names, parameter_N, strict=True) if number < 0 and name not in may_be_left]
     if left_over:
         raise UserError(
             f"{directory}: {len(left_over)} tensors that no parameter of the model takes, first {left_over[0]}",
-            f"the tensors of {spec.family.architecture}",
+            f"the tensors of {type(spec.stock.model).__name__}",
             "check that config.json and the weights are of the same model",
         )
     # in bfloat16 models a few parameters are float32 all the same
@@ -99,10 +98,9 @@ def _of_model(
     a value in the parameter."""
     sums_N = torch.zeros(len(number_of), dtype=torch.int64, device=device)
     first_N, bytes_N = torch.full_like(sums_N, -1), torch.zeros_like(sums_N)
-    for parameter, entry, counts in weights_of_rank(chunks, *place, number_of):
-        first = number_of[entry.hf[0]]
-        mine = [number_of[name] for name in entry.hf]
-        first_N[mine], bytes_N[mine] = first, parameter.element_size()
+    for parameter, entry, counts in weights_of_rank(chunks, *place):
+        first, *more = (number_of[name] for name in files_of(place[0].opened, entry))
+        first_N[[first, *more]], bytes_N[[first, *more]] = first, parameter.element_size()
         if counts:
             sums_N[first] += bit_sum(parameter)
     dist.all_reduce(sums_N)
@@ -150,14 +148,8 @@ def _wrapped(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
-def _may_be_left(name: str, spec: ModelSpec) -> bool:
-    """The head of a tied model saved a second time, rotary frequencies (computed), layers beyond the model's (next-token predictors),
-    routers with one expert."""
-    layer = _LAYER.search(name)
-    beyond = layer is not None and int(layer[1]) >= spec.dims.layers
-    return (
-        beyond
-        or name in spec.idle_router()
-        or name.endswith("rotary_emb.inv_freq")
-        or (spec.dims.tied_embeddings and name == "lm_head.weight")
-    )
+def _may_be_left(spec: ModelSpec) -> set[str]:
+    """What the stock class leaves out too, the head of a tied model saved a second time, routers with one expert."""
+    account = spec.opened
+    copies = (*spec.idle_router(), *spec.stock.model.all_tied_weights_keys)
+    return {*account.left_out, *(stored for name in copies for stored in account.disk.names_of(name))}

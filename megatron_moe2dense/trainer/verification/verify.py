@@ -78,7 +78,7 @@ def verify_teacher(
     """
     assert config.teacher is not None
     began, directory, check = time.monotonic(), Path(config.teacher), config.resolved_teacher_check()
-    found = fingerprint.verify(teacher.chunks, teacher.spec, groups, directory)
+    found = fingerprint.verify(teacher.chunks, teacher.spec, groups)
     if recorded is not None and recorded["fingerprint"] != found.digest:
         raise UserError(
             f"{directory}: weights with fingerprint {found.digest}, this run began with {recorded['fingerprint']}",
