@@ -130,8 +130,7 @@ def _tiny_source(model_type: str) -> Iterator[MoeSource]:
 def _row(model_type: str) -> tuple[str, ...]:
     """Of a type that can be converted; UserError where it is refused."""
     with _tiny_source(model_type) as source:
-        spec = FAMILIES.get(model_type)
-        trainer = "yes" if spec is not None and spec.megatron is not None else "no"
+        trainer = "yes" if model_type in FAMILIES else "no"
         engines = ", ".join(ENGINES.get(model_type, ())) or "not tried"
         return (
             f"`{model_type}`",

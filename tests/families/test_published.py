@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_moe2dense.families import family_of
+from megatron_moe2dense.families.stock import Stock
 from tests.families.published import DEEPSEEK_V2_LITE, GPT_OSS_20B, QWEN3_30B_A3B, dense_config
 
 CASES = {
@@ -20,8 +20,7 @@ CASES = {
 
 @pytest.mark.parametrize(("published", "width", "parameters"), CASES.values(), ids=list(CASES))
 def test_the_dense_result_has_the_papers_parameter_count(published: dict[str, Any], width: int, parameters: int):
-    spec = family_of(published, "config.json")
-    dims = spec.dims(published)
+    dims = Stock.of(published, "config.json").dims
     assert dims.active * dims.expert_width + dims.shared_width == width
     config = AutoConfig.for_model(**dense_config(published, width))
     with torch.device("meta"):
