@@ -49,7 +49,8 @@ def test_a_class_that_the_auto_classes_do_not_list_is_loaded_by_its_architecture
     assert type(model).__name__ == "Mistral4ForCausalLM"
     tokens = torch.arange(3, 15)[None]
     with torch.no_grad():
-        assert torch.equal(model(input_ids=tokens).logits, tiny_model("mistral4")(input_ids=tokens).logits)
+        # equal weights; memory that is aligned otherwise rounds otherwise on some CPUs
+        torch.testing.assert_close(model(input_ids=tokens).logits, tiny_model("mistral4")(input_ids=tokens).logits)
 
 
 def test_a_model_that_predicts_no_next_token_is_refused(tmp_path):

@@ -75,7 +75,7 @@ def test_the_checkpoint_loads_in_the_stock_class(model_type: str, model: PreTrai
     assert _equal(model, loaded)
     assert logits.shape == (2, 12, 128)
     assert logits.isfinite().all()
-    assert logits.equal(_logits(loaded))
+    torch.testing.assert_close(_logits(loaded), logits)  # equal weights; memory that is aligned otherwise rounds otherwise on some CPUs
 
 
 def test_the_layout_in_memory_loads_in_the_stock_class(model_type: str, checkpoint: Path, model: PreTrainedModel, tmp_path: Path):
