@@ -25,7 +25,6 @@ from megatron_moe2dense.evals.models import load_model, open_device, require_acc
 from megatron_moe2dense.evals.perplexity import Loaded, measure
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.probe import probe
-from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.tokens.config import TokensConfig
 from megatron_moe2dense.tokens.indexed import windows as cut
 
@@ -60,7 +59,8 @@ def run(config: EvalConfig) -> None:
     device = open_device(config.device)
     if config.device_map:
         require_accelerate()
-    indices, teacher_index = _opened(config)
+    accounts, of_teacher = _opened(config)
+    indices, teacher_index = {label: account.index for label, account in accounts.items()}, of_teacher.index if of_teacher else None
     for index in indices.values() if config.harness else ():
         require_tokenizer(index.directory)
     windows = _windows(config, indices)
@@ -81,20 +81,21 @@ def run(config: EvalConfig) -> None:
 
 def dry_run(config: EvalConfig) -> dict[str, Any]:
     """What would be read and written: bytes, tokens, forward FLOPs and peak memory (models in `dtype` and their logits)."""
-    indices, teacher = _opened(config)
+    accounts, teacher = _opened(config)
+    indices = {label: account.index for label, account in accounts.items()}
     done = _done(config, indices, keep=True)
-    todo = [index for label, index in indices.items() if label not in done]
+    todo = [account for label, account in accounts.items() if label not in done]
     windows = _windows(config, indices)
     nll_tokens, kl_tokens = (0 if block is None else int(block.size) for block in (windows.nll_NS, windows.kl_NS))
-    flops = sum(2 * _active_parameters(index) * (nll_tokens + kl_tokens) for index in todo)
-    memory = max((_parameters(index) for index in todo), default=0) * _BYTES[config.dtype]
+    flops = sum(2 * _active_parameters(account) * (nll_tokens + kl_tokens) for account in todo)
+    memory = max((_parameters(account.index) for account in todo), default=0) * _BYTES[config.dtype]
     if teacher and config.perplexity:
         flops += 2 * _active_parameters(teacher) * (kl_tokens or nll_tokens) * len(todo)
-        memory += _parameters(teacher) * _BYTES[config.dtype]
+        memory += _parameters(teacher.index) * _BYTES[config.dtype]
     if config.perplexity:
         rows = max(config.perplexity.batch_tokens, config.perplexity.data.sequence_length)
         memory += (1 + bool(teacher)) * rows * max(vocab_size(index) for index in indices.values()) * _BYTES[config.dtype]
-    read = {str(index.directory): index.nbytes for index in ([*indices.values(), teacher] if teacher else indices.values())}
+    read = {str(index.directory): index.nbytes for index in ([*indices.values(), teacher.index] if teacher else indices.values())}
     return {
         "reads_bytes": read,
         "writes": config.output,
@@ -105,18 +106,18 @@ def dry_run(config: EvalConfig) -> dict[str, Any]:
     }
 
 
-def _opened(config: EvalConfig) -> tuple[dict[str, CheckpointIndex], CheckpointIndex | None]:
+def _opened(config: EvalConfig) -> tuple[dict[str, Account], Account | None]:
     """The models by label and the teacher; UserError for one that is not whole, and for a teacher of another vocabulary."""
-    indices = {label: Account.open(directory).index for label, directory in config.directories().items()}
-    teacher = Account.open(config.kl.teacher).index if config.kl else None
-    for label, index in indices.items():
-        if teacher is not None and vocab_size(index) != vocab_size(teacher):
+    accounts = {label: Account.open(directory) for label, directory in config.directories().items()}
+    teacher = Account.open(config.kl.teacher) if config.kl else None
+    for label, account in accounts.items():
+        if teacher is not None and vocab_size(account.index) != vocab_size(teacher.index):
             raise UserError(
-                f"{label} has a vocabulary of {vocab_size(index)}, the teacher {vocab_size(teacher)}",
+                f"{label} has a vocabulary of {vocab_size(account.index)}, the teacher {vocab_size(teacher.index)}",
                 "teacher and model with the same vocabulary",
                 "compare models that share a tokenizer",
             )
-    return indices, teacher
+    return accounts, teacher
 
 
 def _windows(config: EvalConfig, indices: dict[str, CheckpointIndex]) -> Windows:
@@ -241,9 +242,9 @@ def _parameters(index: CheckpointIndex) -> int:
     return sum(stored_values(info) for info in index.tensors.values())
 
 
-def _active_parameters(index: CheckpointIndex) -> int:
+def _active_parameters(account: Account) -> int:
     """Parameters a token goes through: of E routed experts only the A selected ones."""
-    stock, total = Stock.of(index.config, f"{index.directory}/config.json"), _parameters(index)
+    stock, total = account.stock, _parameters(account.index)
     if not stock.moe:
         return total
     active = probe(stock, stock.moe[max(stock.moe)]).active

@@ -7,26 +7,25 @@ import math
 from typing import Any
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families.megatron import ATTENTION, HF_ATTENTION, WeightRule, decoder_fields, rope_of
-from megatron_moe2dense.families.spec import FamilySpec, GroupLimit, HfConfig, Router
+from megatron_moe2dense.families.megatron import ATTENTION, HF_ATTENTION, decoder_fields
+from megatron_moe2dense.families.spec import FamilySpec, GroupLimit, HfConfig, Router, WeightRule
 
-# Down projections are on every tensor-parallel rank whole: their outputs, the latents, are normed before they are split by heads.
+
+def _latent(name: str, down: str, norm: str, up: str) -> tuple[WeightRule, ...]:
+    """Rows of the queries' or the keys' and values' latent. Down projections are on every tensor-parallel rank whole: their outputs are
+    normed before they are split by heads."""
+    up_rows, norm_rows = f"{ATTENTION}linear_{name}_up_proj.", f"{ATTENTION}{name}_layernorm.weight"
+    return (
+        WeightRule(f"{ATTENTION}linear_{name}_down_proj.weight", (f"{HF_ATTENTION}{down}.weight",)),
+        WeightRule(norm_rows, (f"{HF_ATTENTION}{norm}.weight",), aliases=(f"{up_rows}layer_norm_weight",)),
+        WeightRule(f"{up_rows}weight", (f"{HF_ATTENTION}{up}.weight",), split=0),
+    )
+
+
 _LATENT_ATTENTION = (
     WeightRule(ATTENTION + "linear_q_proj.weight", (HF_ATTENTION + "q_proj.weight",), split=0),
-    WeightRule(ATTENTION + "linear_q_down_proj.weight", (HF_ATTENTION + "q_a_proj.weight",)),
-    WeightRule(
-        ATTENTION + "q_layernorm.weight",
-        (HF_ATTENTION + "q_a_layernorm.weight",),
-        aliases=(ATTENTION + "linear_q_up_proj.layer_norm_weight",),
-    ),
-    WeightRule(ATTENTION + "linear_q_up_proj.weight", (HF_ATTENTION + "q_b_proj.weight",), split=0),
-    WeightRule(ATTENTION + "linear_kv_down_proj.weight", (HF_ATTENTION + "kv_a_proj_with_mqa.weight",)),
-    WeightRule(
-        ATTENTION + "kv_layernorm.weight",
-        (HF_ATTENTION + "kv_a_layernorm.weight",),
-        aliases=(ATTENTION + "linear_kv_up_proj.layer_norm_weight",),
-    ),
-    WeightRule(ATTENTION + "linear_kv_up_proj.weight", (HF_ATTENTION + "kv_b_proj.weight",), split=0),
+    *_latent("q", "q_a_proj", "q_a_layernorm", "q_b_proj"),
+    *_latent("kv", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj"),
     WeightRule(ATTENTION + "linear_proj.weight", (HF_ATTENTION + "o_proj.weight",), split=1),
 )
 
@@ -45,13 +44,13 @@ def _megatron_config(config: HfConfig) -> dict[str, Any]:
         "qk_head_dim": config["qk_nope_head_dim"],
         "qk_pos_emb_head_dim": config["qk_rope_head_dim"],
         "v_head_dim": config["v_head_dim"],
-        "rotary_base": rope_of(config)["rope_theta"],
+        "rotary_base": config["rope_parameters"]["rope_theta"],
         **_rope(config),
     }
 
 
 def _rope(config: HfConfig) -> dict[str, Any]:
-    rope = rope_of(config)
+    rope = config["rope_parameters"]
     kind = rope["rope_type"]
     if kind == "default":
         return {"rope_type": "rope"}

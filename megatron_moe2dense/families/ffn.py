@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.integrations.moe import _default_apply_gate
+
+from megatron_moe2dense.families.spec import Part
 
 # Parameter names of the stock classes, by role. Gate and up may be one tensor.
 _GATE, _UP, _DOWN = ("gate_proj", "w1"), ("up_proj", "w3", "v1"), ("down_proj", "w2", "output_linear")
 _GATE_UP = ("gate_up_proj", "input_linear")
 # Projected gate rows (None where there is no gate) and up rows, [..., I] each, to what goes into the down projection, [..., I].
 Gating = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
-# What goes into the neurons (gate and up), and what comes out of them.
-Part = Literal["up", "down", "up_bias", "down_bias"]
 _PARTS: tuple[Part, ...] = ("up", "down", "up_bias", "down_bias")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families.megatron import attention_rules, decoder_fields, window_fields
+from megatron_moe2dense.families.megatron import attention_rules, grouped_query_fields, window_fields
 from megatron_moe2dense.families.spec import FamilySpec, HfConfig, Router
 
 _QUICK_GELU = 1.702  # Megatron-Core's only slope of x * sigmoid(slope * x)
@@ -20,14 +20,14 @@ def _megatron_config(config: HfConfig) -> dict[str, Any]:
             "use a model with these",
         )
     return {
-        **decoder_fields(config),
+        **grouped_query_fields(config),
+        **window_fields(config),
         "activation": "quick_gelu",
         "glu_linear_offset": 1.0,
         "activation_func_clamp_value": config["swiglu_limit"],
         "add_bias_linear": True,
         "softmax_type": "learnable",
         "cp_comm_type": "a2a",
-        **window_fields(config),
         # Megatron's fused kernels take no bias of experts, and no clamp without a weight per token.
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,

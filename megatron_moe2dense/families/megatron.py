@@ -81,28 +81,23 @@ COMMON_RULES = (
 
 
 def decoder_fields(config: HfConfig) -> dict[str, Any]:
-    """TransformerConfig fields of a decoder with RMSNorm, gated FFNs and rotary positions, without biases.
-
-    Raises:
-        UserError: positions other than plain rotary or YaRN (of latent attention: its family says which).
-    """
+    """TransformerConfig fields of a decoder with RMSNorm and gated FFNs, without biases."""
     return {
         "normalization": "RMSNorm",
         "activation": config["hidden_act"],
         "gated_linear_unit": True,
         "add_bias_linear": False,
-        **({} if "kv_lora_rank" in config else rope_fields(config)),
     }
 
 
-def rope_of(config: HfConfig) -> dict[str, Any]:
-    """What the class believes of its rotary positions: `rope_type` and `rope_theta` are always there."""
-    return dict(config["rope_parameters"])
+def grouped_query_fields(config: HfConfig) -> dict[str, Any]:
+    """Of such a decoder with grouped-query attention; UserError for positions other than plain rotary or YaRN."""
+    return {**decoder_fields(config), **_rope_fields(config)}
 
 
-def rope_fields(config: HfConfig) -> dict[str, Any]:
+def _rope_fields(config: HfConfig) -> dict[str, Any]:
     """Fields of YaRN (https://arxiv.org/abs/2309.00071), none for plain rotary positions; UserError for another kind."""
-    rope = rope_of(config)
+    rope = config["rope_parameters"]
     kind = rope["rope_type"]
     if kind == "default":
         return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families.megatron import attention_rules, decoder_fields
+from megatron_moe2dense.families.megatron import attention_rules, grouped_query_fields
 from megatron_moe2dense.families.spec import FamilySpec, HfConfig, Router
 
 
@@ -16,7 +16,7 @@ def _megatron_config(config: HfConfig) -> dict[str, Any]:
             "null and false, as published",
             "use a model without them",
         )
-    return {**decoder_fields(config), "qk_norm_over_heads": True}
+    return {**grouped_query_fields(config), "qk_norm_over_heads": True}
 
 
 OLMOE = FamilySpec(

@@ -10,12 +10,12 @@ from typing import Any
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.axes import decoder_axes
-from megatron_moe2dense.families.megatron import attention_rules, decoder_fields, window_fields
+from megatron_moe2dense.families.megatron import attention_rules, grouped_query_fields, window_fields
 from megatron_moe2dense.families.spec import FamilySpec, HfConfig, Router
 
 
 def _qwen2(config: HfConfig) -> dict[str, Any]:
-    return {**decoder_fields(config), "add_qkv_bias": config.get("qkv_bias", True), **window_fields(config)}
+    return {**grouped_query_fields(config), **window_fields(config), "add_qkv_bias": config.get("qkv_bias", True)}
 
 
 def _qwen2_moe(config: HfConfig) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def _qwen3(config: HfConfig) -> dict[str, Any]:
     """UserError for attention with biases."""
     if config.get("attention_bias"):
         raise UserError("config.json: attention_bias true", "false, as published", "use a model without them")
-    return {**decoder_fields(config), "qk_layernorm": True, **window_fields(config)}
+    return {**grouped_query_fields(config), **window_fields(config), "qk_layernorm": True}
 
 
 def _router(config: HfConfig) -> Router:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 HfConfig = Mapping[str, Any]
+# Of an FFN: what goes into the neurons (gate and up), and what comes out of them.
+Part = Literal["up", "down", "up_bias", "down_bias"]
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,10 @@ class Router:
 
 @dataclass(frozen=True)
 class FfnPart:
-    """Of the FFN of a layer without experts, of an expert or of the shared experts: what goes into its neurons or comes out of them."""
+    """Of the FFN of a layer without experts, of an expert or of the shared experts."""
 
     of: Literal["dense", "experts", "shared"]
-    part: Literal["up", "down", "up_bias", "down_bias"]
+    part: Part
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class WeightRule:
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """One model family. Callables take the content of config.json and return plain data.
+    """One model family. Callables take config.json as its stock class understands it, every key with a value, and return plain data.
 
     attention: the rows of its attention. megatron_config(config): TransformerConfig fields the family needs, as plain data (activation
         by its name). router(config): how layers with experts route.

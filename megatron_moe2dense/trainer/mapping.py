@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_moe2dense.families import Dims, WeightRule
 from megatron_moe2dense.families.ffn import FfnPlace
 from megatron_moe2dense.families.megatron import COMMON_RULES
-from megatron_moe2dense.families.spec import FfnPart
+from megatron_moe2dense.families.spec import FfnPart, Part
 from megatron_moe2dense.trainer.model import ModelSpec
 
 _OUTPUT, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
@@ -30,6 +30,12 @@ class Entry:
     names: tuple[str, ...]
     ffn: FfnPlace | None = None
     expert: int | None = None
+
+    @property
+    def part(self) -> Part:
+        """Which part of the FFN it is."""
+        assert isinstance(self.rule.made_of, FfnPart), "it is part of one"
+        return self.rule.made_of.part
 
     @property
     def is_expert(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class ModelSpec:
         assert self.account is not None, "ModelSpec.open reads a checkpoint"
         return self.account
 
-    @property
+    @cached_property
     def class_config(self) -> dict[str, Any]:
         """config.json as its stock class understands it: every key has a value."""
         return self.stock.config.to_dict()

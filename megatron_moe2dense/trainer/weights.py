@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families import FfnPart, WeightRule
+from megatron_moe2dense.families import WeightRule
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.disk import ReadTensor, plain_names, revert
 from megatron_moe2dense.trainer.groups import Groups
@@ -122,15 +122,15 @@ def _slice(reader: CheckpointReader, name: str, rule: WeightRule, share: tuple[i
 
 def _whole(account: Account, read: ReadTensor, entry: Entry) -> list[Tensor]:
     """What `join` takes, from tensors that have to be converted first."""
-    if not isinstance(entry.rule.made_of, FfnPart) or entry.ffn is None:
+    if entry.ffn is None:
         return [account.disk.tensor(name, read) for name in entry.names]
-    in_model, rows = dict(zip(entry.ffn.names_of(entry.rule.made_of.part), entry.names, strict=True)), _rows(entry)
+    in_model, rows = dict(zip(entry.ffn.names_of(entry.part), entry.names, strict=True)), _rows(entry)
 
     def tensor(name: str) -> Tensor:
         found = account.disk.tensor(in_model[name], read, rows)
         return found if rows is None else found[0]
 
-    return entry.ffn.read_part(entry.rule.made_of.part, tensor)
+    return entry.ffn.read_part(entry.part, tensor)
 
 
 def _share(entry: Entry, groups: Groups) -> tuple[int, int]:
@@ -170,8 +170,8 @@ def _in_class(model: HeadlessGPT, spec: ModelSpec) -> Iterator[tuple[str, Tensor
             continue
         entry = mapping.entry(name)
         tensors: Sequence[Tensor] = split(entry.rule.kind, parameter.detach(), spec.dims)
-        if isinstance(entry.rule.made_of, FfnPart) and entry.ffn is not None:
-            tensors = [tensor for _, tensor in entry.ffn.write_part(entry.rule.made_of.part, tensors)]
+        if entry.ffn is not None:
+            tensors = [tensor for _, tensor in entry.ffn.write_part(entry.part, tensors)]
         if entry.expert is None:
             yield from zip(entry.names, tensors, strict=True)
             continue

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe2dense.checkpoint import mxfp4
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES, CheckpointReader
+from megatron_moe2dense.checkpoint.values import Values
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec
@@ -73,7 +73,8 @@ def verify(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups) -> Fi
         )
     # in bfloat16 models a few parameters are float32 all the same
     dtypes = {name: torch.float32 if nbytes == 4 else spec.dtype for name, nbytes in zip(names, bytes_N, strict=True)}
-    in_files_N = _of_files(index, dtypes, device)
+    values = Values(index)
+    in_files_N = _of_files(values, dtypes, device)
     expected_N = [0] * len(names)
     for value, number in zip(in_files_N, parameter_N, strict=True):
         if number >= 0:
@@ -85,7 +86,7 @@ def verify(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups) -> Fi
             "the weights of the files in the model",
             "nothing was trained; a family's weight mapping may be wrong (docs/adding.md), or the files change while they are read",
         )
-    matrices = {name for name in names if len(index.tensors[name].shape) > 1 and not _is_exponents(name, index)}
+    matrices = {name for name in names if len(index.tensors[name].shape) > 1} - _exponents(values)
     zeros = tuple(name for name, value in zip(names, in_files_N, strict=True) if value == 0 and name in matrices)
     content = [(name, index.tensors[name].shape, value) for name, value in zip(names, in_files_N, strict=True)]
     return Fingerprint(hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32], zeros)
@@ -109,8 +110,10 @@ def _of_model(
     return sums_N.tolist(), first_N.tolist(), bytes_N.tolist()
 
 
-def _of_files(index: CheckpointIndex, dtypes: Mapping[str, torch.dtype], device: torch.device) -> list[int]:
+def _of_files(values: Values, dtypes: Mapping[str, torch.dtype], device: torch.device) -> list[int]:
     """Sum of every tensor after conversion to its dtype; each rank reads tensors of its share of the bytes."""
+    index, encoded = values.index, {blocks: name for name, (blocks, _) in values.encoded.items()}
+    exponents = _exponents(values)
     sums_N = torch.zeros(len(dtypes), dtype=torch.int64, device=device)
     rank, share, passed = dist.get_rank(), index.nbytes / dist.get_world_size(), 0
     with CheckpointReader(index) as reader:
@@ -118,29 +121,30 @@ def _of_files(index: CheckpointIndex, dtypes: Mapping[str, torch.dtype], device:
             info = index.tensors[name]
             mine = int((passed + info.nbytes / 2) / share) == rank
             passed += info.nbytes
-            if mine:
+            if mine and name in encoded:
+                sums_N[number] += _of_encoded(values, reader, encoded[name], dtype)
+            elif mine and name not in exponents:
                 sums_N[number] += _of_file(reader, name, dtype)
     dist.all_reduce(sums_N)
     return sums_N.tolist()
 
 
 def _of_file(reader: CheckpointReader, name: str, dtype: torch.dtype) -> int:
-    """Sum of one tensor; MXFP4 values count where their blocks are, their exponents nowhere."""
-    tensors = reader.index.tensors
-    matrix = name.removesuffix("_blocks")
-    if _is_exponents(name, reader.index):
-        return 0
-    if f"{matrix}_scales" in tensors:
-        experts = range(tensors[name].shape[0])
-        pairs = ([reader.rows(f"{matrix}_{part}", 0, expert, expert + 1) for part in ("blocks", "scales")] for expert in experts)
-        return _wrapped(sum(bit_sum(mxfp4.decode(blocks, scales, matrix).to(dtype)) for blocks, scales in pairs))
-    stored = TORCH_DTYPES[tensors[name].dtype]
+    """Sum of one tensor."""
+    stored = TORCH_DTYPES[reader.index.tensors[name].dtype]
     return _wrapped(sum(bit_sum(torch.from_numpy(raw).view(stored).to(dtype)) for _, raw in reader.chunks(name, _READ)))
 
 
-def _is_exponents(name: str, index: CheckpointIndex) -> bool:
-    """True for the exponents of MXFP4 blocks."""
-    return name.endswith("_scales") and name.removesuffix("_scales") + "_blocks" in index.tensors
+def _of_encoded(values: Values, reader: CheckpointReader, name: str, dtype: torch.dtype) -> int:
+    """Sum of encoded values; they count where their blocks are."""
+    read = values.reader(reader, finite=False)
+    experts = range(values.shapes[name][0])
+    return _wrapped(sum(bit_sum(read(name, slice(expert, expert + 1)).to(dtype)) for expert in experts))
+
+
+def _exponents(values: Values) -> set[str]:
+    """The tensors of MXFP4 exponents, which count nowhere."""
+    return {scales for _, scales in values.encoded.values()}
 
 
 def _wrapped(value: int) -> int:
