@@ -100,7 +100,7 @@ def write_inputs(root: Path) -> None:
     tiny_qwen3_moe(root / "teacher", seed=1, num_hidden_layers=6)
     tiny_qwen3(root / "student", seed=2)
     tiny_qwen3(root / "tied student", seed=3, tie_word_embeddings=True)
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(5)  # of 24 seeds the one that stays furthest from equal experts, at both steps (stock.train)
     tokens = generator.integers(0, 256, LENGTH * SAMPLES * STEPS + 1)
     tokens[(np.arange(len(tokens)) % LENGTH < 12) & (generator.random(len(tokens)) < 0.5)] = MASKED
     write_tokens(root / "tokens", tokens)

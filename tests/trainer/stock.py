@@ -21,6 +21,9 @@ class Samples:
     mask: Tensor
 
 
+LEAST_MARGIN = 5e-5  # of router logits of size 0.5: rounding is 1e-6 of them at first, and some 1e-5 after an update
+
+
 @dataclass(frozen=True)
 class StockRun:
     """What every step gave.
@@ -38,11 +41,16 @@ class StockRun:
 def train(
     student_dir: Path, teacher_dir: Path | None, steps: Sequence[Samples], rates: tuple[float, float | None], directory: Path
 ) -> StockRun:
-    """All samples of a step in one batch; clip 1.0, weight decay 0.1 on matrices. rates: AdamW's, and Muon's where it takes part."""
+    """All samples of a step in one batch; clip 1.0, weight decay 0.1 on matrices. rates: AdamW's, and Muon's where it takes part.
+
+    Raises AssertionError where rounding, which differs between CPUs and layouts, could choose an expert: no tolerance covers that.
+    """
     student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32) if teacher_dir is not None else None
     optimizers, losses, norms = [optimizer(student, rates[0])] if rates[1] is None else muon_and_adamw(student, *rates), [], []
     for number, samples in enumerate(steps, 1):
+        margin = min(choice_margin(model, samples.tokens) for model in (student, teacher) if model is not None)
+        assert margin > LEAST_MARGIN, f"two experts are equal but for {margin:.1e} at step {number}: take another text"
         student.zero_grad()
         step_loss = loss(student, teacher, samples)
         step_loss.backward()
@@ -54,6 +62,16 @@ def train(
             each.step()
     _save(student, dict(student.named_parameters()), directory / "weights")
     return StockRun(tuple(losses), tuple(norms), directory)
+
+
+@torch.no_grad()
+def choice_margin(model: PreTrainedModel, tokens: Tensor) -> float:
+    """The least distance, over all layers and tokens, between the router logits of the last expert chosen and the first one not."""
+    chosen = getattr(model.config, "num_experts_per_tok", None)
+    if chosen is None:
+        return float("inf")
+    sorted_TE = [x.sort(-1, descending=True).values for x in model(input_ids=tokens, output_router_logits=True).router_logits]
+    return min((x[:, chosen - 1] - x[:, chosen]).min().item() for x in sorted_TE)
 
 
 def optimizer(student: PreTrainedModel, lr: float, leave_out: Collection[str] = ()) -> torch.optim.AdamW:
