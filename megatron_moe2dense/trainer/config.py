@@ -196,7 +196,8 @@ class DistillConfig(Config):
     )
     output: str = key(..., "directory of the run: checkpoints/, metrics.jsonl, moe2dense.json")
     initialize: Literal["checkpoint", "random_ffn", "random"] = key(
-        "checkpoint", "the student's weights: of its directory, all but the FFNs of it and those random, or all random (by train.seed)"
+        "checkpoint",
+        "the student's weights: of its directory, all but the FFNs of it and these drawn, or all drawn (train.seed)",
     )
     data: TrainDataConfig = key(..., "training text")
     loss: Annotated[Loss, *losses.field] | None = key(None, "loss block; null: forward_kl with a teacher, cross_entropy without")

@@ -140,7 +140,7 @@ def padded_vocabulary(vocab_size: int) -> int:
 
 
 def build(spec: ModelSpec, groups: Groups, runtime: Runtime, layout: PipelineLayout, **overrides: Any) -> list[HeadlessGPT]:
-    """This rank's chunks of the model, weights initialised from the seed; `overrides` are TransformerConfig fields.
+    """This rank's chunks of the model, whose weights are still to be loaded or drawn; `overrides` are TransformerConfig fields.
 
     Raises:
         UserError: the model does not divide over the parallel layout.

@@ -1,0 +1,1 @@
+"""Situations that users met, each with what has to happen in it."""
