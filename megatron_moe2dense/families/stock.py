@@ -142,13 +142,15 @@ class Stock:
         dense = (layer for layer in range(len(self.layers)) if layer not in self.moe)
         heads = _first_of(config, "num_attention_heads", "n_heads", default=0)
         hidden = _first_of(config, "hidden_size", "d_model", default=0)
+        head_dim = _head_dim(config, hidden, heads)
         rope = getattr(config, "rope_parameters", None) or {}
         return Dims(
             hidden_size=hidden,
             layers=len(self.layers),
             heads=heads,
             kv_heads=_first_of(config, "num_key_value_heads", default=heads),
-            head_dim=_head_dim(config, hidden, heads),
+            head_dim=head_dim,
+            value_dim=_first_of(config, "v_head_dim", default=head_dim),
             vocab_size=config.vocab_size,
             max_positions=_first_of(config, "max_position_embeddings", "max_seq_len", default=0),
             tied_embeddings=bool(self.model.all_tied_weights_keys),
