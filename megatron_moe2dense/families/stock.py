@@ -70,7 +70,8 @@ class Stock:
         path, self.base = _language_model(self.model, self.config)
         self.base_prefix = f"{path}." if path else ""
         found = [(name, module) for name, module in self.base.named_modules(prefix=path) if _is_stack(module)]
-        assert found, f"{type(self.model).__name__} has no list of decoder layers"
+        if not found:
+            raise ValueError(f"{type(self.model).__name__} has no list of decoder layers")
         self.prefix, self.layers = max(found, key=lambda item: len(item[1]))
 
     @classmethod
@@ -278,7 +279,8 @@ def _moe_of(number: int, layer: nn.Module) -> MoePlace | None:
         if experts.flat:  # dbrx: a module of its own around the matrices
             block = block.rpartition(".")[0]
         router = next((name for name in (_joined(block, each) for each in _ROUTERS) if _has(layer, name)), None)
-        assert router is not None, f"layer {number}: {path} without a router beside it"
+        if router is None:
+            raise ValueError(f"layer {number}: {path} without a router beside it")
         shared, shared_gate = _shared(layer, block, path)
         return MoePlace(number, block, experts, router, shared, shared_gate)
     return None
