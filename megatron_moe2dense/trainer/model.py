@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class ModelSpec:
         assert self.account is not None, "ModelSpec.open reads a checkpoint"
         return self.account
 
-    @property
+    @cached_property
     def class_config(self) -> dict[str, Any]:
         """config.json as its stock class understands it: every key has a value."""
         return self.stock.config.to_dict()
@@ -179,10 +180,15 @@ def _chunk(spec: ModelSpec, config: TransformerConfig, groups: Groups, runtime: 
     return model
 
 
+def family_fields(spec: ModelSpec) -> Mapping[str, Any]:
+    """The family's TransformerConfig fields."""
+    return spec.family.megatron_config(spec.class_config)
+
+
 def transformer_fields(spec: ModelSpec, groups: Groups, runtime: Runtime) -> dict[str, Any]:
     """The fields of Megatron's TransformerConfig for this model, layout and device."""
     dims, parallel = spec.dims, groups.parallel
-    family = spec.family.megatron_config(spec.class_config)
+    family = dict(family_fields(spec))
     fields: dict[str, Any] = {
         "num_layers": dims.layers,
         "hidden_size": dims.hidden_size,
@@ -194,7 +200,7 @@ def transformer_fields(spec: ModelSpec, groups: Groups, runtime: Runtime) -> dic
         "activation_func": ACTIVATIONS[family.pop("activation")],
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "init_method_std": spec.config.get("initializer_range", 0.02),
+        "init_method_std": spec.class_config["initializer_range"],
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "context_parallel_size": parallel.context,

@@ -118,8 +118,7 @@ def beside_adamw(settings: MuonConfig, shared: OptimizerConfig, chunks: Sequence
         UserError: the model is a MoE.
     """
     spec, groups = model
-    if spec.dims.experts:
-        raise UserError("optim.muon for a MoE", "a dense student: nothing here orthogonalises experts", "drop optim.muon")
+    require_dense(spec)
     found = {parameter: matrices for chunk in chunks for parameter, matrices in _matrices(chunk.module, spec, groups)}
     others = [p for chunk in chunks for p in chunk.parameters() if p not in found]
     # Megatron-Core makes groups of what has gradients
@@ -142,6 +141,13 @@ def beside_adamw(settings: MuonConfig, shared: OptimizerConfig, chunks: Sequence
         wrapped = FP32Optimizer(muon, shared, _fresh_state)
     wrapped.grad_stats_parallel_group = adamw.get_grad_stats_parallel_group()
     return ChainedOptimizer([*adamw.chained_optimizers, wrapped])
+
+
+def require_dense(spec: ModelSpec) -> str:
+    """UserError for the matrices of a MoE."""
+    if spec.dims.experts:
+        raise UserError("optim.muon for a MoE", "a dense student: nothing here orthogonalises experts", "drop optim.muon")
+    return "Muon"
 
 
 @contextlib.contextmanager

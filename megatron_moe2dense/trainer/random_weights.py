@@ -42,7 +42,7 @@ def draw(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups, seed: i
                 parameter.zero_()
             continue
         whole = [_normal(f"{seed} {place}", shape) for place, shape in _matrices(parameter, entry, spec, groups)]
-        deviation = spec.config.get("initializer_range", 0.02) / (math.sqrt(2 * spec.dims.layers) if name.endswith(_OUTPUTS) else 1.0)
+        deviation = spec.class_config["initializer_range"] / (math.sqrt(2 * spec.dims.layers) if name.endswith(_OUTPUTS) else 1.0)
         parameter.copy_(local_slices(whole, entry, spec, groups) * deviation)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_moe2dense.operations.plan.job import Job, family_fields
-from megatron_moe2dense.trainer.model import ModelSpec
+from megatron_moe2dense.operations.plan.job import Job
+from megatron_moe2dense.trainer.model import ModelSpec, family_fields
 
 _FLOAT, _INDEX = 4, 8
 

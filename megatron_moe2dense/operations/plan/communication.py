@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_moe2dense.operations.plan.job import Job, Which, family_fields
+from megatron_moe2dense.operations.plan.job import Job, Which
 from megatron_moe2dense.operations.plan.parameters import buffers, chunks
-from megatron_moe2dense.trainer.model import ModelSpec
+from megatron_moe2dense.trainer.model import ModelSpec, family_fields
 
 Kind = Literal["TP", "PP", "DP", "EP", "CP", "KL"]
 Phase = Literal["student", "teacher", "update"]

@@ -14,11 +14,12 @@ import torch
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.families import FAMILIES
 from megatron_moe2dense.operations.plan import communication, memory, parameters
-from megatron_moe2dense.operations.plan.job import Job, require_layout
+from megatron_moe2dense.operations.plan.job import Job
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime
 from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, ParallelConfig
+from megatron_moe2dense.trainer.layout import answers, refuse
 from megatron_moe2dense.trainer.losses import losses
 from megatron_moe2dense.trainer.model import ModelSpec
 from megatron_moe2dense.trainer.pipeline import PipelineLayout
@@ -114,7 +115,7 @@ def planned(root: Path, name: str) -> Job:
         kernels=False,
         muon=run.muon,
     )
-    require_layout(job)
+    refuse(answers(job.questions()))
     return job
 
 

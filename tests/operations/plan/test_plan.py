@@ -19,11 +19,11 @@ from megatron_moe2dense.operations.plan.activations import in_flight
 from megatron_moe2dense.operations.plan.communication import Traffic
 from megatron_moe2dense.operations.plan.config import PlanConfig
 from megatron_moe2dense.operations.plan.hardware import DATA_SHEETS, Machine
-from megatron_moe2dense.operations.plan.job import require_layout
 from megatron_moe2dense.trainer.cache import write
 from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
 from megatron_moe2dense.trainer.data.config import StreamConfig
 from megatron_moe2dense.trainer.flops import forward_flops
+from megatron_moe2dense.trainer.layout import answers, refuse
 from tests.families.published import GPT_OSS_20B, QWEN3_30B_A3B, dense_config
 
 pytestmark = pytest.mark.slow
@@ -51,7 +51,7 @@ def test_suggestions_divide_fit_and_get_slower(configs: dict[str, str]):
     assert time.process_time() - started < 5
     assert len(verdicts) > 50
     for verdict in verdicts:
-        require_layout(verdict.job)
+        refuse(answers(verdict.job.questions()))
         assert verdict.bytes <= Machine(wanted.hardware).usable
     seconds = [verdict.step.seconds for verdict in verdicts]
     assert seconds == sorted(seconds)
