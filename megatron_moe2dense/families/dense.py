@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families.alike import unlike
 from megatron_moe2dense.families.candidates import candidates
 from megatron_moe2dense.families.ffn import FfnPlace
 from megatron_moe2dense.families.probe import StandIn, first_of, random_tokens, real, run_block
@@ -117,7 +118,7 @@ class DenseForm:
                 self.slots(next(iter(self.source.moe)))
         except (ValueError, RuntimeError) as error:
             return str(error)
-        return left_out
+        return left_out or unlike(self.source, found, self.exception.unless_sliding)
 
     def _new_places(self, layer: int) -> tuple[FfnPlace, ...]:
         before, after = self.source.ffns(layer), self._base.ffns(layer)

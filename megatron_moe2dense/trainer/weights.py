@@ -17,8 +17,6 @@ from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.mapping import Entry, WeightMapping, join, split
 from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec, padded_vocabulary
 
-_ROWS = 8192  # of the vocabulary, that are compared at once
-
 
 @torch.no_grad()
 def load(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups) -> None:
@@ -51,9 +49,7 @@ def _require_one_table(reader: CheckpointReader, spec: ModelSpec) -> None:
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     if not spec.dims.tied_embeddings or head not in reader.index.tensors or embedding not in reader.index.tensors:
         return
-    rows = reader.index.tensors[head].shape[0]
-    pieces = ((start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
-    if any(not reader.rows(head, 0, *piece).equal(reader.rows(embedding, 0, *piece)) for piece in pieces):
+    if not reader.equal(head, embedding):
         raise UserError(
             f"{reader.index.directory}: tie_word_embeddings is true, and {head} differs from {embedding}",
             "one table of embeddings, or a config.json that says there are two",

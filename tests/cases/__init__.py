@@ -1,1 +1,1 @@
-"""Situations that users met, each with what has to happen in it."""
+"""A test for each situation that people met, named by what they did; docs/operations.md has the table of their docstrings."""

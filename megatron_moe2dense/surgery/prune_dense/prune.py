@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe2dense.surgery.calibrate import Job, chosen_compute, compute_facts, data_facts
+from megatron_moe2dense.surgery.inspect import left_out_line
 from megatron_moe2dense.surgery.prune_dense.config import PruneDenseConfig
 from megatron_moe2dense.surgery.prune_dense.importance import choose, measure
 from megatron_moe2dense.surgery.prune_dense.shape import target_shape
@@ -46,6 +47,8 @@ def run(config: PruneDenseConfig) -> None:
             sizes = ", ".join(f"{name} {value}" for name, value in chosen.items())
             before, after = source.parameters(source.shape), source.parameters(shape)
             print(f"{output}: {after:,} of {before:,} parameters, {_nbytes(source, shape) / 1e6:,.1f} MB\n{sizes}")
+            if source.account.left_out:
+                print(left_out_line(source.account.left_out_facts(), source.spec.name))
 
 
 def dry_run(config: PruneDenseConfig) -> dict[str, Any]:
@@ -64,6 +67,7 @@ def dry_run(config: PruneDenseConfig) -> dict[str, Any]:
     hidden = ranks.share(windows_BS, compute.batch).size * dims.hidden_size * element
     return {
         "source": source.facts(),
+        "left_out": source.account.left_out_facts(),
         "shape": dataclasses.asdict(shape),
         "parameters": {"source": source.parameters(source.shape), "output": source.parameters(shape)},
         "data": data_facts(windows_BS),

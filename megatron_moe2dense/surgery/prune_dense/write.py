@@ -18,6 +18,7 @@ from megatron_moe2dense.checkpoint.shards import ShardWriter, TensorSpec, shards
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import write_json, write_text
 from megatron_moe2dense.common.progress import progress
+from megatron_moe2dense.families.account import require_opens
 from megatron_moe2dense.surgery.prune_dense.importance import Kept, KeptLayer
 from megatron_moe2dense.surgery.prune_dense.source import AxesOf, DenseSource, Shape
 from megatron_moe2dense.surgery.written import Written
@@ -52,7 +53,7 @@ def write_pruned(source: DenseSource, kept: Kept, shape: Shape, working: Path, s
     """Fill `working`: weights, config.json, kept.json, tokenizer files.
 
     Raises:
-        UserError: a NaN or infinite weight that stays; a full disk.
+        UserError: a NaN or infinite weight that stays; a full disk; the stock class does not open what was written, which is gone then.
     """
     steps = steps_of(source, shape)
     shards = shards_of([spec for step in steps for _, spec in step], shard_bytes)
@@ -69,6 +70,7 @@ def write_pruned(source: DenseSource, kept: Kept, shape: Shape, working: Path, s
     write_json(working / "config.json", source.smaller_config(shape, layers))
     write_text(working / KEPT_FILE, chosen + "\n")
     copy_assets(source.index.directory, working)
+    require_opens(working)
     written.remove()
 
 
