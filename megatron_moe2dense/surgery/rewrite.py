@@ -79,7 +79,7 @@ def write_dense(source: MoeSource, reader: CheckpointReader, outputs: Sequence[D
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         writers = [stack.enter_context(output.lay_out(queue_bytes)) for output in outputs]
         checks = {first: _check(source, reader, pool, first - 1)} if first < last else {}
-        for number in progress(range(first, last), "convert", unit="layer", initial=first, total=last):
+        for number in progress(range(first, last), "write", "part", last, done=first, each=True):
             for future in checks.pop(number):
                 future.result()
             checks[number + 1] = _check(source, reader, pool, number)

@@ -124,7 +124,8 @@ class _Pass:
         found = {layer: resume.sums(layer)["neurons"].astype(int) for layer in self.source.layers if layer < resume.start}
         at: dict[int, Sums] = {}
         states = StreamedModel(self.source, self.reader, compute).run(windows_NS, _Equations(self, at), resume.place, resume.start)
-        for hidden in progress(states, "select", unit="layer", total=self.source.dims.layers):
+        layers = self.source.dims.layers
+        for hidden in progress(states, "select", "layer", layers, done=resume.start, each=True, reached=lambda hidden: hidden.layer):
             require_finite(hidden, self.source)
             done = hidden.layer - 1
             if done < resume.start:

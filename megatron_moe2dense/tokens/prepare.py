@@ -16,7 +16,7 @@ import numpy as np
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import disk_errors, manifest, write_json
-from megatron_moe2dense.common.progress import progress
+from megatron_moe2dense.common.progress import Progress
 from megatron_moe2dense.tokens.config import DataConfig
 from megatron_moe2dense.tokens.documents import Document, find, read
 from megatron_moe2dense.tokens.indexed import TokenFileWriter
@@ -99,9 +99,9 @@ def _fill(config: DataConfig, files: list[Path], writers: list[TokenFileWriter],
     draws, empty = np.random.default_rng(config.seed), 0
     end = np.asarray([] if eod is None else [eod], np.int64)
     total = sum(path.stat().st_size for path in files)
-    with progress(None, "tokenise", "B", total=total, unit_scale=True) as bar:
+    with Progress("tokenise", "MB", total / 1e6) as shown:
         for consumed, ids in _encoded(config, tokenizer, read(files, config.text_key)):
-            bar.update(consumed)
+            shown.update(consumed / 1e6, len(ids))
             if not len(ids):
                 empty += 1
                 continue

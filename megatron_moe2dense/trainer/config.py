@@ -131,7 +131,9 @@ class TrainConfig(Config):
     keep: int = key(2, "checkpoints kept", "checkpoints", gt=0)
     async_save: bool = key(True, "go on training while a checkpoint is written; costs host memory for a copy of this rank's state")
     eval_every: int | None = key(None, "steps between evaluations on data.validation; null: at the end only", "steps", gt=0)
-    log_every: int = key(10, "steps between lines on stderr; metrics.jsonl has every step", "steps", gt=0)
+    log_every: int = key(
+        10, "steps between lines on stderr (the first, and one after 30 s, come anyway); metrics.jsonl has every step", "steps", gt=0
+    )
     seed: int = key(0, "seed of data order and of random weights")
     timeout: float = key(
         30.0, "of several processes, how long a step, an evaluation or a save may take before the late ranks are named", "minutes", gt=0

@@ -14,6 +14,7 @@ from megatron_moe2dense.checkpoint.assets import copy_assets
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import MANIFEST, Status, claim, config_hash, read_json, write_json, write_manifest
+from megatron_moe2dense.common.progress import StepLines
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import initialize, optim, runtime, teacher
 from megatron_moe2dense.trainer import model as models
@@ -167,6 +168,7 @@ def _assemble(config: DistillConfig, groups: Groups, device: Runtime, learner: _
         checkpointer=checkpointer,
         metrics=Metrics(config, groups.writes_metrics, _identity_hash(config), state.step),
         speed=_speed(config, spec, frozen, device),
+        lines=StepLines(config.steps(), config.train.log_every),
     )
     return trainer, state
 

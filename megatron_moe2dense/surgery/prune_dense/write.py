@@ -61,7 +61,7 @@ def write_pruned(source: DenseSource, kept: Kept, shape: Shape, working: Path, s
     content = [source.fingerprint, hashlib.sha256(chosen.encode()).hexdigest()]
     written = Written.find(working, content, shards, len(steps))
     with CheckpointReader(source.index) as reader, ShardWriter(working, shards, _QUEUE) as writer:
-        for number in progress(range(written.done, len(steps)), "prune", unit="layer", initial=written.done, total=len(steps)):
+        for number in progress(range(written.done, len(steps)), "write", "part", len(steps), done=written.done, each=True):
             for part in _slices(source, kept, steps[number]):
                 _copy(reader, writer, part)
             writer.mark(written.reached(number + 1))
