@@ -15,8 +15,8 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import MANIFEST, Status, claim, config_hash, read_json, write_json, write_manifest
 from megatron_moe2dense.common.progress import StepLines
+from megatron_moe2dense.trainer import balancing, initialize, optim, runtime, teacher
 from megatron_moe2dense.trainer import groups as process_groups
-from megatron_moe2dense.trainer import initialize, optim, runtime, teacher
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer.agreement import raise_on_all_ranks
 from megatron_moe2dense.trainer.cache.teacher import CachedTeacher, open_cache
@@ -132,7 +132,7 @@ def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Train
     _check_batch(config, groups)
     spec = student_spec(config)
     layout = PipelineLayout.of_student(config.parallel, spec.dims.layers)
-    fields = {**models.recompute_fields(config.parallel, spec), **_balancing(config, spec), **fp8.fields(config.fp8, device)}
+    fields = {**models.recompute_fields(config.parallel, spec), **balancing.fields(config, spec), **fp8.fields(config.fp8, device)}
     student = models.build(spec, groups, device, layout, **fields)
     wrapped = initialize.start(config, student, spec, groups)
     with contextlib.ExitStack() as undo:
@@ -200,19 +200,6 @@ def student_spec(config: DistillConfig) -> models.ModelSpec:
         content = read_json(directory / "config.json", "the student's Hugging Face directory with its config.json")
         return models.ModelSpec.of(content, str(directory), dtype)
     return models.ModelSpec.open(directory, dtype)
-
-
-def _balancing(config: DistillConfig, spec: models.ModelSpec) -> dict[str, Any]:
-    """TransformerConfig fields of the balancing losses; UserError for a `moe` block with a dense student."""
-    if config.moe is None:
-        return {}
-    if not spec.dims.experts:
-        raise UserError(f"moe block, but {config.student} is dense", "a MoE student", "remove the moe block")
-    return {
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": config.moe.aux_loss,
-        "moe_z_loss_coeff": config.moe.z_loss or None,
-    }
 
 
 def _check_batch(config: DistillConfig, groups: Groups) -> None:

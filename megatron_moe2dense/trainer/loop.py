@@ -12,6 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.progress import StepLines
+from megatron_moe2dense.trainer import balancing
 from megatron_moe2dense.trainer.checkpoints.checkpointer import Checkpointer
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.data.samples import SampleStream
@@ -101,6 +102,8 @@ class Trainer:
             for chunk in self.models.wrapped:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
+            if self.config.moe is not None:
+                balancing.weigh(self.config.moe, self.models.student, batches, self.groups)
             result = student_pass(self.models, [loss], batches, self.groups, measure=look_closer)
             self.scheduler.step(1)
             grad_norm = update(self.optimizer, gradients(self.models.wrapped), result.means[0])
@@ -126,7 +129,7 @@ class Trainer:
         last, size = self._samples(state.step - 1)
         raise UserError(
             f"{state.skipped_in_a_row} steps in a row without a finite loss and gradient, the last is {state.step}",
-            "finite losses and gradients",
+            "finite losses and gradients, of at least one prediction that is not masked",
             f"look at the data (samples {first} to {last + size - 1}), or start a run with a lower optim.lr in another output",
         )
 
@@ -153,6 +156,9 @@ class Trainer:
             norm = "skipped" if facts.grad_norm is None else f"{facts.grad_norm:.3f}"
             speed = f"{row['tokens_per_second']:,.0f}"
             logger.info("%s: loss %.4f, grad norm %s, lr %.2e, %s tokens/s", line, row["loss"], norm, facts.lr, speed)
+        if not facts.result.tokens:
+            first, size = self._samples(state.step - 1)
+            logger.warning("step %d: every prediction of samples %d to %d is masked, no update", state.step, first, first + size - 1)
 
     def _log_spike(self, state: TrainState, loss: float, usual: float) -> None:
         first, size = self._samples(state.step - 1)

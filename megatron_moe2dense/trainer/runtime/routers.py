@@ -58,7 +58,8 @@ class GroupRanking:
 
 
 def finish_routers(model: torch.nn.Module, router: Router) -> None:
-    """Give the routers of a model its family's group ranking, and their correction float32 whatever the model's type.
+    """Give the routers of a model its family's group ranking, their correction float32 whatever the model's type, and balancing losses
+    that are means (see `_without_token_count`).
 
     Raises:
         UserError: see `require_router`.
@@ -68,7 +69,19 @@ def finish_routers(model: torch.nn.Module, router: Router) -> None:
             continue
         module._maintain_float32_expert_bias()
         require_router(router, module.weight.shape[0], module.topk)
+        _without_token_count(module)
         if router.limit is None:
             continue
         ranking: Any = GroupRanking({"best": 1, "two_best": 2}[router.limit.rank_by])
         module.router_replay = ranking
+
+
+def _without_token_count(router: TopKRouter) -> None:
+    """Balancing losses as they are without `calculate_per_token_loss`: a micro-batch's mean.
+
+    With it Megatron-Core (all versions) multiplies each rank's part by the tokens of that rank, where context and sequence parallelism
+    share those of a micro-batch: half of the loss on two ranks. And it takes masked tokens into a count that is divided by the others'.
+    `balancing.weigh` sets the count instead.
+    https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.0/megatron/core/transformer/moe/router.py#L458
+    """
+    router.calculate_per_token_loss = False
