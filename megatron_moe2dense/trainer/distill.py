@@ -35,7 +35,7 @@ from megatron_moe2dense.trainer.state import TrainState
 from megatron_moe2dense.trainer.step import Models
 from megatron_moe2dense.trainer.verification.verify import verify_teacher
 
-# What may change between the parts of one run: layout and logging, not the mathematics.
+# What may change between the parts of one run: layout, logging and evaluation, not the mathematics.
 _MAY_CHANGE = ("parallel", "logging", "device", "overwrite", "teacher_check")
 _MAY_CHANGE_IN_TRAIN = ("save_every", "keep", "async_save", "eval_every", "log_every", "timeout", "most_skipped", "spike")
 
@@ -73,6 +73,9 @@ def _identity(config: DistillConfig) -> dict[str, Any]:
     if config.optim.muon is None:
         del content["optim"]["muon"]
     content["train"] = {name: value for name, value in content["train"].items() if name not in _MAY_CHANGE_IN_TRAIN}
+    del content["data"]["validation_sequences"]
+    if config.moe is None:  # each micro-batch balances its own tokens
+        del content["batch"]["micro"]
     return content
 
 
@@ -203,8 +206,5 @@ def student_spec(config: DistillConfig) -> models.ModelSpec:
 
 
 def _check_batch(config: DistillConfig, groups: Groups) -> None:
-    sizes = {"batch.global": config.batch.global_}
-    if config.data.validation is not None:
-        sizes["data.validation_sequences"] = config.data.validation_sequences
-    process_groups.require_rounds(config.parallel, config.batch, sizes, groups.data_size)
+    process_groups.require_rounds(config.parallel, config.batch, groups.data_size)
     process_groups.require_sequence(config.parallel, config.data.sequence_length)

@@ -84,7 +84,7 @@ class Layout:
         return f"{self.world}: {sizes} x data {self.data}"
 
     def _batch(self) -> str:
-        require_rounds(self.parallel, self.batch, {"batch.global": self.batch.global_}, self.data)
+        require_rounds(self.parallel, self.batch, self.data)
         return f"{self.batch.global_} sequences a step, {self.batch.global_ // (self.batch.micro * self.data)} micro-batches on a rank"
 
 

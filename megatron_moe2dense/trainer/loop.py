@@ -137,7 +137,7 @@ class Trainer:
         """Held-out next-token loss and, with a live teacher, what there is to say of both, written as an eval row."""
         assert self.validation is not None
         teacher = self.models.teacher.of_other_text() if self.models.teacher is not None else None
-        batches = self.validation.micro_batches(0, self.config.data.validation_sequences)
+        batches = self.validation.filled_up(self.config.data.validation_sequences)
         for chunk in self.models.student:
             chunk.eval()
         result = student_pass(replace(self.models, teacher=teacher), [], batches, self.groups, measure=True)

@@ -71,7 +71,7 @@ def _layout(config: DistillConfig, world: int, resources: Resources) -> str:
         raise
     data = world // (parallel.tensor * parallel.pipeline * parallel.context)
     process_groups.require_sequence(parallel, config.data.sequence_length)
-    process_groups.require_rounds(parallel, config.batch, {"batch.global": config.batch.global_}, data)
+    process_groups.require_rounds(parallel, config.batch, data)
     return f"{world}: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} x data {data}"
 
 
