@@ -40,6 +40,7 @@ from megatron_moe2dense.sweep.bench import Bench
 from megatron_moe2dense.sweep.config import AutoConfig, BudgetConfig
 from megatron_moe2dense.sweep.grid import make_plans, points, refit_block
 from megatron_moe2dense.tokens.config import TokensConfig
+from megatron_moe2dense.tokens.held_out import warn_unless_held_out
 from megatron_moe2dense.tokens.indexed import windows
 
 Mode = Literal["parallel", "sequential"]
@@ -71,6 +72,7 @@ def run(config: AutoConfig) -> None:
     """
     source, statistics = MoeSource.open(config.source), CalibratedStats.open(config.statistics)
     require_same_source(f"{config.statistics}: statistics", statistics.source, source)
+    warn_unless_held_out(config.data.path, {"refit_data.path": config.refit_data.path})
     windows_NS, compute, modes = _judged_on(config, source)
     groups = groups_of(config.budget, source)
     facts: dict[str, Any] = {"source": source.facts(), "groups": groups}

@@ -34,6 +34,7 @@ from megatron_moe2dense.sweep.config import SweepConfig
 from megatron_moe2dense.sweep.grid import Point, distinct, in_slice, make_plans, points
 from megatron_moe2dense.sweep.ledger import REFITS, SUMMARY, Ledger, read_rows, require_free
 from megatron_moe2dense.sweep.summary import summarise, summary_table
+from megatron_moe2dense.tokens.held_out import warn_unless_held_out
 from megatron_moe2dense.tokens.indexed import windows
 
 
@@ -107,6 +108,8 @@ def prepare(config: SweepConfig, source: MoeSource, reader: CheckpointReader) ->
     statistics = CalibratedStats.open(config.statistics)
     require_same_source(f"{config.statistics}: statistics", statistics.source, source)
     device = open_device(config.device)
+    if config.refit_data is not None:
+        warn_unless_held_out(config.data.path, {"refit_data.path": config.refit_data.path})
     windows_NS = windows(config.data, source.dims.vocab_size)
     compute = Compute(device, getattr(torch, config.dtype), max(1, config.batch_tokens // config.data.sequence_length))
     DenseStream(source, reader, compute).require_alone(windows_NS)

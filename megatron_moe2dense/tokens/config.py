@@ -26,7 +26,13 @@ class DataConfig(Config):
     append_eod: bool = key(True, "end every document with the end-of-document token")
     eod_token: str | None = key(None, "end-of-document token; null: the tokenizer's end-of-sequence token")
     workers: int = key(1, "processes that tokenise", gt=0)
-    validation_fraction: float = key(0.0, "share of documents that goes to <output>_validation", "fraction", ge=0, lt=1)
+    validation_fraction: float = key(
+        0.0,
+        "share of documents that goes to <output>_validation, by a hash of the text: equal ones stay together",
+        "fraction",
+        ge=0,
+        lt=1,
+    )
     seed: int = key(0, "seed of the choice of validation documents")
     overwrite: bool = key(False, "replace existing output")
 

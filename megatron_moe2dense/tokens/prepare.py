@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import multiprocessing
 from collections import deque
@@ -96,25 +97,31 @@ def _tokenizer(config: DataConfig) -> tuple[TextTokenizer, int | None]:
 
 def _fill(config: DataConfig, files: list[Path], writers: list[TokenFileWriter], tokenizer: TextTokenizer, eod: int | None) -> int:
     """Tokenise all documents into the writers (training, validation); returns how many were empty and left out."""
-    draws, empty = np.random.default_rng(config.seed), 0
+    empty = 0
     end = np.asarray([] if eod is None else [eod], np.int64)
     total = sum(path.stat().st_size for path in files)
     with Progress("tokenise", "MB", total / 1e6) as shown:
-        for consumed, ids in _encoded(config, tokenizer, read(files, config.text_key)):
-            shown.update(consumed / 1e6, len(ids))
+        for document, ids in _encoded(config, tokenizer, read(files, config.text_key)):
+            shown.update(document.bytes / 1e6, len(ids))
             if not len(ids):
                 empty += 1
                 continue
-            validation = config.validation_fraction > 0 and draws.random() < config.validation_fraction
+            validation = config.validation_fraction > 0 and _place(document, config.seed) < config.validation_fraction
             writers[validation].add(np.concatenate([ids, end]))
     return empty
 
 
-def _encoded(config: DataConfig, tokenizer: TextTokenizer, documents: Iterable[Document]) -> Iterator[tuple[float, np.ndarray]]:
-    """(bytes of the source, token ids) of each document, in order, whatever the number of workers."""
+def _place(document: Document, seed: int) -> float:
+    """From 0 to 1, by the text and the seed: the same document twice never stands on both sides of a split."""
+    digest = hashlib.sha256(f"{seed} {document.text}".encode(errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "little") / 2**64
+
+
+def _encoded(config: DataConfig, tokenizer: TextTokenizer, documents: Iterable[Document]) -> Iterator[tuple[Document, np.ndarray]]:
+    """Each document and its token ids, in order, whatever the number of workers."""
     if config.workers == 1:
         for document in documents:
-            yield document.bytes, tokenizer.encode(document.text)
+            yield document, tokenizer.encode(document.text)
         return
     waiting: deque[tuple[list[Document], Future[list[np.ndarray]]]] = deque()
     batches, stream = True, iter(documents)
@@ -128,7 +135,7 @@ def _encoded(config: DataConfig, tokenizer: TextTokenizer, documents: Iterable[D
                     waiting.append((batch, pool.submit(_encode_batch, config.tokenizer, [item.text for item in batch])))
             if waiting:
                 batch, future = waiting.popleft()
-                yield from zip((item.bytes for item in batch), future.result(), strict=True)
+                yield from zip(batch, future.result(), strict=True)
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

@@ -15,6 +15,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import MANIFEST, Status, claim, config_hash, read_json, write_json, write_manifest
 from megatron_moe2dense.common.progress import StepLines
+from megatron_moe2dense.tokens.held_out import warn_unless_held_out
 from megatron_moe2dense.trainer import balancing, initialize, optim, runtime, teacher
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
@@ -72,10 +73,10 @@ def _identity(config: DistillConfig) -> dict[str, Any]:
         del content["fp8"]
     if config.optim.muon is None:
         del content["optim"]["muon"]
-    content["train"] = {name: value for name, value in content["train"].items() if name not in _MAY_CHANGE_IN_TRAIN}
     del content["data"]["validation_sequences"]
     if config.moe is None:  # each micro-batch balances its own tokens
         del content["batch"]["micro"]
+    content["train"] = {name: value for name, value in content["train"].items() if name not in _MAY_CHANGE_IN_TRAIN}
     return content
 
 
@@ -84,6 +85,8 @@ def claim_output(config: DistillConfig) -> None:
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             output, student = Path(config.output), Path(config.student)
+            if config.data.validation is not None:
+                warn_unless_held_out(config.data.validation, config.data.files())
             if claim(output, output, _identity(config), config.overwrite):
                 _require_same_text(config)
             _write_manifest(config, "unfinished")

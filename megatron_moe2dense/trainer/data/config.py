@@ -31,6 +31,13 @@ class StreamConfig(Config):
             raise ValueError("a path stands twice in blend: add the weights up")
         return self
 
+    def files(self) -> dict[str, str]:
+        """Prefixes of the token files by the keys that name them."""
+        if self.blend is not None:
+            return {f"data.blend[{number}].path": source.path for number, source in enumerate(self.blend)}
+        assert self.path is not None
+        return {"data.path": self.path}
+
     def sources(self) -> list[SourceConfig]:
         """The token files with their weights; one of weight 1 for `path`."""
         if self.blend is not None:
