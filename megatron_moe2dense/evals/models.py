@@ -24,6 +24,12 @@ def vocab_size(index: CheckpointIndex) -> int:
     return size
 
 
+def max_positions(index: CheckpointIndex) -> int:
+    """Positions that the language model was made for, by config.json; 0 where it does not say."""
+    config = index.config.get("text_config") or index.config
+    return config.get("max_position_embeddings") or 0
+
+
 def open_device(name: str) -> torch.device:
     """The torch device of that name (`auto`: cuda where there is one, else cpu); UserError when there is no such device here."""
     if name == "auto":

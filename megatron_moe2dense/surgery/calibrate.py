@@ -77,7 +77,7 @@ def run(config: CalibrateConfig) -> None:
     """
     with joined() as ranks:
         source = MoeSource.open(config.source)
-        windows_BS = windows(config.data, source.dims.vocab_size)
+        windows_BS = windows(config.data, source.dims)
         compute, names = chosen_compute(config, ranks), chosen_statistics(config.statistics)
         share_BS = ranks.share(windows_BS, compute.batch)
         facts = {"source": source.facts(), "data": data_facts(windows_BS), "compute": compute_facts(compute, ranks)}
@@ -173,7 +173,7 @@ def _of_gates(source: MoeSource) -> dict[str, Statistic]:
 def dry_run(config: CalibrateConfig) -> dict[str, Any]:
     """What would be read and written (bytes), the FLOPs and the memory (bytes)."""
     source = MoeSource.open(config.source)
-    windows_BS = windows(config.data, source.dims.vocab_size)
+    windows_BS = windows(config.data, source.dims)
     ranks = Ranks(0, int(os.environ.get("WORLD_SIZE", "1")))
     compute, dims, names = chosen_compute(config, ranks), source.dims, chosen_statistics(config.statistics)
     run_experts = dims.experts if runs_every_expert(names) else dims.active

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from typing import Any
 
+from megatron_moe2dense.checkpoint.assets import tokenizer_of
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.mxfp4 import stored_values
 from megatron_moe2dense.common.errors import UserError
@@ -57,6 +58,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "dims": dataclasses.asdict(stock.dims if source is None else source.dims) | ({"tied_embeddings": False} if untied else {}),
         "untied": untied,
         "left_out": account.left_out_facts(),
+        "tokenizer": tokenizer_of(index.directory),
         "parameters": {"total": sum(parameters.values()), **parameters},
         "bytes": {"total": index.nbytes, **nbytes},
         "fingerprint": index.fingerprint(),
@@ -129,6 +131,8 @@ def _readable(facts: dict[str, Any]) -> str:
     lines = [f"{facts['source']}: {facts['family']}", "", sizes, "", render(["part", "parameters", "MB"], rows)]
     if facts["left_out"]["tensors"]:
         lines += ["", left_out_line(facts["left_out"], facts["family"])]
+    if facts["tokenizer"].startswith("no "):
+        lines += ["", facts["tokenizer"]]
     for name in facts["untied"]:
         lines += ["", f"config.json ties {name} to the embedding, the files hold another one: stock transformers keeps both"]
     if "dense" in facts:

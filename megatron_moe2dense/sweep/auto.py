@@ -96,7 +96,7 @@ def run(config: AutoConfig) -> None:
 def _judged_on(config: AutoConfig, source: MoeSource) -> tuple[np.ndarray, Compute, tuple[Mode, ...]]:
     """The held-out text, how it runs, and in which modes refits go with the model, the best last; UserError for a model that no dense
     layer can be judged in."""
-    windows_NS = windows(config.data, source.dims.vocab_size)
+    windows_NS = windows(config.data, source.dims)
     compute = Compute(open_device(config.device), getattr(torch, config.dtype), max(1, config.batch_tokens // config.data.sequence_length))
     with CheckpointReader(source.index) as reader:
         plainly = adds_plainly(source, reader, compute, windows_NS)
@@ -210,7 +210,7 @@ class _Search:
         if (name, step) not in self.blocks:
             data = self.config.refit_data
             if step > 1:
-                whole = len(windows(data, self.bench.source.dims.vocab_size))
+                whole = len(windows(data, self.bench.source.dims))
                 data = TokensConfig(**{**data.model_dump(), "sequences": max(2, whole // step)})
             self.blocks[name, step] = block(refit, data, self.bench.source, Ranks())
         return self.blocks[name, step]

@@ -110,7 +110,7 @@ def prepare(config: SweepConfig, source: MoeSource, reader: CheckpointReader) ->
     device = open_device(config.device)
     if config.refit_data is not None:
         warn_unless_held_out(config.data.path, {"refit_data.path": config.refit_data.path})
-    windows_NS = windows(config.data, source.dims.vocab_size)
+    windows_NS = windows(config.data, source.dims)
     compute = Compute(device, getattr(torch, config.dtype), max(1, config.batch_tokens // config.data.sequence_length))
     DenseStream(source, reader, compute).require_alone(windows_NS)
     found = points(config.grid, source.dims.experts, source.dims.active)

@@ -16,6 +16,7 @@ from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import MANIFEST, Status, claim, config_hash, read_json, write_json, write_manifest
 from megatron_moe2dense.common.progress import StepLines
 from megatron_moe2dense.tokens.held_out import warn_unless_held_out
+from megatron_moe2dense.tokens.indexed import say_long_windows
 from megatron_moe2dense.trainer import balancing, initialize, optim, runtime, teacher
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
@@ -159,6 +160,8 @@ def _assemble(config: DistillConfig, groups: Groups, device: Runtime, learner: _
     checkpointer = Checkpointer(Path(config.output) / "checkpoints", config.train, groups)
     state = _resume(checkpointer, student, optimizer, scheduler)
     vocab_size = spec.dims.vocab_size
+    if dist.get_rank() == 0:
+        say_long_windows(config.student, config.data.sequence_length, spec.dims.max_positions)
     training = training_stream(config, groups, device.device, vocab_size)
     validation = validation_stream(config, groups, device.device, vocab_size)
     if frozen is not None:

@@ -31,7 +31,7 @@ def run(config: PruneDenseConfig) -> None:
     with joined() as ranks:
         source = DenseSource.open(config.source)
         shape = target_shape(source, config.target)
-        windows_BS = windows(config.data, source.dims.vocab_size)
+        windows_BS = windows(config.data, source.dims)
         compute = chosen_compute(config, ranks)
         share_BS = ranks.share(windows_BS, compute.batch)
         facts = {"source": source.facts(), "data": data_facts(windows_BS), "compute": compute_facts(compute, ranks)}
@@ -55,7 +55,7 @@ def dry_run(config: PruneDenseConfig) -> dict[str, Any]:
     """The shape, what would be read and written (bytes), the FLOPs and the memory (bytes)."""
     source = DenseSource.open(config.source)
     shape, dims = target_shape(source, config.target), source.dims
-    windows_BS = windows(config.data, dims.vocab_size)
+    windows_BS = windows(config.data, dims)
     ranks = Ranks(0, int(os.environ.get("WORLD_SIZE", "1")))
     compute = chosen_compute(config, ranks)
     element = compute.dtype.itemsize

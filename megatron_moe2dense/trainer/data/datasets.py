@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -24,7 +23,7 @@ from megatron.core.datasets.utils import normalize
 from torch.utils.data import Dataset
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.tokens.indexed import TokenFile
+from megatron_moe2dense.tokens.indexed import TokenFile, require_vocabulary
 from megatron_moe2dense.trainer.data.config import StreamConfig, TrainDataConfig
 
 # How many tokens, or document ends, of a file are looked at before training, to notice another tokenizer.
@@ -149,7 +148,7 @@ def one_pass(prefix: str, reading: Reading, number: int = 0) -> GPTDataset:
     if len(file.tokens) <= length:
         raise UserError(f"{prefix}: {len(file.tokens)} tokens", f"more than one sample of {length}", "use more text or shorter sequences")
     looked_at = file.tokens[:: max(1, len(file.tokens) // _SAMPLED_TOKENS)]
-    require_vocabulary(prefix, torch.tensor([int(looked_at.min()), int(looked_at.max())]), reading.vocab_size)
+    require_vocabulary(prefix, int(looked_at.min()), int(looked_at.max()), reading.vocab_size)
     if reading.end_of_document is not None:
         _require_ends(file, reading.end_of_document)
     # GPTDataset asks its tokenizer for identity and special tokens alone. Padding is masked by SampleStream: Megatron would show the
@@ -178,17 +177,6 @@ def one_pass(prefix: str, reading: Reading, number: int = 0) -> GPTDataset:
 def _seed_of(seed: int, number: int) -> int:
     """Of a pass; the first has the run's own."""
     return seed if number == 0 else int.from_bytes(hashlib.sha256(f"{seed} pass {number}".encode()).digest()[:4], "little")
-
-
-def require_vocabulary(where: str, tokens: torch.Tensor, vocab_size: int) -> None:
-    """UserError when a token is no number of the vocabulary."""
-    lowest, highest = int(tokens.min()), int(tokens.max())
-    if lowest < 0 or highest >= vocab_size:
-        raise UserError(
-            f"{where}: token {lowest if lowest < 0 else highest}",
-            f"tokens from 0 to below the model's vocabulary of {vocab_size}",
-            "tokenise the text with the model's own tokenizer (`moe2dense data`)",
-        )
 
 
 def _require_ends(file: TokenFile, end: int) -> None:

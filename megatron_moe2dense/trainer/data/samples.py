@@ -15,8 +15,9 @@ from torch import Tensor
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import read_json
+from megatron_moe2dense.tokens.indexed import require_vocabulary
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.data.datasets import Passes, Reading, one_pass, require_vocabulary, training_dataset
+from megatron_moe2dense.trainer.data.datasets import Passes, Reading, one_pass, training_dataset
 from megatron_moe2dense.trainer.groups import Groups
 
 # Of the draw of held-out sequences: runs are compared on the same ones, whatever their train.seed.
@@ -57,7 +58,8 @@ class Samples:
         tokens, labels, mask, positions = (
             torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask", "position_ids")
         )
-        require_vocabulary(f"sample among {list(numbers)}", torch.cat([tokens[:, :1], labels], 1), self.reading.vocab_size)
+        lowest, highest = (int(part) for part in torch.cat([tokens[:, :1], labels], 1).aminmax())
+        require_vocabulary(f"sample among {list(numbers)}", lowest, highest, self.reading.vocab_size)
         if self.reading.pad is not None:
             mask = mask.masked_fill((tokens == self.reading.pad) | (labels == self.reading.pad), 0.0)
         return Batch(*(part.to(device) for part in (tokens, labels, mask, positions)), samples=tuple(numbers))
