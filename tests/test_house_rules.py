@@ -31,6 +31,7 @@ ARROWS = {
     "operations": GROUND | {"trainer"},
     "cli": GROUND,  # commands are imported by name when they run
     "sweep": GROUND | {"surgery", "evals"},
+    "init": GROUND | {"surgery", "operations", "trainer"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -85,17 +85,26 @@ def dry_run(config: DataConfig) -> dict[str, Any]:
     outputs = _outputs(config)
     _refuse_existing(config, outputs)
     files, (tokenizer, eod) = find(config.source, config.text_key), _tokenizer(config)
-    sample = list(itertools.islice(read(files), _SAMPLE))
-    total, seen = sum(file.nbytes for file in files), sum(document.bytes for document in sample)
-    tokens = sum(len(tokenizer.encode(document.text)) + config.append_eod for document in sample)
-    estimate = round(tokens * total / seen) if seen else 0
+    estimate = _estimate(config, files, tokenizer)
     return {
-        "reads": {"files": len(files), "bytes": total},
+        "reads": {"files": len(files), "bytes": sum(file.nbytes for file in files)},
         "tokenizer": {"file": str(tokenizer.file), "vocab_size": tokenizer.vocab_size, "eod": eod},
         "writes": [prefix + suffix for prefix in outputs for suffix in (".bin", ".idx")] + [config.output + ".json"],
         "estimated_tokens": estimate,
         "estimated_bytes": estimate * (2 if tokenizer.vocab_size < 65_500 else 4),
     }
+
+
+def estimated_tokens(config: DataConfig) -> int:
+    """Of the whole source, from its first documents; errors as `run`, whatever stands in the place of the output."""
+    return _estimate(config, find(config.source, config.text_key), open_tokenizer(config.tokenizer))
+
+
+def _estimate(config: DataConfig, files: list[SourceFile], tokenizer: TextTokenizer) -> int:
+    sample = list(itertools.islice(read(files), _SAMPLE))
+    total, seen = sum(file.nbytes for file in files), sum(document.bytes for document in sample)
+    tokens = sum(len(tokenizer.encode(document.text)) + config.append_eod for document in sample)
+    return round(tokens * total / seen) if seen else 0
 
 
 def _outputs(config: DataConfig) -> list[str]:

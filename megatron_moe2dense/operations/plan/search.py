@@ -79,7 +79,7 @@ def _fitting(job: Job, machine: Machine) -> Iterator[tuple[Job, dict[int, Memory
 
 def _candidates(start: Job, machine: Machine, micro: int | None) -> Iterator[tuple[ParallelConfig, BatchConfig]]:
     """Tensor parallelism inside a node, with sequence parallelism; experts over ranks where a model has them."""
-    world, tensors = start.world, _powers(min(machine.config.gpus, start.student.dims.heads))
+    world, tensors = start.world, _powers(min(machine.config.on_node(), start.student.dims.heads))
     contexts = _powers(max(1, start.length // _LEAST_TOKENS))
     experts = max(start.spec(which).dims.experts for which in start.models())
     for tensor in tensors:
