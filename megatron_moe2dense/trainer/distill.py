@@ -203,12 +203,16 @@ def _resume(checkpointer: Checkpointer, *parts: Any) -> TrainState:
 
 
 def student_spec(config: DistillConfig) -> models.ModelSpec:
-    """Of the student's directory, whose weights have to be there unless all are random; UserError otherwise."""
+    """Of the student's directory, whose weights have to be there unless all are random; UserError otherwise, and for a layout that a
+    MoE can not be trained in."""
     directory, dtype = Path(config.student), getattr(torch, config.dtype)
     if config.initialize == "random":
         content = read_json(directory / "config.json", "the student's Hugging Face directory with its config.json")
-        return models.ModelSpec.of(content, str(directory), dtype)
-    return models.ModelSpec.open(directory, dtype)
+        spec = models.ModelSpec.of(content, str(directory), dtype)
+    else:
+        spec = models.ModelSpec.open(directory, dtype)
+    models.require_sequence_for_experts(spec, config.parallel)
+    return spec
 
 
 def _check_batch(config: DistillConfig, groups: Groups) -> None:

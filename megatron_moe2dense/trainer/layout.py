@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families import Dims
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import muon
 from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
@@ -90,28 +89,13 @@ class Layout:
 
 def _require_model(spec: ModelSpec, parallel: ParallelConfig, of: Callable[[ParallelConfig, int], PipelineLayout]) -> str:
     layout = of(parallel, spec.dims.layers)
-    models.require_division(spec.dims, parallel)
-    require_widths(spec.dims, parallel)
+    models.require_division(spec, parallel)
     _require_attention(spec, parallel)
     if spec.dims.experts:
         require_router(spec.router, spec.dims.experts, spec.dims.active)
         parts = {"add_bias_linear": models.family_fields(spec)["add_bias_linear"], "expert_tensor_parallel_size": parallel.expert_tensor}
         models.require_whole_biases({**parts, "tensor_model_parallel_size": parallel.tensor})
     return f"{' + '.join(map(str, layout.layers))} layers"
-
-
-def require_widths(dims: Dims, parallel: ParallelConfig) -> None:
-    """UserError when matrices do not divide over the tensor-parallel ranks."""
-    tensor, expert_tensor = parallel.tensor, parallel.expert_tensor if dims.experts else 1
-    wanted = {
-        "intermediate_size": (dims.dense_width, tensor),
-        "moe_intermediate_size": (dims.expert_width, expert_tensor),
-        "the shared experts' intermediate_size": (dims.shared_width, tensor),
-        "the padded vocabulary": (models.padded_vocabulary(dims.vocab_size), tensor),
-    }
-    for what, (size, parts) in wanted.items():
-        if size % parts:
-            raise UserError(f"parallel.tensor: {parts} with {what} = {size}", f"a divisor of {size}", "choose another parallel.tensor")
 
 
 def _require_attention(spec: ModelSpec, parallel: ParallelConfig) -> None:
@@ -126,10 +110,9 @@ def _require_attention(spec: ModelSpec, parallel: ParallelConfig) -> None:
 
 def _require_trained_experts(student: ModelSpec, parallel: ParallelConfig) -> str:
     """UserError for what Megatron-Core's MoE layer refuses in training."""
+    models.require_sequence_for_experts(student, parallel)
     if not student.dims.experts:
         return "none"
-    if parallel.tensor > 1 and not parallel.sequence:
-        raise UserError(f"a MoE student with parallel.tensor {parallel.tensor}", "sequence parallelism", "set parallel.sequence=true")
     return f"{student.dims.experts}, {student.dims.active} active"
 
 

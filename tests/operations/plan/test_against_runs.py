@@ -66,6 +66,9 @@ RUNS = {
     "CP2": Run(2, {"context": 2}),
     "MoE EP2": Run(2, {"expert": 2}, student="teacher", teacher=None),
     "MoE TP2 SP, bf16": Run(2, {"tensor": 2, "sequence": True}, student="teacher", dtype="bfloat16"),
+    "TP4, shared KV heads": Run(4, {"tensor": 4}),
+    "TP4 SP, shared KV heads, full recompute": Run(4, {"tensor": 4, "sequence": True, "recompute": "full"}),
+    "Muon TP4, shared KV heads, bf16": Run(4, {"tensor": 4, "distributed_optimizer": False}, dtype="bfloat16", muon=True),
     "TP2 x PP2": Run(4, {"tensor": 2, "pipeline": 2}),
     "TP2 SP x EP2 teacher x DP2": Run(4, {"tensor": 2, "sequence": True, "expert": 2}),
 }

@@ -55,7 +55,8 @@ def test_suggestions_divide_fit_and_get_slower(configs: dict[str, str]):
         assert verdict.bytes <= Machine(wanted.hardware).usable
     seconds = [verdict.step.seconds for verdict in verdicts]
     assert seconds == sorted(seconds)
-    assert {"choose another parallel.tensor", "change batch.global or batch.micro"} <= set(left_out)
+    assert "change batch.global or batch.micro" in left_out
+    assert any(verdict.job.parallel.tensor == 8 for verdict in verdicts), "ranks may share the 4 KV heads"
 
 
 def test_more_memory_admits_more_layouts(configs: dict[str, str]):
@@ -78,7 +79,7 @@ def test_a_machine_without_any_layout_is_refused_with_the_reasons(configs: dict[
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
-        ({"parallel": {"tensor": 8}}, "num_key_value_heads = 4"),
+        ({"parallel": {"tensor": 3}, "hardware": {"gpus": 3}}, "num_key_value_heads = 4"),
         ({"parallel": {"expert": 3}, "hardware": {"gpus": 3}}, "num_experts = 128"),
         ({"parallel": {"pipeline": 5}, "hardware": {"gpus": 5}}, "5 pipeline stages"),
         ({"parallel": {"pipeline": 3}}, "8 processes"),
