@@ -14,7 +14,7 @@ from megatron_moe2dense.families import FfnPart, WeightRule
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.disk import ReadTensor, plain_names, revert
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.mapping import Entry, WeightMapping, join, split
+from megatron_moe2dense.trainer.mapping import Entry, WeightMapping, join, split, splits_heads
 from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec, padded_vocabulary
 
 
@@ -91,7 +91,7 @@ def _local(reader: CheckpointReader, entry: Entry, spec: ModelSpec, groups: Grou
     """This rank's slice of one Megatron parameter, read alone where it lies in one piece."""
     rule, account, share = entry.rule, spec.opened, _share(entry, groups)
     parts, _ = share
-    if rule.split is None or _splits_heads(entry, spec, parts) or not _is_stored_as_it_is(account, entry):
+    if rule.split is None or splits_heads(rule.kind, spec.dims, parts) or not _is_stored_as_it_is(account, entry):
         return local_slices(_whole(account, account.values.reader(reader, finite=False), entry), entry, spec, groups)
     slices = [_slice(reader, name, rule, share) for name in files_of(account, entry)]
     return join(rule.kind, slices, spec.dims.kv_heads // parts)
@@ -103,18 +103,13 @@ def local_slices(whole: Sequence[Tensor], entry: Entry, spec: ModelSpec, groups:
     axis, kv_heads = rule.split, spec.dims.kv_heads
     if axis is None:
         return join(rule.kind, whole, kv_heads)
-    if _splits_heads(entry, spec, parts):
+    if splits_heads(rule.kind, spec.dims, parts):
         return join(rule.kind, whole, kv_heads).chunk(parts, axis)[rank]
     slices = []
     for tensor in whole:
         start, stop, step = _range(tensor.shape[axis], rule, (parts, rank))
         slices.append(_padded(tensor.narrow(axis, start, stop - start), rule, step))
     return join(rule.kind, slices, kv_heads // parts)
-
-
-def _splits_heads(entry: Entry, spec: ModelSpec, parts: int) -> bool:
-    """With fewer KV heads than ranks Megatron-Core cuts the joined projection anywhere, and gathers its outputs."""
-    return entry.rule.kind == "qkv" and spec.dims.kv_heads < parts
 
 
 def _range(size: int, rule: WeightRule, share: tuple[int, int]) -> tuple[int, int, int]:
