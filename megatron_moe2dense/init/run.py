@@ -72,7 +72,7 @@ def _facts(config: InitConfig) -> Facts:
     data = _data(config)
     length = config.sequence_length or min(_LENGTH, source.dims.max_positions or _LENGTH)
     sizes = sizes_of(prepare.estimated_tokens(data), length, config.tokens, config.hardware.world())
-    trains = source.family in FAMILIES and FAMILIES[source.family].megatron is not None
+    trains = source.family in FAMILIES
     here = os.path.relpath(Path.cwd(), Path(_output(config)).absolute())
     return Facts(
         source=config.source,

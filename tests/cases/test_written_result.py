@@ -18,7 +18,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.dense import Dense, DenseForm
 from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.surgery import convert, rewrite
-from megatron_moe2dense.surgery.prune_dense import write
+from megatron_moe2dense.surgery.prune_dense.source import DenseSource
 from megatron_moe2dense.trainer import distill, export
 from megatron_moe2dense.trainer.config import DistillConfig, ExportConfig
 from tests.families.every import tiny_config
@@ -111,8 +111,8 @@ def test_prune_dense_ends_with_proof(tmp_path: Path, user_error: Refused, monkey
     """a pruned folder that stock transformers could not open: an error that says so, and no folder"""
     tiny_qwen3(tmp_path / "model")
     tokens = write_tokens(tmp_path / "text", 32 * 20)
-    smaller = write.smaller_config
-    monkeypatch.setattr(write, "smaller_config", lambda *given: {**smaller(*given), "hidden_size": 64})
+    smaller = DenseSource.smaller_config
+    monkeypatch.setattr(DenseSource, "smaller_config", lambda *given: {**smaller(*given), "hidden_size": 64})
     target = ("data.sequence_length=32", "target.hidden_size=48")
     said = user_error("prune-dense", f"source={tmp_path}/model", f"output={tmp_path}/out", f"data.path={tokens}", *target)
     assert "what was written does not open" in said

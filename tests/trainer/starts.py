@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from megatron_moe2dense.trainer import distill, initialize, runtime, weights
 from megatron_moe2dense.trainer import groups as process_groups
+from megatron_moe2dense.trainer import initialize, runtime, weights
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer.config import DistillConfig, ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
@@ -31,7 +31,7 @@ def start(
     settings: dict[str, Any] = {"student": str(directory), "teacher": None, "output": str(directory / "run"), "initialize": how}
     train: Any = {"steps": 1, "seed": seed}
     config = DistillConfig(**settings, data={"path": "tokens"}, train=train, dtype=dtype, parallel=groups.parallel)  # type: ignore[arg-type]
-    spec = distill.student_spec(config)
+    spec = models.ModelSpec.open(directory, getattr(torch, dtype))
     chunks = models.build(spec, groups, device, PipelineLayout.of_student(config.parallel, spec.dims.layers))
     initialize.start(config, chunks, spec, groups)
     return chunks, spec
