@@ -46,8 +46,6 @@ setup(
         "PyYAML>=6",
         "numpy>=1.26",
         "scipy>=1.11",
-        "tqdm>=4.66",
-        "rich>=13",
         "pyarrow>=15",
     ],
     extras_require=EXTRAS,

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from megatron_moe2dense.cli import main as moe2dense
 from megatron_moe2dense.evals.generation import greedy, peak_memory, rates
 from megatron_moe2dense.tokens.config import TokensConfig
-from megatron_moe2dense.tokens.indexed import windows
+from megatron_moe2dense.tokens.indexed import Limits, windows
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples/pico_moe"
 PROMPT, NEW, BATCHES, ROUNDS = 256, 16, (1, 8), 5
@@ -60,7 +60,7 @@ def main() -> None:
         paths = (str(EXAMPLE / "model"), dense_student(folder))
         moe, dense = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in paths)
         prompts = TokensConfig(path=str(EXAMPLE / "tokens/heldout"), sequence_length=PROMPT, sequences=max(BATCHES))
-        prompts_BS = torch.from_numpy(windows(prompts, moe.config.vocab_size))
+        prompts_BS = torch.from_numpy(windows(prompts, Limits(moe.config.vocab_size)))
         for batch in BATCHES:
             compare(moe, dense, prompts_BS[:batch])
 

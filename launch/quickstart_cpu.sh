@@ -8,9 +8,8 @@ bin=.venv/bin
 moe2dense=$bin/moe2dense
 configs=yaml_configs/quickstart
 out=out/quickstart
-# One machine, no GPU even where there is one; threads that sleep while they wait (spinning ones starve each other on a shared machine);
-# Megatron warns of each GPU library it does not find.
-export GLOO_SOCKET_IFNAME=lo CUDA_VISIBLE_DEVICES="" PYTHONWARNINGS=ignore OMP_WAIT_POLICY=passive
+# One machine, no GPU even where there is one; threads that sleep while they wait (spinning ones starve each other on a shared machine).
+export GLOO_SOCKET_IFNAME=lo CUDA_VISIBLE_DEVICES="" OMP_WAIT_POLICY=passive
 started=$SECONDS
 say() { printf '\n[%3d s] %s\n' $((SECONDS - started)) "$*"; }
 

@@ -47,6 +47,7 @@ COMMANDS = {
     "inspect": _command(
         "surgery.inspect", "InspectConfig", "family, sizes and dense shape of a checkpoint", positional="source", flags=("keep", "json")
     ),
+    "init": _command("init.run", "InitConfig", "a folder of YAMLs and a run.sh for a MoE, its text and your GPUs", positional="source"),
     "data": _command("tokens.prepare", "DataConfig", "text files to Megatron .bin/.idx token files"),
     "calibrate": _command("surgery.calibrate", "CalibrateConfig", "expert statistics of a MoE on calibration text"),
     "score": _command("surgery.score", "ScoreConfig", "rank experts from statistics"),

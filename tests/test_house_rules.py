@@ -31,11 +31,12 @@ ARROWS = {
     "operations": GROUND | {"trainer"},
     "cli": GROUND,  # commands are imported by name when they run
     "sweep": GROUND | {"surgery", "evals"},
+    "init": GROUND | {"surgery", "operations", "trainer"},
     "__main__": {"cli"},
     "__init__": set(),
 }
 # What of the families looks at stock classes: imported when a checkpoint is opened, not before.
-OPENED = {f"families/{name}.py" for name in ("stock", "ffn", "disk", "probe", "candidates", "dense", "account")}
+OPENED = {f"families/{name}.py" for name in ("stock", "ffn", "disk", "probe", "candidates", "dense", "alike", "account")}
 # Libraries that belong to some parts: which parts or files may import them.
 LIBRARIES = {
     "megatron": {"trainer"},

@@ -91,13 +91,27 @@ class CheckpointReader:
                 _read(file, info.start + start, chunk)
                 self._require_finite(info, chunk)
 
-    def chunks(self, name: str, nbytes: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(offset, bytes) pieces of a tensor's stored bytes, each a new array of at most `nbytes`."""
+    def chunks(self, name: str, nbytes: int, finite: bool = False) -> Iterator[tuple[int, np.ndarray]]:
+        """(offset, bytes) pieces of a tensor's stored bytes, each a new array of at most `nbytes`.
+
+        Args:
+            nbytes: a multiple of 8. finite: a NaN or infinite value is a UserError.
+        """
         info, file = self._place(name)
         for start in range(0, info.nbytes, nbytes):
             chunk = np.empty(min(nbytes, info.nbytes - start), np.uint8)
             _read(file, info.start + start, chunk)
+            if finite:
+                self._require_finite(info, chunk)
             yield start, chunk
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same type, shape and bytes; reads no further than the first difference."""
+        ours, theirs = self._place(name)[0], self._place(other)[0]
+        if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+            return False
+        pairs = zip(self.chunks(name, _CHUNK), self.chunks(other, _CHUNK), strict=True)
+        return all(np.array_equal(mine[1], its[1]) for mine, its in pairs)
 
     def rows(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
         """Only `start:stop` along `axis` (0 or 1); memory holds little more than the result."""

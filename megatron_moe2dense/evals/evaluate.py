@@ -21,11 +21,12 @@ from megatron_moe2dense.common.table import render
 from megatron_moe2dense.evals.config import EvalConfig
 from megatron_moe2dense.evals.generation import speeds
 from megatron_moe2dense.evals.harness import Tasks, answer, load_tasks, require_tokenizer
-from megatron_moe2dense.evals.models import load_model, open_device, require_accelerate, vocab_size
+from megatron_moe2dense.evals.models import load_model, max_positions, open_device, require_accelerate, vocab_size
 from megatron_moe2dense.evals.perplexity import Loaded, measure
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.probe import probe
 from megatron_moe2dense.tokens.config import TokensConfig
+from megatron_moe2dense.tokens.indexed import Limits
 from megatron_moe2dense.tokens.indexed import windows as cut
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -122,7 +123,9 @@ def _opened(config: EvalConfig) -> tuple[dict[str, Account], Account | None]:
 
 def _windows(config: EvalConfig, indices: dict[str, CheckpointIndex]) -> Windows:
     """All windows that are needed, their tokens checked against every model's vocabulary."""
-    smallest, generation = min(vocab_size(index) for index in indices.values()), config.generation
+    positions = [found for index in indices.values() if (found := max_positions(index))]
+    smallest = Limits(min(vocab_size(index) for index in indices.values()), min(positions, default=0))
+    generation = config.generation
 
     def read(data: TokensConfig | None, stride: int | None = None) -> np.ndarray | None:
         return None if data is None else cut(data, smallest, stride)

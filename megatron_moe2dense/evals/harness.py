@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from megatron_moe2dense.common.errors import UserError, did_you_mean
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.evals.config import PRESETS, HarnessConfig
+from megatron_moe2dense.evals.harness_lines import bars_as_lines
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -132,30 +133,31 @@ def answer(model: PreTrainedModel, directory: Path, config: HarnessConfig, tasks
     """
     lm_eval = require_harness()
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    harness_model = lm_eval.models.huggingface.HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=config.batch_size,
-        device=str(model.device),
-        backend="causal",
-        add_bos_token=config.add_bos_token,
-    )
     rows: dict[str, dict[str, Any]] = {}
-    settings = _settings(harness_model, config, directory)
-    for shots, items in tasks.by_shots.items():
-        found = lm_eval.simple_evaluate(
-            model=harness_model,
-            tasks=items,
-            task_manager=tasks.manager,
-            num_fewshot=shots,
-            limit=config.limit,
-            log_samples=False,
-            bootstrap_iters=0,
+    with bars_as_lines():
+        harness_model = lm_eval.models.huggingface.HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=config.batch_size,
+            device=str(model.device),
+            backend="causal",
+            add_bos_token=config.add_bos_token,
         )
-        assert found is not None, "lm-eval gives results on rank 0, and there is only one"
-        for name in (getattr(item, "task_name", None) or item.name for item in items):
-            values = {key.partition(",")[0]: value for key, value in found["results"][name].items() if isinstance(value, (int, float))}
-            rows[name] = {**values, "shots": found["n-shot"].get(name, shots), "version": found["versions"].get(name)}
+        settings = _settings(harness_model, config, directory)
+        for shots, items in tasks.by_shots.items():
+            found = lm_eval.simple_evaluate(
+                model=harness_model,
+                tasks=items,
+                task_manager=tasks.manager,
+                num_fewshot=shots,
+                limit=config.limit,
+                log_samples=False,
+                bootstrap_iters=0,
+            )
+            assert found is not None, "lm-eval gives results on rank 0, and there is only one"
+            for name in (getattr(item, "task_name", None) or item.name for item in items):
+                values = {key.partition(",")[0]: value for key, value in found["results"][name].items() if isinstance(value, (int, float))}
+                rows[name] = {**values, "shots": found["n-shot"].get(name, shots), "version": found["versions"].get(name)}
     return Answers(rows, settings)
 
 

@@ -138,10 +138,12 @@ def _cell(config: MakeTaskConfig) -> int:
 
 def _opened(config: MakeTaskConfig) -> tuple[TokenFile, TextTokenizer]:
     source, tokenizer = TokenFile.open(config.data), open_tokenizer(config.tokenizer)
-    largest = int(source.tokens.max()) if len(source.tokens) else 0
-    if largest >= tokenizer.vocab_size:
+    lowest, highest = (int(source.tokens.min()), int(source.tokens.max())) if len(source.tokens) else (0, 0)
+    if lowest < 0 or highest >= tokenizer.vocab_size:
         raise UserError(
-            f"{config.data}: token {largest}", f"tokens below {tokenizer.vocab_size}, of {tokenizer.file}", "name the text's own tokenizer"
+            f"{config.data}: token {lowest if lowest < 0 else highest}",
+            f"tokens from 0 to below {tokenizer.vocab_size}, of {tokenizer.file}",
+            "name the text's own tokenizer",
         )
     return source, tokenizer
 

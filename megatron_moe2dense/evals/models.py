@@ -24,6 +24,12 @@ def vocab_size(index: CheckpointIndex) -> int:
     return size
 
 
+def max_positions(index: CheckpointIndex) -> int:
+    """Positions that the language model was made for, by config.json; 0 where it does not say."""
+    config = index.config.get("text_config") or index.config
+    return config.get("max_position_embeddings") or 0
+
+
 def open_device(name: str) -> torch.device:
     """The torch device of that name (`auto`: cuda where there is one, else cpu); UserError when there is no such device here."""
     if name == "auto":
@@ -60,7 +66,7 @@ def load_model(index: CheckpointIndex, device: torch.device, dtype: str, device_
     """The checkpoint as its stock transformers class, in eval mode, on `device` in `dtype`; by `device_map` over all GPUs instead.
 
     Raises:
-        UserError: transformers does not know the architecture, or a tensor is missing, left over or of another shape.
+        UserError: transformers does not know the architecture, or a tensor is missing, left over, of another shape, NaN or infinite.
     """
     spread = {} if device_map is None else {"device_map": device_map}
     try:
@@ -88,5 +94,12 @@ def load_model(index: CheckpointIndex, device: torch.device, dtype: str, device_
             f"exactly the tensors of {type(model).__name__}",
             "the checkpoint is incomplete or belongs to another config.json: make or download it again",
         )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(
+                f"{index.directory}: {name} has NaN or infinite values in {dtype}",
+                "finite weights",
+                "get the weights again, or set dtype=float32",
+            )
     placed = model if spread else model.to(device)
     return placed.eval().requires_grad_(False)

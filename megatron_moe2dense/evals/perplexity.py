@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.common.progress import progress
+from megatron_moe2dense.common.progress import Progress
 
 # Largest float32 block of log-probabilities [tokens, V] that is alive at once, in elements (128 MiB each).
 _BLOCK = 2**25
@@ -75,7 +75,8 @@ def measure(
     nll_sum, kl_sum, agreed, positions = 0.0, 0.0, 0, 0
     first = 0 if stride is None else windows_NS.shape[1] - stride - 1
     assert first >= 0, "a stride of a whole window or more has no tokens before it"
-    for start in progress(range(0, len(windows_NS), batch_windows), subject.name, unit="batch"):
+    shown = Progress(subject.name, "window", len(windows_NS))
+    for start in range(0, len(windows_NS), batch_windows):
         tokens_BS = torch.from_numpy(windows_NS[start : start + batch_windows]).to(subject.model.device)
         logits_TV = _logits(subject, tokens_BS)
         teacher_TV = None if teacher is None else logits_TV if teacher.model is subject.model else _logits(teacher, tokens_BS)
@@ -92,6 +93,8 @@ def measure(
                 agreed += int((log_p.argmax(1) == log_q.argmax(1)).sum())
                 kl_sum += (log_p.exp() * (log_p - log_q)).sum(1).double().sum().item()
         positions += len(targets_T)
+        shown.update(len(tokens_BS), tokens_BS.numel())
+    shown.close()
     if not math.isfinite(nll_sum) or not math.isfinite(kl_sum):
         raise UserError(f"{subject.name}: nll {nll_sum}, KL {kl_sum}", "finite sums", "a needed token has probability 0: check the weights")
     return Measured(positions, nll_sum) if teacher is None else Measured(positions, nll_sum, kl_sum, agreed)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex, TensorInfo
+from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.checkpoint.values import Values
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.disk import Disk
@@ -20,6 +22,8 @@ _OF_QUANTISED = re.compile(
     r"(weight_scale(_inv|_2)?|input_scale|weight_(packed|shape|zero_point|g_idx)|qweight|qzeros|g_idx|\.scales|(nested_)?absmax"
     r"|(nested_)?quant_map|quant_state\.\w+|\.SCB|activation_scale(_inv)?)$"
 )
+# Of those, the numbers themselves: AWQ and GPTQ, compressed-tensors, and what keeps the name of a weight.
+_PACKED = re.compile(r"(qweight|weight_packed|weight)$")
 # What stock classes run without: heads of multi-token prediction, and scales of a key-value cache in FP8.
 _NOT_RUN = re.compile(r"^(model\.)?(language_model\.)?mtp\.|\.(k|v|kv|q|prob)(_proj)?(\.output)?_scale$")
 
@@ -62,6 +66,13 @@ class Account:
         out = [name for name, target in names.items() if target in ignored or self._is_beyond(name) or _NOT_RUN.search(name)]
         return [part for name in out for part in self.values.stored(name)]
 
+    def untied(self) -> list[str]:
+        """Tensors that config.json ties to another, as an output head to the embedding, and that the files hold with other values: stock
+        transformers keeps both. Reads them as far as they are equal."""
+        pairs = [(self.disk.names_of(name), self.disk.names_of(of)) for name, of in self.stock.model.all_tied_weights_keys.items()]
+        with CheckpointReader(self.index) as reader:
+            return [own[0] for own, of in pairs if own and of and not reader.equal(own[0], of[0])]
+
     def left_out_facts(self) -> dict[str, Any]:
         """How many tensors are left out, and which: experts' numbers as *."""
         short = dict.fromkeys(re.sub(r"(?<=experts\.)\d+(?=\.)", "*", name) for name in self.left_out)
@@ -73,17 +84,25 @@ class Account:
         return bool(head) and number.isdigit() and int(number) >= len(self.stock.layers)
 
     def _require_plain(self) -> None:
-        """Nothing that needs scales or tables to be numbers, but for MXFP4."""
-        encoded = {part for parts in self.values.encoded.values() for part in parts}
-        left_out = set(self.left_out)
-        for name, info in self.index.tensors.items():
-            if name not in encoded and name not in left_out and (self._is_encoded(info) or self._stands_beside(name)):
-                method = (self.index.config.get("quantization_config") or {}).get("quant_method")
-                raise UserError(
-                    f"{self.index.directory}: {name} is quantised ({info.dtype}{'' if method is None else f', {method}'})",
-                    "weights in bfloat16, float16 or float32 (or GPT-OSS's MXFP4)",
-                    "dequantise the checkpoint first",
-                )
+        """Nothing that needs scales or tables to be numbers, but for MXFP4; the first packed weight is named, not what stands beside it."""
+        encoded, left_out = {part for parts in self.values.encoded.values() for part in parts}, set(self.left_out)
+        method = (self.index.config.get("quantization_config") or {}).get("quant_method")
+        plain = "weights in bfloat16, float16 or float32 (or GPT-OSS's MXFP4)"
+        found = [
+            name
+            for name, info in self.index.tensors.items()
+            if name not in encoded and name not in left_out and (self._is_encoded(info) or self._stands_beside(name))
+        ]
+        for name in sorted(found, key=lambda name: _PACKED.search(name) is None)[:1]:
+            kind = f"{self.index.tensors[name].dtype}{'' if method is None else f', {method}'}"
+            more = f"; {len(found)} such tensors" if len(found) > 1 else ""
+            raise UserError(f"{self.index.directory}: {name} is quantised ({kind}{more})", plain, "dequantise the checkpoint first")
+        if method not in (None, "mxfp4"):
+            raise UserError(
+                f"{self.index.directory}/config.json: quantization_config of {method}, and weights that are not quantised",
+                plain + ", and no quantization_config beside them",
+                "remove quantization_config from config.json if the weights were dequantised",
+            )
 
     def _is_encoded(self, info: TensorInfo) -> bool:
         return info.dtype not in _PLAIN and self.disk.where(info.name)[0] not in self.stock.integers
@@ -132,3 +151,18 @@ class Account:
                 f"the tensors of {cls}, and those that it says it leaves out",
                 "check that config.json and the weights are of the same model, or save it with transformers' save_pretrained first",
             )
+
+
+def require_opens(directory: Path) -> None:
+    """The last step of whatever writes a checkpoint: the stock class, built from the written config.json, takes every written tensor.
+
+    Raises:
+        UserError: it does not; the directory is gone then.
+    """
+    try:
+        Account.open(directory)
+    except UserError as error:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise UserError(
+            f"what was written does not open: {error.found}", error.expected, "nothing was left there; please report config.json and this"
+        ) from None

@@ -89,6 +89,9 @@ def _sibling(source: Stock, sibling: str, exception: FamilyException) -> Any:
     }
     if "head_dim" in known and given.get("head_dim") is None:
         given["head_dim"] = source.config.hidden_size // source.config.num_attention_heads
+    if "layer_types" in known and given.get("layer_types") is None:  # a class without them has one window, or none, in all layers
+        kind = "full_attention" if getattr(source.config, "sliding_window", None) is None else "sliding_attention"
+        given["layer_types"] = [kind] * len(source.layers)
     return AutoConfig.for_model(sibling, **{**given, **exception.config})
 
 

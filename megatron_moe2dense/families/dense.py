@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families.alike import unlike
 from megatron_moe2dense.families.candidates import candidates
 from megatron_moe2dense.families.ffn import FfnPlace
 from megatron_moe2dense.families.probe import StandIn, first_of, random_tokens, real, run_block
@@ -115,9 +116,9 @@ class DenseForm:
                 self._values(found, layer)
             if left_out is None and experts:
                 self.slots(next(iter(self.source.moe)))
-        except (ValueError, RuntimeError, AssertionError) as error:
+        except (ValueError, RuntimeError) as error:
             return str(error)
-        return left_out
+        return left_out or unlike(self.source, found, self.exception.unless_sliding)
 
     def _new_places(self, layer: int) -> tuple[FfnPlace, ...]:
         before, after = self.source.ffns(layer), self._base.ffns(layer)
@@ -175,7 +176,8 @@ class DenseForm:
     def dense_place(self, layer: int) -> FfnPlace:
         """The FFN of a layer without experts, in the MoE's class."""
         found = [place for path, place in self.source.ffns(layer).items() if path in self._base.ffns(layer)]
-        assert found, f"layer {layer} has no FFN"
+        if not found:
+            raise ValueError(f"layer {layer} has no FFN")
         return found[0]
 
     @cached_property
@@ -345,7 +347,7 @@ def _refusal(source: Stock, why: str) -> UserError:
 
 @torch.no_grad()
 def _constant_factors(stock: Stock, moe: MoePlace, place: FfnPlace, values: dict[str, torch.Tensor]) -> list[float]:
-    """The factor of each expert, or of a shared FFN, in a block of the dense class; AssertionError where it is not constant."""
+    """The factor of each expert, or of a shared FFN, in a block of the dense class; ValueError where it is not constant."""
     layer, stand_in = stock.layers[moe.layer], StandIn()
     if not moe.block:
         router = real(layer.get_submodule(moe.router))
@@ -378,7 +380,8 @@ def _gates(call: Any, experts: int) -> list[float]:
     indices = next(item for item in tensors if not item.is_floating_point())
     weights = next(item for item in tensors if item.is_floating_point() and item.shape == indices.shape)
     found = torch.zeros(*indices.shape[:-1], experts).scatter_add_(-1, indices, weights.float()).reshape(-1, experts)
-    assert (found - found[:1]).abs().max() < 1e-6, "gates that are not constant"
+    if not (found - found[:1]).abs().max() < 1e-6:
+        raise ValueError("gates that are not constant")
     return [round(float(gate), 7) for gate in found[0]]
 
 

@@ -117,7 +117,8 @@ class FfnPlace:
         """The parameters that hold `ffn`, by name in the layer; biases that it lacks are zeros."""
         width, hidden = len(ffn.up_FD), len(ffn.down_DF)
         gate = [] if ffn.gate_FD is None else [ffn.gate_FD]
-        assert bool(gate) == self.gated, "it is made from FFNs with a gate where it has one"
+        if bool(gate) != self.gated:
+            raise ValueError(f"an FFN {'with' if gate else 'without'} a gate in a place {'with' if self.gated else 'without'} one")
         biases = [ffn.up_FD.new_zeros(width) if bias is None else bias for bias in (ffn.gate_bias_F, ffn.up_bias_F)]
         yield from self.write_part("up", [*gate, ffn.up_FD])
         yield from self.write_part("down", [ffn.down_DF])

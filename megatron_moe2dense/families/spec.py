@@ -15,7 +15,8 @@ Part = Literal["up", "down", "up_bias", "down_bias"]
 class Dims:
     """Sizes of one model. `experts == 0` means a dense model.
 
-    head_dim: width of a query head. shared_width: of all shared experts of a layer together.
+    head_dim: width of a query head. value_dim: of a value head, which latent attention has narrower.
+    shared_width: of all shared experts of a layer together.
     """
 
     hidden_size: int
@@ -23,6 +24,7 @@ class Dims:
     heads: int
     kv_heads: int
     head_dim: int
+    value_dim: int
     vocab_size: int
     max_positions: int
     tied_embeddings: bool

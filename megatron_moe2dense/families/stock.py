@@ -70,7 +70,8 @@ class Stock:
         path, self.base = _language_model(self.model, self.config)
         self.base_prefix = f"{path}." if path else ""
         found = [(name, module) for name, module in self.base.named_modules(prefix=path) if _is_stack(module)]
-        assert found, f"{type(self.model).__name__} has no list of decoder layers"
+        if not found:
+            raise ValueError(f"{type(self.model).__name__} has no list of decoder layers")
         self.prefix, self.layers = max(found, key=lambda item: len(item[1]))
 
     @classmethod
@@ -142,13 +143,15 @@ class Stock:
         dense = (layer for layer in range(len(self.layers)) if layer not in self.moe)
         heads = _first_of(config, "num_attention_heads", "n_heads", default=0)
         hidden = _first_of(config, "hidden_size", "d_model", default=0)
+        head_dim = _head_dim(config, hidden, heads)
         rope = getattr(config, "rope_parameters", None) or {}
         return Dims(
             hidden_size=hidden,
             layers=len(self.layers),
             heads=heads,
             kv_heads=_first_of(config, "num_key_value_heads", default=heads),
-            head_dim=_head_dim(config, hidden, heads),
+            head_dim=head_dim,
+            value_dim=_first_of(config, "v_head_dim", default=head_dim),
             vocab_size=config.vocab_size,
             max_positions=_first_of(config, "max_position_embeddings", "max_seq_len", default=0),
             tied_embeddings=bool(self.model.all_tied_weights_keys),
@@ -276,7 +279,8 @@ def _moe_of(number: int, layer: nn.Module) -> MoePlace | None:
         if experts.flat:  # dbrx: a module of its own around the matrices
             block = block.rpartition(".")[0]
         router = next((name for name in (_joined(block, each) for each in _ROUTERS) if _has(layer, name)), None)
-        assert router is not None, f"layer {number}: {path} without a router beside it"
+        if router is None:
+            raise ValueError(f"layer {number}: {path} without a router beside it")
         shared, shared_gate = _shared(layer, block, path)
         return MoePlace(number, block, experts, router, shared, shared_gate)
     return None

@@ -17,6 +17,7 @@ class FamilyException:
         experts: so many experts with constant gates, where the class has no dense layers that are otherwise the same.
         into: the dense FFN of the class that takes the neurons, path in the layer, in place of experts.
         config: keys of the dense config.json. values: of tensors that are neither copied nor made, by the end of their name.
+        unless_sliding: settings of the MoE's modules that the sibling does not have: off, but in layers with a sliding window.
         refused: why there is no exact dense result.
         lost: what the dense result can not have of the MoE, beyond the routing itself.
     """
@@ -28,6 +29,7 @@ class FamilyException:
     into: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     values: dict[str, list[float]] = field(default_factory=dict)
+    unless_sliding: tuple[str, ...] = ()
     refused: str = ""
     lost: str = ""
 
@@ -50,7 +52,7 @@ EXCEPTIONS: dict[str, FamilyException] = {
     "granitemoe": FamilyException(sibling="granite"),
     "hunyuan_v1_moe": FamilyException(sibling="hunyuan_v1_dense"),
     "lfm2_moe": FamilyException(sibling="lfm2", config={"block_auto_adjust_ff_dim": False}),
-    "cohere2_moe": FamilyException(sibling="cohere2"),
+    "cohere2_moe": FamilyException(sibling="cohere2", unless_sliding=("force_rope",)),
     # Their dense layers have other norms; one expert alone leaves too few for the groups of the router, or no softmax to take.
     "axk1": FamilyException(experts=2),
     "axk2": FamilyException(experts=2),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from megatron_moe2dense.common.errors import UserError
@@ -84,12 +85,21 @@ def figures(inputs: list[Input]) -> dict[str, Drawing]:
         drawings["use_by_kind"] = partial(use_by_kind, kinds)
         drawings["specialisation"] = partial(specialisation, kinds)
     for item in statistics if len(statistics) == 1 else ():
-        drawings["selection_share"] = partial(share_map, item.content.shares, {})
+        if not any(_same_use(item.content.shares, ranking.content) for ranking in by_kind.get("ranking", [])):  # expert_use shows it
+            drawings["selection_share"] = partial(share_map, item.content.shares, {})
     for item, end in _named(statistics):
         if item.content.grams:
             drawings["gram_spectra" + end] = partial(gram_spectra, item.content.grams)
             drawings["gram_cosines" + end] = partial(cosine_maps, item.content.grams)
     return drawings
+
+
+def _same_use(shares: Mapping[int, np.ndarray], ranking: Mapping[str, Any]) -> bool:
+    """Whether a ranking was made of these statistics, as far as use goes."""
+    ranked = {layer["layer"]: layer["selected_fraction"] for layer in ranking["layers"]}
+    return shares.keys() == ranked.keys() and all(
+        ranked[i] is not None and len(ranked[i]) == len(share) and np.allclose(ranked[i], share, atol=1e-3) for i, share in shares.items()
+    )
 
 
 def _named(items: list[Input]) -> list[tuple[Input, str]]:

@@ -19,7 +19,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from megatron_moe2dense.common.spectrum import effective_rank, eigenvalue_shares
-from megatron_moe2dense.plots.style import HEAT, INK, PALETTE, new_figure, number_ticks
+from megatron_moe2dense.plots.style import HEAT, PALETTE, new_figure, number_ticks
 
 _FLOOR = 1e-6  # share of the sum below which an eigenvalue is not drawn
 _GREY = "#E9EBEF"
@@ -58,22 +58,24 @@ def gram_spectra(grams: Mapping[int, np.ndarray]) -> Figure:
 
 
 def score_spectra(ranking: Mapping[str, Any]) -> Figure:
-    """A line a layer: the scores of all experts, largest first, relative to the layer's largest; a dashed line at the number kept."""
+    """A line a layer: the scores of all experts, largest first, relative to the layer's largest; a dot on each that is kept (a method that
+    looks at sets need not keep the first)."""
     layers, method, keep = ranking["layers"], ranking["score"]["method"], ranking["keep"]
     figure = new_figure(7.5, 4.2)
     axes = figure.subplots()
     colours = _layer_colours([layer["layer"] for layer in layers])
     experts = len(layers[0]["scores"])
     for layer in layers:
-        scores = np.sort(np.asarray(layer["scores"], float))[::-1]
+        order = np.argsort(-np.asarray(layer["scores"], float), kind="stable")
+        scores = np.asarray(layer["scores"], float)[order]
         relative = scores / scores[0] if scores[0] > 0 else scores
         axes.plot(np.arange(1, experts + 1), relative, color=colours.to_rgba(layer["layer"]), linewidth=1.2)
-    axes.axvline(keep + 0.5, color=INK, linestyle="--", linewidth=1)
-    axes.annotate(f"{keep} kept", (keep + 0.5, 1.0), xytext=(5, 0), textcoords="offset points", va="center", color=INK)
+        kept = np.flatnonzero(np.isin(order, layer["experts"]))
+        axes.plot(kept + 1, relative[kept], "o", color=colours.to_rgba(layer["layer"]), markersize=5, label="_kept")
     axes.set_ylim(0, 1.06)
     axes.set_xlabel("expert, sorted by score [rank]")
     axes.set_ylabel(f"score ({method}) [share of the layer's best]")
-    axes.set_title("Scores of the experts")
+    axes.set_title(f"Scores of the experts; dots: the {keep} kept")
     axes.grid(True)
     _layer_key(figure, axes, colours, [layer["layer"] for layer in layers])
     return figure

@@ -51,6 +51,13 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def readable_on(colour: tuple[float, float, float, float]) -> str:
+    """White or black, whichever has more contrast to a background: 4.5 or more (WCAG 2.1, relative luminance)."""
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in colour[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "white" if luminance < 0.179 else "black"
+
+
 def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     """Write `<name>.png` (150 dots an inch) and `<name>.svg`; returns their paths."""
     paths = [directory / f"{name}.png", directory / f"{name}.svg"]

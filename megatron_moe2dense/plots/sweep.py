@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_moe2dense.common.label import label
-from megatron_moe2dense.plots.style import FAINT, HEAT, INK, KEPT, PALETTE, log_axis, new_figure, short
+from megatron_moe2dense.plots.style import FAINT, HEAT, INK, KEPT, PALETTE, log_axis, new_figure, readable_on, short
 
 Row = Mapping[str, Any]
 AXES = ("keep", "score", "group", "scale")
@@ -59,7 +59,8 @@ def heat_maps(rows: Sequence[Row]) -> Figure:
                 axes.annotate("x", (g, s), ha="center", va="center", color=FAINT)
             if not np.isnan(table_SG).all():
                 s, g = np.unravel_index(np.nanargmin(table_SG), table_SG.shape)
-                axes.annotate(short(float(table_SG[s, g])), (int(g), int(s)), ha="center", va="center", color="white", fontsize=8)
+                colour = readable_on(image.cmap(image.norm(table_SG[s, g])))
+                axes.annotate(short(float(table_SG[s, g])), (int(g), int(s)), ha="center", va="center", color=colour, fontsize=8)
             axes.set_title(f"K = {keep}, {scale}", fontsize=10)
             axes.set_xticks(range(len(groups)), groups, rotation=60, ha="right", fontsize=9)
             axes.set_yticks(range(len(scores)), scores, fontsize=9)

@@ -14,7 +14,7 @@ import torch
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.common.progress import progress
+from megatron_moe2dense.common.progress import Progress
 from megatron_moe2dense.surgery.config import CalibrateConfig
 from megatron_moe2dense.surgery.experts import Experts
 from megatron_moe2dense.surgery.hidden import HiddenStates
@@ -77,7 +77,7 @@ def run(config: CalibrateConfig) -> None:
     """
     with joined() as ranks:
         source = MoeSource.open(config.source)
-        windows_BS = windows(config.data, source.dims.vocab_size)
+        windows_BS = windows(config.data, source.dims)
         compute, names = chosen_compute(config, ranks), chosen_statistics(config.statistics)
         share_BS = ranks.share(windows_BS, compute.batch)
         facts = {"source": source.facts(), "data": data_facts(windows_BS), "compute": compute_facts(compute, ranks)}
@@ -98,12 +98,11 @@ def calibrate(source: MoeSource, windows_BS: np.ndarray, names: tuple[str, ...],
     resume = job.resume
     finished = [layer for layer in source.layers if layer < resume.start]
     sums = {layer: resume.sums(layer) for layer in finished}
-    total = windows_BS.size * len(source.layers)
     with (
         CheckpointReader(source.index) as reader,
-        progress(None, "calibrate", unit="token", total=total, initial=windows_BS.size * len(finished), unit_scale=True) as bar,
+        Progress("calibrate", "layer", len(source.layers), done=len(finished), each=True) as shown,
     ):
-        observer = _Counted(source, (*names, *_of_gates(source)), bar)
+        observer = _Counted(source, (*names, *_of_gates(source)), shown, windows_BS.size)
         for hidden in StreamedModel(source, reader, compute).run(windows_BS, observer, resume.place, resume.start):
             require_finite(hidden, source)
             if hidden.layer > resume.start:
@@ -111,20 +110,22 @@ def calibrate(source: MoeSource, windows_BS: np.ndarray, names: tuple[str, ...],
                 if done in source.layers:
                     sums[done] = job.ranks.sum(observer.take())
                 resume.finish_layer(done, sums.get(done), hidden)
+                shown.reached(len(sums))
     return sums
 
 
 class _Counted(Observer):
-    """Shows how far it came."""
+    """Shows how far it came, within a layer too. tokens: of this process."""
 
-    def __init__(self, source: MoeSource, names: Iterable[str], bar: Any):
+    def __init__(self, source: MoeSource, names: Iterable[str], shown: Progress, tokens: int):
         super().__init__(source, names)
-        self._bar = bar
+        self._shown, self._tokens = shown, tokens
 
     def routed(self, layer: int, x_TD: torch.Tensor, routing: Routing, experts: Experts) -> torch.Tensor:
         """Of one batch."""
-        self._bar.update(len(x_TD))
-        return super().routed(layer, x_TD, routing, experts)
+        routed = super().routed(layer, x_TD, routing, experts)
+        self._shown.update(len(x_TD) / self._tokens)
+        return routed
 
 
 def require_finite(hidden: HiddenStates, source: StreamSource) -> None:
@@ -172,7 +173,7 @@ def _of_gates(source: MoeSource) -> dict[str, Statistic]:
 def dry_run(config: CalibrateConfig) -> dict[str, Any]:
     """What would be read and written (bytes), the FLOPs and the memory (bytes)."""
     source = MoeSource.open(config.source)
-    windows_BS = windows(config.data, source.dims.vocab_size)
+    windows_BS = windows(config.data, source.dims)
     ranks = Ranks(0, int(os.environ.get("WORLD_SIZE", "1")))
     compute, dims, names = chosen_compute(config, ranks), source.dims, chosen_statistics(config.statistics)
     run_experts = dims.experts if runs_every_expert(names) else dims.active

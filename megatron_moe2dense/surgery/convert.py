@@ -15,7 +15,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import MANIFEST, config_hash, read_manifest
 from megatron_moe2dense.surgery.config import ConvertConfig
 from megatron_moe2dense.surgery.inspect import left_out_line
-from megatron_moe2dense.surgery.layout import dense_size, dense_width, making_bytes
+from megatron_moe2dense.surgery.layout import dense_size, dense_width, making_bytes, require_read_alike
 from megatron_moe2dense.surgery.plan import ROUTED_FACTOR, ConversionPlan, Methods, make_plan
 from megatron_moe2dense.surgery.ranks import Ranks, joined
 from megatron_moe2dense.surgery.refit.planned import Place, cost, fit_planned, with_refit
@@ -30,11 +30,14 @@ def run(config: ConvertConfig) -> None:
     of a refit's text; the first one writes.
 
     Raises:
-        UserError: source, statistics, plan and methods do not fit each other; a NaN expert; an output exists.
+        UserError: source, statistics, plan and methods do not fit each other; a NaN weight; an output exists; the stock class would not
+            open what is written.
     """
     source = _opened(config)
     with joined() as ranks, CheckpointReader(source.index) as reader:
         jobs = [(job, resolve_plan(job, source, reader, ranks)) for job in config.jobs()]
+        for groups in {plan.groups for _, plan in jobs}:
+            require_read_alike(source, groups)
         pending = [(job, plan) for job, plan in jobs if not _is_done(job, source, plan)]
         with ExitStack() as stack:
             outputs = []

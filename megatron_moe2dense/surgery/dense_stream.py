@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.common.progress import progress
 from megatron_moe2dense.families.ffn import Ffn
 from megatron_moe2dense.surgery.dense_block import mapped, placed
 from megatron_moe2dense.surgery.densify import Units, merged, stacked
@@ -103,7 +104,8 @@ class DenseStream(StreamedModel):
     @torch.no_grad()
     def teacher_states(self, windows_NS: np.ndarray) -> torch.Tensor:
         """The MoE's hidden states after its last layer, [N, S, D], on the CPU. Every weight of the model is read and checked."""
-        *_, last = self.run(windows_NS, Observer(self._checkpoint, ()))
+        states = self.run(windows_NS, Observer(self._checkpoint, ()))
+        *_, last = progress(states, "teacher", "layer", len(self._layers), each=True, reached=lambda hidden: hidden.layer)
         return torch.cat(list(last))
 
     @torch.no_grad()
@@ -113,7 +115,8 @@ class DenseStream(StreamedModel):
         states = _States([torch.cat(list(hidden))], [0] * len(models))
         del hidden
         by_layer = [{plan.layer: _DenseLayer(plan, model.fits) for plan in model.layers} for model in models]
-        for number, layer in enumerate(self._layers):
+        doing = f"{len(models)} dense model{'s' * (len(models) > 1)}"
+        for number, layer in enumerate(progress(self._layers, doing, "layer", len(self._layers), each=True)):
             here = [found[number] for found in calls]
             if number not in self._checkpoint.layers:
                 self._assemble_with(number, None)

@@ -8,10 +8,12 @@ import math
 from collections import Counter
 from typing import Any
 
+from megatron_moe2dense.checkpoint.assets import tokenizer_of
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.mxfp4 import stored_values
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.table import render
+from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.dense import has_experts
 from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.surgery.config import InspectConfig
@@ -30,7 +32,8 @@ def run(config: InspectConfig) -> None:
     """Print family, sizes, parameters and bytes by part, and the dense result.
 
     Raises:
-        UserError: no supported or a damaged checkpoint; keep out of range or given for a dense model.
+        UserError: no supported or a damaged checkpoint; a tensor that the class does not take (Account); keep out of range or given for a
+            dense model.
     """
     facts = inspect(config)
     print(json.dumps(facts, indent=2) if config.json else _readable(facts))
@@ -46,11 +49,16 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     index = CheckpointIndex.open(config.source)
     stock = Stock.read(index.directory)
     source = MoeSource.of(index, stock, config.text_only) if has_experts(stock) else None
-    parameters, nbytes = _parts(index, source)
+    account = Account.of(index, stock) if source is None else source.account
+    untied = account.untied()
+    parameters, nbytes = _parts(account, source)
     facts = {
         "source": str(index.directory),
         "family": stock.name,
-        "dims": dataclasses.asdict(stock.dims if source is None else source.dims),
+        "dims": dataclasses.asdict(stock.dims if source is None else source.dims) | ({"tied_embeddings": False} if untied else {}),
+        "untied": untied,
+        "left_out": account.left_out_facts(),
+        "tokenizer": tokenizer_of(index.directory),
         "parameters": {"total": sum(parameters.values()), **parameters},
         "bytes": {"total": index.nbytes, **nbytes},
         "fingerprint": index.fingerprint(),
@@ -78,7 +86,6 @@ def _moe_facts(config: InspectConfig, source: MoeSource, parameters: dict[str, i
     return {
         "moe_layers": list(source.layers),
         "active_parameters": sum(parameters.values()) - idle - parameters[_LEFT_OUT],
-        "left_out": source.account.left_out_facts(),
         "dense": {
             "family": dense_of(source, keep).stock.name,
             "form": source.form.kind,
@@ -90,13 +97,13 @@ def _moe_facts(config: InspectConfig, source: MoeSource, parameters: dict[str, i
     }
 
 
-def _parts(index: CheckpointIndex, source: MoeSource | None) -> tuple[dict[str, int], dict[str, int]]:
+def _parts(account: Account, source: MoeSource | None) -> tuple[dict[str, int], dict[str, int]]:
     """Parameters and bytes by part: experts, shared experts, attention, embeddings, router, other, and what is left out."""
     order = ("experts", "shared experts", "attention", "embeddings", "router", "other", _LEFT_OUT)
     parameters: Counter[str] = Counter(dict.fromkeys(order, 0))
     nbytes: Counter[str] = Counter(dict.fromkeys(order, 0))
-    in_blocks = {} if source is None else _block_parts(source)
-    for name, info in index.tensors.items():
+    in_blocks = dict.fromkeys(account.left_out, _LEFT_OUT) | ({} if source is None else _block_parts(source))
+    for name, info in account.index.tensors.items():
         part = in_blocks.get(name) or next((part for text, part in _PARTS.items() if text in name), "other")
         parameters[part] += stored_values(info)
         nbytes[part] += info.nbytes
@@ -104,7 +111,7 @@ def _parts(index: CheckpointIndex, source: MoeSource | None) -> tuple[dict[str, 
 
 
 def _block_parts(source: MoeSource) -> dict[str, str]:
-    parts = dict.fromkeys(source.account.left_out, _LEFT_OUT)
+    parts: dict[str, str] = {}
     for layer in source.layers:
         parts |= dict.fromkeys(source.router_names(layer), "router")
         parts |= dict.fromkeys(source.shared_names(layer), "shared experts")
@@ -122,10 +129,14 @@ def _readable(facts: dict[str, Any]) -> str:
     rows = [[name, f"{facts['parameters'][name]:,}", f"{facts['bytes'][name] / 1e6:,.1f}"] for name in names]
     sizes = "  ".join(f"{name} {value}" for name, value in facts["dims"].items())
     lines = [f"{facts['source']}: {facts['family']}", "", sizes, "", render(["part", "parameters", "MB"], rows)]
+    if facts["left_out"]["tensors"]:
+        lines += ["", left_out_line(facts["left_out"], facts["family"])]
+    if facts["tokenizer"].startswith("no "):
+        lines += ["", facts["tokenizer"]]
+    for name in facts["untied"]:
+        lines += ["", f"config.json ties {name} to the embedding, the files hold another one: stock transformers keeps both"]
     if "dense" in facts:
-        dense, left_out = facts["dense"], facts["left_out"]
-        if left_out["tensors"]:
-            lines += ["", left_out_line(left_out, facts["family"])]
+        dense = facts["dense"]
         lines += [
             "",
             f"active per token: {facts['active_parameters']:,} parameters",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,6 +14,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.dense import Dense
 from megatron_moe2dense.families.disk import Disk, ReadTensor, plain_names, revert
 from megatron_moe2dense.families.ffn import Ffn
+from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.surgery.densify import densify, neurons_of, pad_width, rescaled, side_by_side
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.refit.layer import LayerFit
@@ -65,7 +66,7 @@ def _dense_steps(source: MoeSource, groups: int) -> tuple[Step, ...]:
         info = source.index.tensors[name]
         of_layer[_layer_of(source, name)][name] = TensorSpec(new, info.dtype, info.shape)
     steps = [Step(None, of_layer[None], ()), *(Step(layer, of_layer[layer], made[layer]) for layer in layers)]
-    _require_taken(source, dense, [spec for step in steps for spec in step.specs])
+    _require_taken(source, dense.stock, steps)
     return tuple(steps)
 
 
@@ -76,6 +77,12 @@ def dense_steps(source: MoeSource, groups: int) -> list[Step]:
         UserError: the dense class would not take it as it is.
     """
     return list(_dense_steps(source, groups))
+
+
+def require_read_alike(source: MoeSource, groups: int) -> None:
+    """UserError when the dense checkpoint's config.json, read by itself, is another class than the one that the tensors are made for."""
+    content = dense_of(source, groups).config(source.index.config)
+    _require_taken(source, Stock.of(content, "the dense result's config.json"), dense_steps(source, groups))
 
 
 def _made(source: MoeSource, dense: Dense, layer: int, groups: int) -> tuple[TensorSpec, ...]:
@@ -127,20 +134,20 @@ def _copied(source: MoeSource, dense: Dense, gone: set[str]) -> dict[str, str]:
     return found
 
 
-def _require_taken(source: MoeSource, dense: Dense, specs: list[TensorSpec]) -> None:
+def _require_taken(source: MoeSource, stock: Stock, steps: Iterable[Step]) -> None:
     """UserError when the dense class lacks a tensor of the result, or wants one that it has not, or another shape."""
-    shapes = {spec.name: spec.shape for spec in specs}
-    taken = Disk(dense.stock, shapes)
+    shapes = {spec.name: spec.shape for step in steps for spec in step.specs}
+    taken = Disk(stock, shapes)
     wrong = [f"{name} is not known" for name in taken.unknown]
     wrong += [f"{name} is missing" for name in taken.missing]
     wrong += [
         f"{name} is {list(found or ())} instead of {list(shape)}"
-        for name, shape in dense.stock.shapes.items()
+        for name, shape in stock.shapes.items()
         if taken.names_of(name) and (found := taken.shape(name)) != shape
     ]
     if wrong:
         raise UserError(
-            f"{source.index.directory} as {dense.stock.name}: {wrong[0]} ({len(wrong)} such tensors)",
+            f"{source.index.directory} as {stock.name}: {wrong[0]} ({len(wrong)} such tensors)",
             "a dense class that takes every tensor of the result",
             "this source can not be converted; please report its config.json",
         )

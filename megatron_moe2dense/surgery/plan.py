@@ -93,12 +93,13 @@ class ConversionPlan:
         expected = "a plan.json that `moe2dense convert` or `select` wrote"
         data = read_json(path, expected)
         try:
-            assert data.pop("format") == FORMAT
+            found = data.pop("format")
+            _hold(found == FORMAT, f"format {found!r}, this version reads {FORMAT}")
             layers = tuple(_read_layer(row) for row in data.pop("layers"))
             plan = cls(**data, layers=layers)
             for layer in layers:
                 _check_layer(layer, plan.keep, plan.groups)
-        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: {type(error).__name__} {error}".rstrip(), expected, "make the plan again") from None
         return plan
 
@@ -116,14 +117,21 @@ def _read_layer(row: dict[str, Any]) -> LayerPlan | NeuronPlan:
 def _check_layer(layer: LayerPlan | NeuronPlan, keep: int, groups: int) -> None:
     if isinstance(layer, NeuronPlan):
         chosen = set(zip(layer.experts, layer.neurons, strict=True))
-        assert len(chosen) == len(layer.neurons), f"layer {layer.layer} has a neuron twice"
-        assert len(chosen) % groups == 0, f"layer {layer.layer}: {len(chosen)} neurons are no {groups} experts' worth"
+        _hold(len(chosen) == len(layer.neurons), f"layer {layer.layer} has a neuron twice")
+        _hold(len(chosen) % groups == 0, f"layer {layer.layer}: {len(chosen)} neurons are no {groups} experts' worth")
         return
-    assert len(set(layer.experts)) == keep, f"layer {layer.layer} does not keep {keep} distinct experts"
-    assert len(layer.group_of) == len(layer.merge_weights) == keep, f"layer {layer.layer}: group_of and merge_weights need {keep} entries"
-    assert set(layer.group_of) == set(range(groups)), f"layer {layer.layer}: groups are not 0..{groups - 1}"
-    assert len(layer.scales) == groups, f"layer {layer.layer}: {groups} scales are needed"
-    assert layer.align in get_args(Align), f"layer {layer.layer}: align is {layer.align!r}"
+    _hold(len(set(layer.experts)) == keep, f"layer {layer.layer} does not keep {keep} distinct experts")
+    entries = {len(layer.experts), len(layer.group_of), len(layer.merge_weights)}
+    _hold(entries == {keep}, f"layer {layer.layer}: experts, group_of and merge_weights need {keep} entries")
+    _hold(set(layer.group_of) == set(range(groups)), f"layer {layer.layer}: groups are not 0..{groups - 1}")
+    _hold(len(layer.scales) == groups, f"layer {layer.layer}: {groups} scales are needed")
+    _hold(layer.align in get_args(Align), f"layer {layer.layer}: align is {layer.align!r}")
+
+
+def _hold(condition: bool, otherwise: str) -> None:
+    """ValueError unless what a file says holds together: asserts are for our own invariants, and `python -O` leaves them out."""
+    if not condition:
+        raise ValueError(otherwise)
 
 
 def plan_layer(layer: int, stats: LayerStats, methods: Methods, weights: FlatWeights) -> LayerPlan:

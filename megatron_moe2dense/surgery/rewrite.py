@@ -19,6 +19,7 @@ from megatron_moe2dense.checkpoint.shards import SHARD_BYTES, ShardWriter, shard
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import write_json
 from megatron_moe2dense.common.progress import progress
+from megatron_moe2dense.families.account import require_opens
 from megatron_moe2dense.surgery.layout import Step, dense_of, dense_steps, layer_ffn, making_bytes, replaced, stored_added, stored_ffn
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.proof import prove
@@ -64,8 +65,8 @@ def write_dense(source: MoeSource, reader: CheckpointReader, outputs: Sequence[D
         reader: open on the source. memory_budget: bytes that dense layers in the making and waiting writes may take together.
 
     Raises:
-        UserError: the dense class does not compute what the first MoE layer does; a NaN or infinite weight in a MoE block; a full disk; a
-            budget too small for one layer.
+        UserError: the dense class does not compute what the first MoE layer does; a NaN or infinite weight; a full disk; a budget too
+            small for one layer; the stock class does not open what was written, which is gone then.
     """
     queue_bytes = _queue_bytes(source, outputs, memory_budget)
     for output in outputs:
@@ -78,7 +79,7 @@ def write_dense(source: MoeSource, reader: CheckpointReader, outputs: Sequence[D
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         writers = [stack.enter_context(output.lay_out(queue_bytes)) for output in outputs]
         checks = {first: _check(source, reader, pool, first - 1)} if first < last else {}
-        for number in progress(range(first, last), "convert", unit="layer", initial=first, total=last):
+        for number in progress(range(first, last), "write", "part", last, done=first, each=True):
             for future in checks.pop(number):
                 future.result()
             checks[number + 1] = _check(source, reader, pool, number)
@@ -120,7 +121,7 @@ def _check_tensor(source: MoeSource, reader: CheckpointReader, name: str) -> Non
 def _write_step(source: MoeSource, reader: CheckpointReader, output: DenseOutput, writer: ShardWriter, number: int) -> None:
     step, plans = output.steps[number], {layer.layer: layer for layer in output.plan.layers}
     for name, spec in step.copied.items():
-        for offset, data in reader.chunks(name, _CHUNK):
+        for offset, data in reader.chunks(name, _CHUNK, finite=True):
             writer.write_bytes(spec.name, offset, data)
     dense = dense_of(source, output.plan.groups)
     if step.layer is not None and step.layer in dense.slots:
@@ -143,4 +144,5 @@ def _write_rest(source: MoeSource, output: DenseOutput) -> None:
         facts = [output.fits[plan.layer].report.facts() for plan in output.plan.layers]
         write_json(output.directory / REFIT_FILE, {"layers": facts})
         output.fits.remove()
+    require_opens(output.directory)
     output.written.remove()

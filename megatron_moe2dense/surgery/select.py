@@ -104,7 +104,7 @@ class _Pass:
     def run(self, config: SelectConfig, ranks: Ranks, working: Path) -> dict[int, np.ndarray]:
         """The chosen neurons of each layer; goes on after the last layer that an earlier run finished."""
         assert config.data is not None, "SelectConfig requires data for a pass over it"
-        windows_NS = windows(config.data, self.source.dims.vocab_size)
+        windows_NS = windows(config.data, self.source.dims)
         compute = chosen_compute(TextPass(config.data, config.batch_tokens, config.device, config.dtype), ranks)
         text = hashlib.sha256(windows_NS.tobytes()).hexdigest()
         identity = [
@@ -124,7 +124,8 @@ class _Pass:
         found = {layer: resume.sums(layer)["neurons"].astype(int) for layer in self.source.layers if layer < resume.start}
         at: dict[int, Sums] = {}
         states = StreamedModel(self.source, self.reader, compute).run(windows_NS, _Equations(self, at), resume.place, resume.start)
-        for hidden in progress(states, "select", unit="layer", total=self.source.dims.layers):
+        layers = self.source.dims.layers
+        for hidden in progress(states, "select", "layer", layers, done=resume.start, each=True, reached=lambda hidden: hidden.layer):
             require_finite(hidden, self.source)
             done = hidden.layer - 1
             if done < resume.start:
@@ -198,7 +199,7 @@ def dry_run(config: SelectConfig) -> dict[str, Any]:
     }
     if config.data is None:
         return facts
-    tokens = windows(config.data, dims.vocab_size).size
+    tokens = windows(config.data, dims).size
     per_layer = {
         "flops of a layer's sums": 2 * tokens * candidates * (candidates + 3 * dims.hidden_size),
         "flops of a layer's choice": 2 * width * candidates * (dims.hidden_size + width // 2),

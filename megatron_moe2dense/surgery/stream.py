@@ -129,7 +129,12 @@ class StreamedModel:
     def _norm(self) -> nn.Module:
         """The norm behind the last layer."""
         found = [name for name in ("norm", "norm_f", "final_layernorm", "embedding_norm") if hasattr(self._base, name)]
-        assert found, f"{type(self._base).__name__} has no norm behind its layers that is known"
+        if not found:
+            raise UserError(
+                f"{type(self._base).__name__} has no norm behind its layers that is known",
+                "norm, norm_f, final_layernorm or embedding_norm",
+                "use a model whose last norm has one of these names",
+            )
         return getattr(self._base, found[0])
 
     @torch.no_grad()

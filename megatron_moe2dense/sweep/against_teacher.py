@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.progress import progress
 from megatron_moe2dense.evals.perplexity import Measured
 from megatron_moe2dense.surgery.dense_stream import Head
 
@@ -53,7 +54,8 @@ def against_teacher(
     vocabulary = len(head.weight_VD)
     block = max(_TOKENS, _BLOCK_ELEMENTS.get(head.device.type, 2**27) // vocabulary)
     teacher_sums, sums = _Sums(), [_Sums() for _ in models]
-    for rows_T in rows_R.split(block):
+    blocks = rows_R.split(block)
+    for rows_T in progress(blocks, "compare with the teacher", "block", len(blocks)):
         targets_T = tokens_P[rows_T + 1].to(head.device)
         teacher = _teacher_block(_logits(head, teacher_NSD, rows_T, "teacher"), targets_T, teacher_sums)
         for number, (states_NSD, own) in enumerate(zip(models, sums, strict=True)):

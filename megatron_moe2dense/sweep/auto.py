@@ -40,6 +40,7 @@ from megatron_moe2dense.sweep.bench import Bench
 from megatron_moe2dense.sweep.config import AutoConfig, BudgetConfig
 from megatron_moe2dense.sweep.grid import make_plans, points, refit_block
 from megatron_moe2dense.tokens.config import TokensConfig
+from megatron_moe2dense.tokens.held_out import warn_unless_held_out
 from megatron_moe2dense.tokens.indexed import windows
 
 Mode = Literal["parallel", "sequential"]
@@ -71,6 +72,7 @@ def run(config: AutoConfig) -> None:
     """
     source, statistics = MoeSource.open(config.source), CalibratedStats.open(config.statistics)
     require_same_source(f"{config.statistics}: statistics", statistics.source, source)
+    warn_unless_held_out(config.data.path, {"refit_data.path": config.refit_data.path})
     windows_NS, compute, modes = _judged_on(config, source)
     groups = groups_of(config.budget, source)
     facts: dict[str, Any] = {"source": source.facts(), "groups": groups}
@@ -94,7 +96,7 @@ def run(config: AutoConfig) -> None:
 def _judged_on(config: AutoConfig, source: MoeSource) -> tuple[np.ndarray, Compute, tuple[Mode, ...]]:
     """The held-out text, how it runs, and in which modes refits go with the model, the best last; UserError for a model that no dense
     layer can be judged in."""
-    windows_NS = windows(config.data, source.dims.vocab_size)
+    windows_NS = windows(config.data, source.dims)
     compute = Compute(open_device(config.device), getattr(torch, config.dtype), max(1, config.batch_tokens // config.data.sequence_length))
     with CheckpointReader(source.index) as reader:
         plainly = adds_plainly(source, reader, compute, windows_NS)
@@ -177,6 +179,9 @@ class _Search:
             step = self.config.eta ** (self.config.halvings - number)
             if step == 1:
                 left = _with_modes(left, self.modes)
+            logger.info(
+                "round %d of %d: %d models to judge on a %s of the text", number + 1, self.config.halvings + 1, len(left), f"1/{step}"
+            )
             rounds.append(self._round(number, left, step))
             order = _ordered(rounds[-1], left)
             logger.info("round %d: %d models, the best %s", number + 1, len(order), order[0].called)
@@ -205,7 +210,7 @@ class _Search:
         if (name, step) not in self.blocks:
             data = self.config.refit_data
             if step > 1:
-                whole = len(windows(data, self.bench.source.dims.vocab_size))
+                whole = len(windows(data, self.bench.source.dims))
                 data = TokensConfig(**{**data.model_dump(), "sequences": max(2, whole // step)})
             self.blocks[name, step] = block(refit, data, self.bench.source, Ranks())
         return self.blocks[name, step]

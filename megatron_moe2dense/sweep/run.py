@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import versions, write_json
+from megatron_moe2dense.common.progress import Pace, duration
 from megatron_moe2dense.evals.models import open_device
 from megatron_moe2dense.evals.perplexity import Measured
 from megatron_moe2dense.surgery.config import RefitConfig
@@ -31,8 +33,8 @@ from megatron_moe2dense.sweep.bench import Bench
 from megatron_moe2dense.sweep.config import SweepConfig
 from megatron_moe2dense.sweep.grid import Point, distinct, in_slice, make_plans, points
 from megatron_moe2dense.sweep.ledger import REFITS, SUMMARY, Ledger, read_rows, require_free
-from megatron_moe2dense.sweep.live import LiveTable
 from megatron_moe2dense.sweep.summary import summarise, summary_table
+from megatron_moe2dense.tokens.held_out import warn_unless_held_out
 from megatron_moe2dense.tokens.indexed import windows
 
 
@@ -95,9 +97,9 @@ def run(config: SweepConfig) -> None:
             logger.info("%s", _said(sweep, len(todo)))
             place = Place(ledger.directory / REFITS, config.memory_budget, Ranks())
             bench = Bench.open(reader, source, sweep.compute, sweep.windows_NS, place)
-            with LiveTable(len(sweep.by_hash)) as live:
-                while _one_pass(sweep, ledger, bench, live):
-                    pass
+            pace = Pace(len(sweep.by_hash) - len(todo))
+            while _one_pass(sweep, ledger, bench):
+                _say_best(sweep, ledger.rows(), pace)
     _conclude(sweep, ledger)
 
 
@@ -106,7 +108,9 @@ def prepare(config: SweepConfig, source: MoeSource, reader: CheckpointReader) ->
     statistics = CalibratedStats.open(config.statistics)
     require_same_source(f"{config.statistics}: statistics", statistics.source, source)
     device = open_device(config.device)
-    windows_NS = windows(config.data, source.dims.vocab_size)
+    if config.refit_data is not None:
+        warn_unless_held_out(config.data.path, {"refit_data.path": config.refit_data.path})
+    windows_NS = windows(config.data, source.dims)
     compute = Compute(device, getattr(torch, config.dtype), max(1, config.batch_tokens // config.data.sequence_length))
     DenseStream(source, reader, compute).require_alone(windows_NS)
     found = points(config.grid, source.dims.experts, source.dims.active)
@@ -145,7 +149,17 @@ def _copy_equal(sweep: Sweep, ledger: Ledger) -> None:
                 ledger.append([_equal_row(sweep.points[point], known[0]) for point in missing])
 
 
-def _one_pass(sweep: Sweep, ledger: Ledger, bench: Bench, live: LiveTable) -> bool:
+def _say_best(sweep: Sweep, rows: Mapping[int, dict[str, Any]], pace: Pace) -> None:
+    """After a pass: how many plans all processes have evaluated, and the best so far."""
+    done = [row for row in rows.values() if "same_plan_as" not in row]
+    best = min(done, key=lambda row: row["metrics"]["kl"])
+    found, metrics = f"{len(done)}/{len(sweep.by_hash)} plans, {duration(pace.seconds)}", best["metrics"]
+    left = pace.left(len(done), len(sweep.by_hash)) if len(done) < len(sweep.by_hash) else ""
+    said = f"best {best['model']}: KL {metrics['kl']:.4f}, perplexity {metrics['perplexity']:.2f}"
+    logger.info("sweep: %s; %s", ", ".join([found, *([left] if left else [])]), said)
+
+
+def _one_pass(sweep: Sweep, ledger: Ledger, bench: Bench) -> bool:
     """Evaluate one batch of plans that nobody else has; False when there is none left."""
     order = list(sweep.by_hash)
     numbers = [order.index(plan) for plan in _open_plans(sweep, ledger.rows())]
@@ -162,7 +176,6 @@ def _one_pass(sweep: Sweep, ledger: Ledger, bench: Bench, live: LiveTable) -> bo
         for plan, measured in zip(chosen, found, strict=True):
             ledger.append(_rows(sweep, plan, (teacher, measured), seconds))
         bench.forget(plans)
-        live.update(ledger.rows())
     return True
 
 

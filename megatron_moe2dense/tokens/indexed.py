@@ -7,11 +7,13 @@ evaluation run without Megatron-Core.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -24,6 +26,8 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 _HEADER = struct.Struct("<9sQBQQ")
 _SAMPLES, _SAMPLE_BYTES = 64, 65536  # of a fingerprint
+_PIECE = 1 << 24  # tokens that are searched for padding at once
+_MOST = 0.5  # the share from which one token is taken for padding
 
 
 @dataclass(frozen=True)
@@ -134,19 +138,38 @@ def write_token_file(prefix: str, documents: Iterable[np.ndarray], vocab_size: i
     return writer.documents, writer.tokens
 
 
-def windows(config: TokensConfig, vocab_size: int, stride: int | None = None) -> np.ndarray:
+class ReadsText(Protocol):
+    """What a model can read."""
+
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+    @property
+    def max_positions(self) -> int: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of what a model can read. max_positions: 0 where nobody says."""
+
+    vocab_size: int
+    max_positions: int = 0
+
+
+def windows(config: TokensConfig, model: ReadsText, stride: int | None = None) -> np.ndarray:
     """The windows of a token stream, int64 [sequences, sequence_length].
 
     Consecutive from the first token on, a new one every `stride` tokens (None: `sequence_length`, they don't overlap); a last,
     shorter one is dropped and said; `sequences` of them, drawn by `seed` and kept in stream order when there are more. No token
-    is added, none is skipped.
+    is added, none is skipped but `pad_token`. Said too: windows longer than the model's positions, and one token that is most of them.
 
     Raises:
         UserError: fewer tokens than one window, or a token outside the model's vocabulary (another tokenizer).
     """
-    stream, length, step = TokenFile.open(config.path).tokens, config.sequence_length, stride or config.sequence_length
+    stream, length = _without_padding(config), config.sequence_length
+    step = stride or length
     if len(stream) < length:
         raise UserError(f"{config.path}: {len(stream)} tokens", f"at least sequence_length={length}", "use more text or shorter windows")
+    say_long_windows(config.path, length, model.max_positions)
     count, rest = (len(stream) - length) // step + 1, (len(stream) - length) % step
     if rest:
         logger.info("%s: the last %d tokens fill no window of %d and are left out", config.path, rest, length)
@@ -156,10 +179,50 @@ def windows(config: TokensConfig, vocab_size: int, stride: int | None = None) ->
     elif config.sequences is not None and count < config.sequences:
         logger.info("%s: %d windows of %d tokens, fewer than the %d asked for", config.path, count, length, config.sequences)
     result = np.lib.stride_tricks.sliding_window_view(stream, length)[::step][chosen].astype(np.int64)
-    if result.max() >= vocab_size:
+    require_vocabulary(config.path, int(result.min()), int(result.max()), model.vocab_size)
+    _say_padding(config.path, result)
+    return result
+
+
+def require_vocabulary(where: str, lowest: int, highest: int, vocab_size: int) -> None:
+    """UserError when the lowest or the highest token of some text is no number of the vocabulary."""
+    if lowest < 0 or highest >= vocab_size:
         raise UserError(
-            f"{config.path}: token {result.max()}",
-            f"tokens below the model's vocabulary of {vocab_size}",
+            f"{where}: token {lowest if lowest < 0 else highest}",
+            f"tokens from 0 to below the model's vocabulary of {vocab_size}",
             "tokenise the text with the model's own tokenizer (`moe2dense data`)",
         )
-    return result
+
+
+@functools.cache  # once for each text, however often it is cut
+def say_long_windows(where: str, length: int, max_positions: int) -> None:
+    """Warn of windows longer than what the model was made for; 0: nobody says."""
+    if 0 < max_positions < length:
+        logger.warning("%s: windows of %d tokens, and max_position_embeddings of the model is %d", where, length, max_positions)
+
+
+def _without_padding(config: TokensConfig) -> np.ndarray:
+    """The stream, memory-mapped; copied without the padding where there is said to be any."""
+    stream = TokenFile.open(config.path).tokens
+    if config.pad_token is None:
+        return stream
+    parts = (stream[start : start + _PIECE] for start in range(0, len(stream), _PIECE))
+    kept = np.concatenate([stream[:0], *(part[part != config.pad_token] for part in parts)])
+    if len(kept) == len(stream):
+        raise UserError(
+            f"{config.path}: no token {config.pad_token}", "the padding token of this text", "correct pad_token, or leave it out"
+        )
+    logger.info("%s: %d of %d tokens are padding and left out", config.path, len(stream) - len(kept), len(stream))
+    return kept
+
+
+def _say_padding(where: str, windows_NS: np.ndarray) -> None:
+    counts = np.bincount(windows_NS.reshape(-1))
+    most = int(counts.argmax())
+    if counts[most] > _MOST * windows_NS.size:
+        _warn_of_padding(where, most, f"{counts[most] / windows_NS.size:.0%}")
+
+
+@functools.cache
+def _warn_of_padding(where: str, token: int, share: str) -> None:
+    logger.warning("%s: %s of the tokens are token %d; if that is padding, leave it out with pad_token=%d", where, share, token, token)

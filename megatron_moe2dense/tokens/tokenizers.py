@@ -64,7 +64,8 @@ def open_tokenizer(path: str) -> TextTokenizer:
             if (place / name).exists():
                 return open_tokenizer(str(place / name))
         raise UserError(
-            f"{place}: neither tokenizer.json nor tokenizer.model",
+            f"{place}: neither tokenizer.json nor tokenizer.model"
+            + (", only tiktoken.model, which needs the model's own code" if (place / "tiktoken.model").exists() else ""),
             _EXPECTED,
             "point to a model directory; a slow tokenizer becomes a tokenizer.json by AutoTokenizer...save_pretrained",
         )
@@ -108,6 +109,15 @@ def _named_eos(directory: Path) -> str | None:
             if token is not None:
                 return token["content"] if isinstance(token, dict) else token
     return None
+
+
+def ends_of_model(directory: Path) -> list[int]:
+    """Ids after which the model beside a tokenizer stops, by its config.json; none where there is no such file, or it does not say."""
+    if not (directory / "config.json").exists():
+        return []
+    config = read_json(directory / "config.json", "the model's config.json beside its tokenizer")
+    named = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
+    return [each for each in (named if isinstance(named, list) else [named]) if isinstance(each, int)]
 
 
 def _open_sentencepiece(place: Path) -> TextTokenizer:

@@ -131,7 +131,9 @@ class TrainConfig(Config):
     keep: int = key(2, "checkpoints kept", "checkpoints", gt=0)
     async_save: bool = key(True, "go on training while a checkpoint is written; costs host memory for a copy of this rank's state")
     eval_every: int | None = key(None, "steps between evaluations on data.validation; null: at the end only", "steps", gt=0)
-    log_every: int = key(10, "steps between lines on stderr; metrics.jsonl has every step", "steps", gt=0)
+    log_every: int = key(
+        10, "steps between lines on stderr (the first, and one after 30 s, come anyway); metrics.jsonl has every step", "steps", gt=0
+    )
     seed: int = key(0, "seed of data order and of random weights")
     timeout: float = key(
         30.0, "of several processes, how long a step, an evaluation or a save may take before the late ranks are named", "minutes", gt=0
@@ -196,7 +198,8 @@ class DistillConfig(Config):
     )
     output: str = key(..., "directory of the run: checkpoints/, metrics.jsonl, moe2dense.json")
     initialize: Literal["checkpoint", "random_ffn", "random"] = key(
-        "checkpoint", "the student's weights: of its directory, all but the FFNs of it and those random, or all random (by train.seed)"
+        "checkpoint",
+        "the student's weights: of its directory, all but the FFNs of it and these drawn, or all drawn (train.seed)",
     )
     data: TrainDataConfig = key(..., "training text")
     loss: Annotated[Loss, *losses.field] | None = key(None, "loss block; null: forward_kl with a teacher, cross_entropy without")

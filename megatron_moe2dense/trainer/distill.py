@@ -14,8 +14,11 @@ from megatron_moe2dense.checkpoint.assets import copy_assets
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import MANIFEST, Status, claim, config_hash, read_json, write_json, write_manifest
+from megatron_moe2dense.common.progress import StepLines
+from megatron_moe2dense.tokens.held_out import warn_unless_held_out
+from megatron_moe2dense.tokens.indexed import say_long_windows
+from megatron_moe2dense.trainer import balancing, initialize, optim, runtime, teacher
 from megatron_moe2dense.trainer import groups as process_groups
-from megatron_moe2dense.trainer import initialize, optim, runtime, teacher
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer.agreement import raise_on_all_ranks
 from megatron_moe2dense.trainer.cache.teacher import CachedTeacher, open_cache
@@ -34,7 +37,7 @@ from megatron_moe2dense.trainer.state import TrainState
 from megatron_moe2dense.trainer.step import Models
 from megatron_moe2dense.trainer.verification.verify import verify_teacher
 
-# What may change between the parts of one run: layout and logging, not the mathematics.
+# What may change between the parts of one run: layout, logging and evaluation, not the mathematics.
 _MAY_CHANGE = ("parallel", "logging", "device", "overwrite", "teacher_check")
 _MAY_CHANGE_IN_TRAIN = ("save_every", "keep", "async_save", "eval_every", "log_every", "timeout", "most_skipped", "spike")
 
@@ -71,6 +74,9 @@ def _identity(config: DistillConfig) -> dict[str, Any]:
         del content["fp8"]
     if config.optim.muon is None:
         del content["optim"]["muon"]
+    del content["data"]["validation_sequences"]
+    if config.moe is None:  # each micro-batch balances its own tokens
+        del content["batch"]["micro"]
     content["train"] = {name: value for name, value in content["train"].items() if name not in _MAY_CHANGE_IN_TRAIN}
     return content
 
@@ -80,6 +86,8 @@ def claim_output(config: DistillConfig) -> None:
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             output, student = Path(config.output), Path(config.student)
+            if config.data.validation is not None:
+                warn_unless_held_out(config.data.validation, config.data.files())
             if claim(output, output, _identity(config), config.overwrite):
                 _require_same_text(config)
             _write_manifest(config, "unfinished")
@@ -131,7 +139,7 @@ def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Train
     _check_batch(config, groups)
     spec = student_spec(config)
     layout = PipelineLayout.of_student(config.parallel, spec.dims.layers)
-    fields = {**models.recompute_fields(config.parallel, spec), **_balancing(config, spec), **fp8.fields(config.fp8, device)}
+    fields = {**models.recompute_fields(config.parallel, spec), **balancing.fields(config, spec), **fp8.fields(config.fp8, device)}
     student = models.build(spec, groups, device, layout, **fields)
     wrapped = initialize.start(config, student, spec, groups)
     with contextlib.ExitStack() as undo:
@@ -152,6 +160,8 @@ def _assemble(config: DistillConfig, groups: Groups, device: Runtime, learner: _
     checkpointer = Checkpointer(Path(config.output) / "checkpoints", config.train, groups)
     state = _resume(checkpointer, student, optimizer, scheduler)
     vocab_size = spec.dims.vocab_size
+    if dist.get_rank() == 0:
+        say_long_windows(config.student, config.data.sequence_length, spec.dims.max_positions)
     training = training_stream(config, groups, device.device, vocab_size)
     validation = validation_stream(config, groups, device.device, vocab_size)
     if frozen is not None:
@@ -167,6 +177,7 @@ def _assemble(config: DistillConfig, groups: Groups, device: Runtime, learner: _
         checkpointer=checkpointer,
         metrics=Metrics(config, groups.writes_metrics, _identity_hash(config), state.step),
         speed=_speed(config, spec, frozen, device),
+        lines=StepLines(config.steps(), config.train.log_every),
     )
     return trainer, state
 
@@ -192,30 +203,18 @@ def _resume(checkpointer: Checkpointer, *parts: Any) -> TrainState:
 
 
 def student_spec(config: DistillConfig) -> models.ModelSpec:
-    """Of the student's directory, whose weights have to be there unless all are random; UserError otherwise."""
+    """Of the student's directory, whose weights have to be there unless all are random; UserError otherwise, and for a layout that a
+    MoE can not be trained in."""
     directory, dtype = Path(config.student), getattr(torch, config.dtype)
     if config.initialize == "random":
         content = read_json(directory / "config.json", "the student's Hugging Face directory with its config.json")
-        return models.ModelSpec.of(content, str(directory), dtype)
-    return models.ModelSpec.open(directory, dtype)
-
-
-def _balancing(config: DistillConfig, spec: models.ModelSpec) -> dict[str, Any]:
-    """TransformerConfig fields of the balancing losses; UserError for a `moe` block with a dense student."""
-    if config.moe is None:
-        return {}
-    if not spec.dims.experts:
-        raise UserError(f"moe block, but {config.student} is dense", "a MoE student", "remove the moe block")
-    return {
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": config.moe.aux_loss,
-        "moe_z_loss_coeff": config.moe.z_loss or None,
-    }
+        spec = models.ModelSpec.of(content, str(directory), dtype)
+    else:
+        spec = models.ModelSpec.open(directory, dtype)
+    models.require_sequence_for_experts(spec, config.parallel)
+    return spec
 
 
 def _check_batch(config: DistillConfig, groups: Groups) -> None:
-    sizes = {"batch.global": config.batch.global_}
-    if config.data.validation is not None:
-        sizes["data.validation_sequences"] = config.data.validation_sequences
-    process_groups.require_rounds(config.parallel, config.batch, sizes, groups.data_size)
+    process_groups.require_rounds(config.parallel, config.batch, groups.data_size)
     process_groups.require_sequence(config.parallel, config.data.sequence_length)

@@ -13,6 +13,7 @@ from megatron_moe2dense.checkpoint.shards import ShardWriter, TensorSpec, shards
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import MANIFEST, output_directory, read_json, write_json
+from megatron_moe2dense.families.account import require_opens
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime, weights
@@ -29,7 +30,8 @@ def run(config: ExportConfig) -> None:
     """Load the weights into a whole model and write them under their Hugging Face names.
 
     Raises:
-        UserError: no complete checkpoint at `checkpoint`; started with several processes.
+        UserError: no complete checkpoint at `checkpoint`; started with several processes; the stock class does not open what was written,
+            which is gone then.
     """
     source, content = _locate(config)
     with runtime.session("auto") as device, process_groups.initialized(ParallelConfig(), seed=0) as groups:
@@ -45,6 +47,7 @@ def run(config: ExportConfig) -> None:
             _write(chunks[0], spec, working)
             write_json(working / "config.json", _with_dtype(content, dtype))
             copy_assets(source.parents[1] / "student", working)
+            require_opens(working)
         logger.info("exported %s to %s", source, config.output)
 
 
@@ -53,6 +56,12 @@ def _write(model: models.HeadlessGPT, spec: models.ModelSpec, directory: Path) -
     specs = [TensorSpec.of(name, tensor) for name, tensor in weights.unload(model, spec)]
     with ShardWriter(directory, shards_of(specs), _QUEUE_BYTES) as writer:
         for name, tensor in weights.unload(model, spec):
+            if not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"{name} of the checkpoint has NaN or infinite values",
+                    "finite weights",
+                    "export an earlier step: checkpoint=.../step_*",
+                )
             writer.write(name, tensor.cpu())
         writer.finish()
 

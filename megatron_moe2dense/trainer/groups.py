@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -129,11 +129,12 @@ def require_world(parallel: ParallelConfig, world: int) -> None:
         )
 
 
-def require_rounds(parallel: ParallelConfig, batch: BatchConfig, sizes: Mapping[str, int], data_size: int) -> None:
-    """UserError when sequences do not come out as whole micro-batches of all ranks and, interleaved, as whole rounds of the pipeline.
+def require_rounds(parallel: ParallelConfig, batch: BatchConfig, data_size: int) -> None:
+    """UserError when the sequences of a step do not come out as whole micro-batches of all ranks and, interleaved, as whole rounds of the
+    pipeline.
 
     Args:
-        sizes: numbers of sequences by the key they are set with. data_size: ranks that read different samples.
+        data_size: ranks that read different samples.
     """
     per_round = batch.micro * data_size
     if batch.global_ % per_round:
@@ -142,13 +143,12 @@ def require_rounds(parallel: ParallelConfig, batch: BatchConfig, sizes: Mapping[
             f"batch.global a multiple of micro x ranks = {per_round}",
             "change batch.global or batch.micro",
         )
-    for name, size in sizes.items():
-        if parallel.virtual_pipeline > 1 and size % (per_round * parallel.pipeline):
-            raise UserError(
-                f"{name}={size} with parallel.virtual_pipeline={parallel.virtual_pipeline}",
-                f"micro-batches in whole rounds of the pipeline: a multiple of micro x ranks x stages = {per_round * parallel.pipeline}",
-                f"change {name}, batch.micro or parallel.virtual_pipeline",
-            )
+    if parallel.virtual_pipeline > 1 and batch.global_ % (per_round * parallel.pipeline):
+        raise UserError(
+            f"batch.global={batch.global_} with parallel.virtual_pipeline={parallel.virtual_pipeline}",
+            f"micro-batches in whole rounds of the pipeline: a multiple of micro x ranks x stages = {per_round * parallel.pipeline}",
+            "change batch.global, batch.micro or parallel.virtual_pipeline",
+        )
 
 
 def require_sequence(parallel: ParallelConfig, length: int) -> None:

@@ -11,7 +11,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
-from megatron_moe2dense.common.progress import progress
+from megatron_moe2dense.common.progress import StepLines
+from megatron_moe2dense.trainer import balancing
 from megatron_moe2dense.trainer.checkpoints.checkpointer import Checkpointer
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.data.samples import SampleStream
@@ -39,6 +40,7 @@ class Trainer:
     checkpointer: Checkpointer
     metrics: Metrics
     speed: Speed
+    lines: StepLines
 
     def close(self) -> None:
         """Flush the metrics and let the models go."""
@@ -57,10 +59,8 @@ class Trainer:
 
     def _fit(self, state: TrainState, stop: StopRequest, watchdog: Watchdog) -> bool:
         config, steps = self.config, self.config.steps()
-        bar = progress(None, "train", "step", total=steps, initial=state.step)
         while state.step < steps:
             self.advance(state)
-            bar.update()
             self._give_up_on(state)
             watchdog.reached(state.step)
             self.checkpointer.poll()
@@ -76,7 +76,6 @@ class Trainer:
                 logger.warning("asked to stop: saved step %d; the same command continues from there", state.step)
                 return False
         self.checkpointer.wait()
-        bar.close()
         return True
 
     def _due(self, step: int, every: int | None) -> bool:
@@ -96,13 +95,15 @@ class Trainer:
         """One optimizer step; those whose line is logged are measured and their collectives timed."""
         started = time.perf_counter()
         loss = self.config.resolved_loss().at(state.step / self.config.steps())
-        look_closer = self._due(state.step + 1, self.config.train.log_every)
+        look_closer = self.lines.due(state.step + 1)
         with collectives.timed() if look_closer else contextlib.nullcontext() as waited:
             batches = self.training.micro_batches(*self._samples(state.step))
             read = time.perf_counter()
             for chunk in self.models.wrapped:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
+            if self.config.moe is not None:
+                balancing.weigh(self.config.moe, self.models.student, batches, self.groups)
             result = student_pass(self.models, [loss], batches, self.groups, measure=look_closer)
             self.scheduler.step(1)
             grad_norm = update(self.optimizer, gradients(self.models.wrapped), result.means[0])
@@ -128,7 +129,7 @@ class Trainer:
         last, size = self._samples(state.step - 1)
         raise UserError(
             f"{state.skipped_in_a_row} steps in a row without a finite loss and gradient, the last is {state.step}",
-            "finite losses and gradients",
+            "finite losses and gradients, of at least one prediction that is not masked",
             f"look at the data (samples {first} to {last + size - 1}), or start a run with a lower optim.lr in another output",
         )
 
@@ -136,7 +137,7 @@ class Trainer:
         """Held-out next-token loss and, with a live teacher, what there is to say of both, written as an eval row."""
         assert self.validation is not None
         teacher = self.models.teacher.of_other_text() if self.models.teacher is not None else None
-        batches = self.validation.micro_batches(0, self.config.data.validation_sequences)
+        batches = self.validation.filled_up(self.config.data.validation_sequences)
         for chunk in self.models.student:
             chunk.eval()
         result = student_pass(replace(self.models, teacher=teacher), [], batches, self.groups, measure=True)
@@ -150,10 +151,14 @@ class Trainer:
     def _log(self, state: TrainState, facts: StepFacts) -> None:
         row = step_row(state, facts, self.speed, peak_memory_bytes())
         self.metrics.write(row)
-        if self._due(state.step, self.config.train.log_every) or facts.grad_norm is None:
+        line = self.lines.ended(state.step, always=facts.grad_norm is None)
+        if line is not None:
             norm = "skipped" if facts.grad_norm is None else f"{facts.grad_norm:.3f}"
-            speed = f"{row['tokens_per_second']:.0f}"
-            logger.info("step %d: loss %.4f, grad norm %s, lr %.2e, %s tokens/s", state.step, row["loss"], norm, facts.lr, speed)
+            speed = f"{row['tokens_per_second']:,.0f}"
+            logger.info("%s: loss %.4f, grad norm %s, lr %.2e, %s tokens/s", line, row["loss"], norm, facts.lr, speed)
+        if not facts.result.tokens:
+            first, size = self._samples(state.step - 1)
+            logger.warning("step %d: every prediction of samples %d to %d is masked, no update", state.step, first, first + size - 1)
 
     def _log_spike(self, state: TrainState, loss: float, usual: float) -> None:
         first, size = self._samples(state.step - 1)

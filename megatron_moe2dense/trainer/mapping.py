@@ -103,6 +103,11 @@ def join(kind: str, parts: Iterable[Tensor], kv_heads: int) -> Tensor:
     return torch.cat(grouped, 1).flatten(0, 1)
 
 
+def splits_heads(kind: str, dims: Dims, ranks: int) -> bool:
+    """With fewer KV heads than tensor-parallel ranks Megatron-Core cuts the joined projection anywhere, and gathers its outputs."""
+    return kind == "qkv" and dims.kv_heads < ranks
+
+
 def split(kind: str, tensor: Tensor, dims: Dims) -> list[Tensor]:
     """The inverse of `join` for a whole Megatron tensor."""
     if kind == "vocab":

@@ -141,12 +141,12 @@ def padded_vocabulary(vocab_size: int) -> int:
 
 
 def build(spec: ModelSpec, groups: Groups, runtime: Runtime, layout: PipelineLayout, **overrides: Any) -> list[HeadlessGPT]:
-    """This rank's chunks of the model, weights initialised from the seed; `overrides` are TransformerConfig fields.
+    """This rank's chunks of the model, whose weights are still to be loaded or drawn; `overrides` are TransformerConfig fields.
 
     Raises:
         UserError: the model does not divide over the parallel layout.
     """
-    require_division(spec.dims, groups.parallel)
+    require_division(spec, groups.parallel)
     fields = {**transformer_fields(spec, groups, runtime), **_pipeline_fields(layout, groups), **overrides}
     config = config_of(fields)
     return [_chunk(spec, config, groups, runtime, number) for number in range(layout.chunks)]
@@ -180,10 +180,15 @@ def _chunk(spec: ModelSpec, config: TransformerConfig, groups: Groups, runtime: 
     return model
 
 
+def family_fields(spec: ModelSpec) -> Mapping[str, Any]:
+    """The family's TransformerConfig fields."""
+    return spec.family.megatron_config(spec.class_config)
+
+
 def transformer_fields(spec: ModelSpec, groups: Groups, runtime: Runtime) -> dict[str, Any]:
     """The fields of Megatron's TransformerConfig for this model, layout and device."""
     dims, parallel = spec.dims, groups.parallel
-    family = spec.family.megatron_config(spec.class_config)
+    family = dict(family_fields(spec))
     fields: dict[str, Any] = {
         "num_layers": dims.layers,
         "hidden_size": dims.hidden_size,
@@ -195,7 +200,7 @@ def transformer_fields(spec: ModelSpec, groups: Groups, runtime: Runtime) -> dic
         "activation_func": ACTIVATIONS[family.pop("activation")],
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "init_method_std": spec.config.get("initializer_range", 0.02),
+        "init_method_std": spec.class_config["initializer_range"],
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "context_parallel_size": parallel.context,
@@ -265,15 +270,40 @@ def recompute_fields(parallel: ParallelConfig, spec: ModelSpec) -> dict[str, Any
     return {"recompute_granularity": "selective", "recompute_modules": ["mlp", *(["moe"] if spec.dims.experts else [])]}
 
 
-def require_division(dims: Dims, parallel: ParallelConfig) -> None:
-    """UserError when heads or experts do not divide over their ranks."""
+def require_division(spec: ModelSpec, parallel: ParallelConfig) -> None:
+    """UserError when heads, widths, vocabulary or experts do not divide over their ranks.
+
+    KV heads may be fewer than tensor-parallel ranks: Megatron-Core gathers the projection, and ranks that share a head have it each.
+    """
+    require_kv_heads(spec, parallel.tensor)
+    dims = spec.dims
+    of_layer = 0 if len(spec.moe_layers) == dims.layers else dims.dense_width
     wanted = {
-        "tensor": ("num_key_value_heads", dims.kv_heads, parallel.tensor),
-        "expert": ("num_experts", dims.experts, parallel.expert),
+        "num_attention_heads": ("tensor", dims.heads, parallel.tensor),
+        "num_experts": ("expert", dims.experts, parallel.expert),
+        "the FFN width": ("tensor", of_layer, parallel.tensor),
+        "the shared experts' width": ("tensor", dims.shared_width, parallel.tensor),
+        "the experts' width": ("tensor", dims.expert_width, parallel.expert_tensor),
+        "the padded vocabulary": ("tensor", padded_vocabulary(dims.vocab_size), parallel.tensor),
     }
-    for name, (what, size, parts) in wanted.items():
+    for what, (name, size, parts) in wanted.items():
         if size % parts:
             raise UserError(f"parallel.{name}: {parts} with {what} = {size}", f"a divisor of {size}", f"choose another parallel.{name}")
+
+
+def require_kv_heads(spec: ModelSpec, tensor: int) -> None:
+    """UserError when KV heads are neither shared out nor shared evenly by tensor-parallel ranks."""
+    heads, found = spec.dims.kv_heads, f"parallel.tensor: {tensor} with num_key_value_heads = {spec.dims.kv_heads}"
+    if heads % tensor and tensor % heads:
+        raise UserError(found, f"a divisor or a multiple of {heads}", "choose another parallel.tensor")
+    if heads < tensor and any(rule.megatron.endswith(".k_layernorm.weight") and rule.split == 0 for rule in spec.family.attention):
+        raise UserError(f"{found} and a norm over all heads", f"a divisor of {heads}", "choose a smaller parallel.tensor")
+
+
+def require_sequence_for_experts(student: ModelSpec, parallel: ParallelConfig) -> None:
+    """UserError for a MoE that is trained with tensor parallelism without `sequence`, which Megatron-Core's MoE layer refuses."""
+    if student.dims.experts and parallel.tensor > 1 and not parallel.sequence:
+        raise UserError(f"a MoE student with parallel.tensor {parallel.tensor}", "sequence parallelism", "set parallel.sequence=true")
 
 
 def require_whole_biases(fields: Mapping[str, Any]) -> None:

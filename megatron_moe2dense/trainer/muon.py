@@ -23,7 +23,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import Dims
 from megatron_moe2dense.trainer.config import MuonConfig
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.mapping import WeightMapping, join, split
+from megatron_moe2dense.trainer.mapping import WeightMapping, join, split, splits_heads
 from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -37,11 +37,13 @@ class Matrices:
 
     Attributes:
         kind: of the family's rule. dims: this rank's share of the heads. dim: the axis that tensor parallelism splits, None: none.
+        anywhere: it splits the parameter itself, wherever that cuts its matrices; dims are then those of the model.
     """
 
     kind: str
     dims: Dims
     dim: int | None
+    anywhere: bool = False
 
     def apart(self, tensor: Tensor) -> list[Tensor]:
         """The Hugging Face matrices, this rank's part of each."""
@@ -81,17 +83,30 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[parameter]["momentum_buffer"]
             momentum.lerp_(parameter.grad, 1 - self._settings.momentum)
             direction = parameter.grad.lerp(momentum, self._settings.momentum)
-            update = matrices.together(self._update(part, matrices.dim) for part in matrices.apart(direction))
+            update = self._of_parameter(direction, matrices)
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(update, alpha=-group["lr"])
+
+    def _of_parameter(self, direction: Tensor, matrices: Matrices) -> Tensor:
+        """This rank's part of one parameter's update."""
+        if not matrices.anywhere:
+            return matrices.together(self._update(part, matrices.dim) for part in matrices.apart(direction))
+        assert matrices.dim is not None, "what is split is split along an axis"
+        # rounded for the way as for the orthogonalisation
+        apart = matrices.apart(self._gathered(direction.to(self._dtype), matrices.dim).to(direction))
+        whole = matrices.together(self._update(part, None) for part in apart)
+        return whole.chunk(self._group.size(), matrices.dim)[self._group.rank()]
+
+    def _gathered(self, part: Tensor, dim: int) -> Tensor:
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self._group.size())]
+        dist.all_gather(parts, part.contiguous(), group=self._group)
+        return torch.cat(parts, dim)
 
     def _update(self, part: Tensor, dim: int | None) -> Tensor:
         """This rank's part of one matrix's update."""
         whole = part.to(self._dtype)
         if dim is not None:
-            parts = [torch.empty_like(whole, memory_format=torch.contiguous_format) for _ in range(self._group.size())]
-            dist.all_gather(parts, whole.contiguous(), group=self._group)
-            whole = torch.cat(parts, dim)
+            whole = self._gathered(whole, dim)
         update = orthogonal(whole, self._settings.iterations)
         own = update if dim is None else update.chunk(self._group.size(), dim)[self._group.rank()]
         return own.to(part) * (_RMS_OF_ADAMW * max(whole.shape) ** 0.5)
@@ -118,8 +133,7 @@ def beside_adamw(settings: MuonConfig, shared: OptimizerConfig, chunks: Sequence
         UserError: the model is a MoE.
     """
     spec, groups = model
-    if spec.dims.experts:
-        raise UserError("optim.muon for a MoE", "a dense student: nothing here orthogonalises experts", "drop optim.muon")
+    require_dense(spec)
     found = {parameter: matrices for chunk in chunks for parameter, matrices in _matrices(chunk.module, spec, groups)}
     others = [p for chunk in chunks for p in chunk.parameters() if p not in found]
     # Megatron-Core makes groups of what has gradients
@@ -142,6 +156,13 @@ def beside_adamw(settings: MuonConfig, shared: OptimizerConfig, chunks: Sequence
         wrapped = FP32Optimizer(muon, shared, _fresh_state)
     wrapped.grad_stats_parallel_group = adamw.get_grad_stats_parallel_group()
     return ChainedOptimizer([*adamw.chained_optimizers, wrapped])
+
+
+def require_dense(spec: ModelSpec) -> str:
+    """UserError for the matrices of a MoE."""
+    if spec.dims.experts:
+        raise UserError("optim.muon for a MoE", "a dense student: nothing here orthogonalises experts", "drop optim.muon")
+    return "Muon"
 
 
 @contextlib.contextmanager
@@ -167,7 +188,9 @@ def _matrices(chunk: HeadlessGPT, spec: ModelSpec, groups: Groups) -> Iterator[t
     for name, parameter in chunk.named_parameters():
         if is_matrix(name, parameter.dim()):
             sharded = ranks > 1 and getattr(parameter, "tensor_model_parallel", False)
-            yield parameter, Matrices(mapping.rule(name)[0].kind, own, parameter.partition_dim if sharded else None)  # type: ignore[attr-defined]
+            kind, dim = mapping.rule(name)[0].kind, parameter.partition_dim if sharded else None  # type: ignore[attr-defined]
+            anywhere = splits_heads(kind, dims, ranks)
+            yield parameter, Matrices(kind, dims if anywhere else own, dim, anywhere)
 
 
 def _fresh_state(muon: Any, config: Any = None) -> None:  # noqa: ARG001 - as Megatron-Core calls it before it loads

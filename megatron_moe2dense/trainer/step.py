@@ -40,7 +40,7 @@ class Models:
 
 @dataclass(frozen=True)
 class StepLoss:
-    """Mean over all unmasked tokens of all data-parallel ranks, the same on every rank.
+    """Mean over all unmasked tokens of all data-parallel ranks, the same on every rank; NaN when all are masked.
 
     Attributes:
         means: nats per token of every loss, the trained one first. tokens: unmasked tokens.
@@ -107,7 +107,7 @@ def _reduce(sums: list[Tensor], wanted: tuple[int, bool], groups: Groups) -> Ste
     total = torch.stack(sums).sum(0).to(device) if counts else torch.zeros(len(names) + losses + 1, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     *values, tokens = total.tolist()
-    means = [value / max(tokens, 1.0) for value in values]
+    means = [value / tokens if tokens else math.nan for value in values]
     # what every rank called NaN is unknown; a NaN of the logits shows in the student's own measures and in the loss
     measured = {name: mean for name, mean in zip(names, means, strict=False) if name in measures.ALONE or not math.isnan(mean)}
     return StepLoss(tuple(means[len(names) :]), int(tokens), measured)

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.families import Dims
+from megatron_moe2dense.tokens.indexed import say_long_windows
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import weights
 from megatron_moe2dense.trainer.config import DistillConfig
@@ -77,6 +79,8 @@ def build(config: DistillConfig, student: models.ModelSpec, groups: Groups, runt
     directory = Path(config.teacher)
     spec = models.ModelSpec.open(directory, student.dtype)
     require_same_vocabulary(spec, student)
+    if dist.get_rank() == 0:
+        say_long_windows(config.teacher, config.data.sequence_length, spec.dims.max_positions)
     overrides = {"moe_router_topk": active_experts(config.active_experts(), spec.dims)} if spec.dims.experts else {}
     chunks = models.build(spec, groups, runtime, PipelineLayout.of_teacher(groups.parallel, spec.dims.layers), **overrides)
     weights.load(chunks, spec, groups)

@@ -14,10 +14,8 @@ from megatron_moe2dense.families import WeightRule
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.disk import ReadTensor, plain_names, revert
 from megatron_moe2dense.trainer.groups import Groups
-from megatron_moe2dense.trainer.mapping import Entry, WeightMapping, join, split
+from megatron_moe2dense.trainer.mapping import Entry, WeightMapping, join, split, splits_heads
 from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec, padded_vocabulary
-
-_ROWS = 8192  # of the vocabulary, that are compared at once
 
 
 @torch.no_grad()
@@ -51,9 +49,7 @@ def _require_one_table(reader: CheckpointReader, spec: ModelSpec) -> None:
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     if not spec.dims.tied_embeddings or head not in reader.index.tensors or embedding not in reader.index.tensors:
         return
-    rows = reader.index.tensors[head].shape[0]
-    pieces = ((start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
-    if any(not reader.rows(head, 0, *piece).equal(reader.rows(embedding, 0, *piece)) for piece in pieces):
+    if not reader.equal(head, embedding):
         raise UserError(
             f"{reader.index.directory}: tie_word_embeddings is true, and {head} differs from {embedding}",
             "one table of embeddings, or a config.json that says there are two",
@@ -92,15 +88,35 @@ def _checked(value: Tensor, parameter: Tensor, where: str) -> Tensor:
 
 
 def _local(reader: CheckpointReader, entry: Entry, spec: ModelSpec, groups: Groups) -> Tensor:
-    """This rank's slice of one Megatron parameter."""
-    rule, account = entry.rule, spec.opened
-    parts, rank = _share(entry, groups)
-    if _is_stored_as_it_is(account, entry):
-        slices = [_slice(reader, name, rule, (parts, rank)) for name in files_of(account, entry)]
-    else:
-        whole = _whole(account, account.values.reader(reader, finite=False), entry)
-        slices = whole if rule.split is None else [tensor.chunk(parts, rule.split)[rank] for tensor in whole]
+    """This rank's slice of one Megatron parameter, read alone where it lies in one piece."""
+    rule, account, share = entry.rule, spec.opened, _share(entry, groups)
+    parts, _ = share
+    if rule.split is None or splits_heads(rule.kind, spec.dims, parts) or not _is_stored_as_it_is(account, entry):
+        return local_slices(_whole(account, account.values.reader(reader, finite=False), entry), entry, spec, groups)
+    slices = [_slice(reader, name, rule, share) for name in files_of(account, entry)]
     return join(rule.kind, slices, spec.dims.kv_heads // parts)
+
+
+def local_slices(whole: Sequence[Tensor], entry: Entry, spec: ModelSpec, groups: Groups) -> Tensor:
+    """This rank's slice of one Megatron parameter, from the whole matrices that it is joined from."""
+    rule, (parts, rank) = entry.rule, _share(entry, groups)
+    axis, kv_heads = rule.split, spec.dims.kv_heads
+    if axis is None:
+        return join(rule.kind, whole, kv_heads)
+    if splits_heads(rule.kind, spec.dims, parts):
+        return join(rule.kind, whole, kv_heads).chunk(parts, axis)[rank]
+    slices = []
+    for tensor in whole:
+        start, stop, step = _range(tensor.shape[axis], rule, (parts, rank))
+        slices.append(_padded(tensor.narrow(axis, start, stop - start), rule, step))
+    return join(rule.kind, slices, kv_heads // parts)
+
+
+def _range(size: int, rule: WeightRule, share: tuple[int, int]) -> tuple[int, int, int]:
+    """Of an axis of this size: first and last that the files have for a rank, and how many it holds."""
+    parts, rank = share
+    step = (padded_vocabulary(size) if rule.kind == "vocab" else size) // parts
+    return min(rank * step, size), min((rank + 1) * step, size), step
 
 
 def _is_stored_as_it_is(account: Account, entry: Entry) -> bool:
@@ -111,13 +127,14 @@ def _is_stored_as_it_is(account: Account, entry: Entry) -> bool:
 
 
 def _slice(reader: CheckpointReader, name: str, rule: WeightRule, share: tuple[int, int]) -> Tensor:
-    (parts, rank), axis = share, rule.split
-    if axis is None:
-        return reader.tensor(name)
-    size = reader.index.tensors[name].shape[axis]
-    step = (padded_vocabulary(size) if rule.kind == "vocab" else size) // parts
-    rows = reader.rows(name, axis, min(rank * step, size), min((rank + 1) * step, size))
-    return _pad_rows(rows, step) if rule.kind == "vocab" else rows
+    assert rule.split is not None, "others are read whole"
+    start, stop, step = _range(reader.index.tensors[name].shape[rule.split], rule, share)
+    return _padded(reader.rows(name, rule.split, start, stop), rule, step)
+
+
+def _padded(rows: Tensor, rule: WeightRule, count: int) -> Tensor:
+    """With zero rows for the padded end of the vocabulary."""
+    return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])]) if rule.kind == "vocab" else rows
 
 
 def _whole(account: Account, read: ReadTensor, entry: Entry) -> list[Tensor]:
@@ -144,11 +161,6 @@ def _stored(model: HeadlessGPT) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     names = model.state_dict().keys()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in names)
-
-
-def _pad_rows(rows: Tensor, count: int) -> Tensor:
-    """Zero rows for the padded end of the vocabulary."""
-    return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
 
 
 def unload(model: HeadlessGPT, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,7 @@ from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import CalibratedStats
 from megatron_moe2dense.surgery.types import NeuronPlan
 from megatron_moe2dense.tokens.config import TokensConfig
-from megatron_moe2dense.tokens.indexed import windows
+from megatron_moe2dense.tokens.indexed import Limits, windows
 from studies.beyond.section import Row, Section, evaluated, runs
 from studies.report import markdown
 
@@ -95,7 +95,7 @@ def _chosen(layer: object) -> Callable[[np.ndarray], np.ndarray]:
 def _diversity(model: Path) -> float:
     """exp(entropy of the eigenvalues) of the correlations between the inputs of the down projections, mean over layers."""
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    text = torch.from_numpy(windows(TokensConfig(path=HELD_OUT, sequence_length=256, sequences=64), dense.config.vocab_size))
+    text = torch.from_numpy(windows(TokensConfig(path=HELD_OUT, sequence_length=256, sequences=64), Limits(dense.config.vocab_size)))
     grams: dict[int, torch.Tensor] = {}
 
     def watch(number: int) -> Callable[..., None]:

@@ -131,5 +131,5 @@ def test_text_for_no_question_and_tokens_of_another_tokenizer_are_refused(exampl
     write_tokens(tmp_path / "wide", 500, vocab=5000)
     with pytest.raises(UserError, match="not one question of 32"):
         local_task.run(config(example, tmp_path / "t", data=str(tmp_path / "short")))
-    with pytest.raises(UserError, match="tokens below 2048"):
+    with pytest.raises(UserError, match="tokens from 0 to below 2048"):
         local_task.run(config(example, tmp_path / "u", data=str(tmp_path / "wide")))

@@ -14,7 +14,7 @@ from megatron_moe2dense.evals import perplexity
 from megatron_moe2dense.evals.models import load_model
 from megatron_moe2dense.evals.perplexity import Loaded, measure
 from megatron_moe2dense.tokens.config import TokensConfig
-from megatron_moe2dense.tokens.indexed import TokenFile, windows
+from megatron_moe2dense.tokens.indexed import Limits, TokenFile, windows
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 
 TOKENS_NS = np.random.default_rng(3).integers(0, 256, (7, 24))
@@ -67,7 +67,7 @@ def test_with_a_stride_the_last_tokens_of_overlapping_windows_count_as_in_a_plai
             kl += (log_p[position - 1].exp() * (log_p[position - 1] - log_q[position - 1])).sum().item()
             counted += 1
     config = TokensConfig(path=str(tmp_path / "text"), sequence_length=24, sequences=None)
-    found = measure(load(directories["student"]), windows(config, 256, stride), 3, load(directories["teacher"]), stride)
+    found = measure(load(directories["student"]), windows(config, Limits(256), stride), 3, load(directories["teacher"]), stride)
     assert found.positions == counted == 7 * stride
     assert found.nll == pytest.approx(nll / counted, rel=1e-5)
     assert found.kl == pytest.approx(kl / counted, rel=1e-5)

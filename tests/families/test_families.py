@@ -40,6 +40,7 @@ def test_sizes_are_those_of_the_transformers_config(family: str, options: dict[s
         "heads": config.num_attention_heads,
         "kv_heads": config.num_key_value_heads,
         "head_dim": getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None) or 16,
+        "value_dim": getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None) or 16,
         "vocab_size": config.vocab_size,
         "max_positions": config.max_position_embeddings,
         "tied_embeddings": config.tie_word_embeddings,

@@ -52,6 +52,22 @@ def test_several_rankings_have_figures_of_their_own(tmp_path):
     assert "f/expert_use_do_acp.svg" in facts["writes"]
 
 
+def test_a_ranking_of_the_same_statistics_shows_their_use_once(tmp_path):
+    shares = np.array([[0.5, 0.75, 0.5, 0.25], [1.0, 0.5, 0.25, 0.25]])
+    folder, content = write_statistics(tmp_path / "stats", 100 * shares), ranking(2, 4)
+    for layer, share in zip(content["layers"], shares, strict=True):
+        layer["selected_fraction"] = share.tolist()
+    (folder / "ranking.json").write_text(json.dumps(content))
+    assert figures_of(folder) == ["expert_scores", "score_spectra", "expert_use"]
+    content["layers"][1]["selected_fraction"] = shares[0].tolist()  # of other statistics
+    (folder / "ranking.json").write_text(json.dumps(content))
+    assert figures_of(folder) == ["expert_scores", "score_spectra", "expert_use", "selection_share"]
+
+
+def figures_of(folder: Path) -> list[str]:
+    return [Path(path).stem for path in plot.dry_run(PlotConfig(records=[str(folder)], output="f"))["writes"][::2]]
+
+
 def test_a_ranking_without_token_shares_has_scores_alone(tmp_path):
     content = ranking()
     for layer in content["layers"]:

@@ -53,10 +53,21 @@ def test_directions_that_are_not_there_are_not_drawn():
 def test_scores_are_sorted_and_relative_to_the_best_of_the_layer():
     content = ranking()
     axes = score_spectra(content).axes[0]
-    for line, layer in zip(axes.lines[:-1], content["layers"], strict=True):
+    for line, layer in zip(axes.lines[::2], content["layers"], strict=True):
         expected = np.sort(layer["scores"])[::-1] / max(layer["scores"])
         np.testing.assert_allclose(line.get_ydata(), expected)
-    assert set(axes.lines[-1].get_xdata()) == {content["keep"] + 0.5}
+
+
+def test_the_dots_are_the_experts_that_are_kept_wherever_their_scores_stand():
+    content = ranking()
+    axes = score_spectra(content).axes[0]
+    for dots, layer in zip(axes.lines[1::2], content["layers"], strict=True):
+        scores = layer["scores"]
+        ranks = sorted(1 + sum(other > scores[expert] for other in scores) for expert in layer["experts"])
+        assert ranks == [1, len(scores)], "the fixture keeps the best and the worst, as a set method may"
+        assert dots.get_xdata().tolist() == ranks
+        np.testing.assert_allclose(dots.get_ydata(), [1.0, min(scores) / max(scores)])
+    assert "dots: the 2 kept" in axes.get_title(loc="left")
 
 
 def test_cosine_maps_show_the_cosines_of_every_layer_without_the_diagonal():

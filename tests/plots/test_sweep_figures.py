@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 from megatron_moe2dense.cli import main
 from megatron_moe2dense.common import records
@@ -44,6 +45,21 @@ def test_a_heat_map_cell_is_the_kl_of_its_configuration():
     np.testing.assert_allclose(panels[1].images[0].get_array(), [[1.71, 1.61], [2.71, 2.61]])  # sf, cp x anchor, round_robin
     missing = heat_maps([row for row in rows if row["point"] != 1])
     assert np.isnan(np.ma.filled(missing.axes[2].images[0].get_array(), np.nan)[0, 0])
+
+
+def test_the_best_cell_can_be_read_on_its_colour():
+    for panel in (axes for axes in heat_maps(sweep_rows()).axes if axes.images):
+        [written] = panel.texts
+        image = panel.images[0]
+        column, row = (int(place) for place in written.xy)
+        background = _luminance(image.cmap(image.norm(image.get_array()[row, column])))
+        lighter, darker = sorted((background, _luminance(to_rgb(written.get_color()))), reverse=True)
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5, "WCAG 2.1 AA"
+
+
+def _luminance(colour: tuple[float, ...]) -> float:
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in colour[:3]]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
 
 def test_a_curve_is_the_mean_over_the_other_axes():

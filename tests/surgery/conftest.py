@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,19 +32,3 @@ def statistics(moe: Path, tokens: str, tmp_path_factory: pytest.TempPathFactory)
 def calibration(source: Path, tokens: str, output: Path) -> list[str]:
     """The arguments of a small calibration."""
     return [f"source={source}", f"output={output}", f"data.path={tokens}", f"data.sequence_length={SEQUENCE}"]
-
-
-@pytest.fixture
-def user_error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must end as a UserError (exit 2, found / expected / do, no traceback); returns the message."""
-
-    def run(*arguments: str) -> str:
-        with pytest.raises(SystemExit) as caught:
-            main(list(arguments))
-        message = capsys.readouterr().err
-        assert caught.value.code == 2
-        assert all(part in message for part in ("found:", "expected:", "do:"))
-        assert "Traceback" not in message
-        return message
-
-    return run

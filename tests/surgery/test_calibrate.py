@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from megatron_moe2dense.cli import main
 from megatron_moe2dense.surgery.stats import STATISTICS, CalibratedStats
 from megatron_moe2dense.tokens.config import TokensConfig
-from megatron_moe2dense.tokens.indexed import windows
+from megatron_moe2dense.tokens.indexed import Limits, windows
 from tests.families.every import tiny_checkpoint
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 from tests.surgery.conftest import SEQUENCE, calibration
@@ -76,7 +76,7 @@ def test_statistics_equal_an_independent_float64_computation(dtype: str, rtol: f
     path = tiny_qwen3_moe(tmp_path / "moe", norm_topk_prob=renormalise)
     main(["calibrate", *calibration(path, tokens, tmp_path / "stats"), f"dtype={dtype}", "batch_tokens=100"])
     found = CalibratedStats.open(tmp_path / "stats")
-    expected = reference(path, windows(TokensConfig(path=tokens, sequence_length=SEQUENCE), 256))
+    expected = reference(path, windows(TokensConfig(path=tokens, sequence_length=SEQUENCE), Limits(256)))
     assert list(found.layers) == [0, 1, 2, 3]
     for stats, sums in zip(found.layers.values(), expected, strict=True):
         assert set(stats.sums) == set(STATISTICS)
@@ -87,7 +87,7 @@ def test_statistics_equal_an_independent_float64_computation(dtype: str, rtol: f
 
 
 def test_statistics_add_up_over_batches(moe: Path, statistics: Path, tokens: str, tmp_path: Path):
-    stream = windows(TokensConfig(path=tokens, sequence_length=SEQUENCE), 256)
+    stream = windows(TokensConfig(path=tokens, sequence_length=SEQUENCE), Limits(256))
     parts = []
     for number, part in enumerate((stream[:7], stream[7:])):
         prefix = write_tokens(tmp_path / f"part{number}", part.flatten(), 256)

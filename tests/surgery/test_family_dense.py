@@ -16,7 +16,7 @@ from megatron_moe2dense.cli import main
 from megatron_moe2dense.families import FAMILIES
 from megatron_moe2dense.surgery.grouping import groupers
 from megatron_moe2dense.tokens.config import TokensConfig
-from megatron_moe2dense.tokens.indexed import windows
+from megatron_moe2dense.tokens.indexed import Limits, windows
 from tests.helpers.tiny_models import as_mxfp4, tiny, write_tokens
 from tests.surgery.conftest import SEQUENCE, calibration
 
@@ -198,7 +198,7 @@ def test_the_factor_of_a_gated_shared_expert_is_the_least_squares_one(tokens: st
     path = tiny("qwen2_moe", tmp_path / "moe")
     plan = json.loads((dense_of(path, tokens, tmp_path) / "plan.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
-    tokens_BS = torch.from_numpy(windows(TokensConfig(path=tokens, sequence_length=SEQUENCE), 256))
+    tokens_BS = torch.from_numpy(windows(TokensConfig(path=tokens, sequence_length=SEQUENCE), Limits(256)))
     seen: dict[int, torch.Tensor] = {}
     for number, layer in enumerate(model.model.layers):
         layer.mlp.register_forward_hook(lambda _m, inputs, _o, number=number: seen.update({number: inputs[0].flatten(0, 1)}))

@@ -1,14 +1,11 @@
-"""Shares of variance against a plain two-way table, the Pareto front, the live table."""
+"""Shares of variance against a plain two-way table, the Pareto front."""
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from megatron_moe2dense.sweep.live import LiveTable
 from megatron_moe2dense.sweep.summary import pareto, summarise, summary_table, variance_explained
 
 
@@ -43,15 +40,3 @@ def test_a_main_effect_is_mean_and_spread_over_the_other_axes():
 def test_the_front_holds_what_nothing_beats_in_size_and_perplexity():
     rows = [row(0, "a", "u", 5.0, 100), row(1, "b", "u", 4.0, 100), row(2, "c", "u", 6.0, 200), row(3, "d", "u", 1.0, 300)]
     assert [found["model"] for found in pareto(rows)] == ["b u", "d u"]
-
-
-def test_the_live_table_is_drawn_on_a_terminal_and_logged_elsewhere(caplog: pytest.LogCaptureFixture):
-    screen = io.StringIO()
-    with LiveTable(9, Console(file=screen, force_terminal=True, width=120)) as live:
-        live.update(dict(enumerate(ROWS)))
-    assert "4 of 9 plans" in screen.getvalue()
-    assert "sf uniform" in screen.getvalue()
-    with LiveTable(9, Console(file=io.StringIO())) as live, caplog.at_level("INFO", "megatron_moe2dense"):
-        live.update(dict(enumerate(ROWS)))
-    assert "4 of 9 plans" in caplog.text
-    assert "best sf uniform" in caplog.text

@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.tokens.config import TokensConfig
-from megatron_moe2dense.tokens.indexed import TokenFile, TokenFileWriter, windows, write_token_file
+from megatron_moe2dense.tokens.indexed import Limits, TokenFile, TokenFileWriter, windows, write_token_file
 
 DOCUMENTS = [np.array([5, 6, 7]), np.array([1]), np.arange(200)]
 
@@ -146,7 +146,7 @@ def test_windows_are_the_stream_cut_without_overlap_or_gap(tmp_path):
     prefix = str(tmp_path / "a")
     write_token_file(prefix, DOCUMENTS, 2048)
     stream = np.concatenate(DOCUMENTS)
-    cut = windows(window_config(prefix, sequence_length=10, sequences=None), 2048)
+    cut = windows(window_config(prefix, sequence_length=10, sequences=None), Limits(2048))
     assert cut.shape == (20, 10)
     assert cut.dtype == np.int64
     assert np.array_equal(cut.reshape(-1), stream[:200])
@@ -156,9 +156,9 @@ def test_the_dropped_tail_is_said(tmp_path, caplog):
     prefix = str(tmp_path / "a")
     write_token_file(prefix, DOCUMENTS, 2048)
     with caplog.at_level("INFO", "megatron_moe2dense"):
-        windows(window_config(prefix, sequence_length=10, sequences=None), 2048)
+        windows(window_config(prefix, sequence_length=10, sequences=None), Limits(2048))
         assert "the last 4 tokens" in caplog.text
-        windows(window_config(prefix, sequence_length=10, sequences=50), 2048)
+        windows(window_config(prefix, sequence_length=10, sequences=50), Limits(2048))
         assert "20 windows of 10 tokens, fewer than the 50 asked for" in caplog.text
 
 
@@ -167,7 +167,7 @@ def test_chosen_windows_depend_on_the_seed_alone_and_keep_their_order(tmp_path):
     write_token_file(prefix, [np.arange(2000)], 2048)
 
     def chosen(seed: int) -> list[int]:
-        return list(windows(window_config(prefix, sequence_length=10, sequences=20, seed=seed), 2048)[:, 0] // 10)
+        return list(windows(window_config(prefix, sequence_length=10, sequences=20, seed=seed), Limits(2048))[:, 0] // 10)
 
     assert chosen(1) == chosen(1) == sorted(set(chosen(1)))
     assert len(chosen(1)) == 20
@@ -177,9 +177,9 @@ def test_chosen_windows_depend_on_the_seed_alone_and_keep_their_order(tmp_path):
 def test_a_token_outside_the_vocabulary_is_a_user_error(tmp_path):
     prefix = str(tmp_path / "a")
     write_token_file(prefix, [np.arange(100)], 2048)
-    windows(window_config(prefix, sequence_length=10), 100)
+    windows(window_config(prefix, sequence_length=10), Limits(100))
     with pytest.raises(UserError, match=r"(?s)token 99.*vocabulary of 99"):
-        windows(window_config(prefix, sequence_length=10), 99)
+        windows(window_config(prefix, sequence_length=10), Limits(99))
 
 
 @pytest.mark.parametrize("documents", [[np.arange(9)], []])
@@ -187,4 +187,4 @@ def test_less_than_one_window_is_a_user_error(tmp_path, documents):
     prefix = str(tmp_path / "a")
     write_token_file(prefix, documents, 2048)
     with pytest.raises(UserError, match="at least sequence_length=10"):
-        windows(window_config(prefix, sequence_length=10), 2048)
+        windows(window_config(prefix, sequence_length=10), Limits(2048))

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,24 @@ class StockRun:
     directory: Path
 
 
+@dataclass(frozen=True)
+class Balance:
+    """Balancing losses of a MoE: their coefficients, and samples in a micro-batch, of which each is a mean."""
+
+    aux_loss: float
+    z_loss: float
+    micro: int
+
+
 def train(
-    student_dir: Path, teacher_dir: Path | None, steps: Sequence[Samples], rates: tuple[float, float | None], directory: Path
+    models: tuple[Path, Path | None, Balance | None], steps: Sequence[Samples], rates: tuple[float, float | None], directory: Path
 ) -> StockRun:
-    """All samples of a step in one batch; clip 1.0, weight decay 0.1 on matrices. rates: AdamW's, and Muon's where it takes part.
+    """All samples of a step in one batch; clip 1.0, weight decay 0.1 on matrices. models: student, teacher, balancing losses.
+    rates: AdamW's, and Muon's where it takes part.
 
     Raises AssertionError where rounding, which differs between CPUs and layouts, could choose an expert: no tolerance covers that.
     """
+    student_dir, teacher_dir, balance = models
     student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32) if teacher_dir is not None else None
     optimizers, losses, norms = [optimizer(student, rates[0])] if rates[1] is None else muon_and_adamw(student, *rates), [], []
@@ -53,7 +65,7 @@ def train(
         assert margin > LEAST_MARGIN, f"two experts are equal but for {margin:.1e} at step {number}: take another text"
         student.zero_grad()
         step_loss = loss(student, teacher, samples)
-        step_loss.backward()
+        (step_loss + (balancing(student, samples, balance) if balance else 0.0)).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item())
         losses.append(step_loss.item())
         gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in student.named_parameters()}
@@ -115,6 +127,18 @@ def loss(student: PreTrainedModel, teacher: PreTrainedModel | None, samples: Sam
         loss_T = torch.nn.functional.kl_div(logits.log_softmax(-1), target, log_target=True, reduction="none").sum(-1)
     mask_T = samples.mask.flatten()
     return (loss_T * mask_T).sum() / mask_T.sum()
+
+
+def balancing(student: PreTrainedModel, samples: Samples, wanted: Balance) -> Tensor:
+    """Mean over micro-batches of the sum over layers: the Switch Transformer's load balancing (stock's is top-k times it), and the mean
+    square of the logsumexp of the router's logits."""
+    total, batches = torch.zeros(()), samples.tokens.split(wanted.micro)
+    for tokens in batches:
+        for logits_TE in student(input_ids=tokens, output_router_logits=True).router_logits:
+            chosen = student.config.num_experts_per_tok
+            total = total + wanted.aux_loss * load_balancing_loss_func((logits_TE,), logits_TE.shape[1], chosen) / chosen
+            total = total + wanted.z_loss * logits_TE.logsumexp(-1).square().mean()
+    return total / len(batches)
 
 
 def _save(model: PreTrainedModel, tensors: dict[str, Tensor], directory: Path) -> None:

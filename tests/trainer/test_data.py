@@ -14,53 +14,26 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import write_json
-from megatron_moe2dense.tokens.indexed import write_token_file
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import runtime
-from megatron_moe2dense.trainer.config import DistillConfig, ParallelConfig
+from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.data.datasets import Reading, identity
 from megatron_moe2dense.trainer.data.samples import Batch, Samples, SampleStream, training_stream
 from megatron_moe2dense.trainer.groups import Groups
 from tests.helpers.tiny_models import write_tokens
+from tests.trainer.streams import CPU, LENGTH, blend, config, documents, samples
 
 pytestmark = pytest.mark.slow
 
-CPU = torch.device("cpu")
-END, PAD, LENGTH = 7, 3, 8
+END, PAD = 7, 3
 
 
 @pytest.fixture(scope="module")
 def groups() -> Iterator[Groups]:
     with runtime.session("cpu"), process_groups.initialized(ParallelConfig(), seed=0) as groups:
         yield groups
-
-
-def config(tmp_path: Path, steps: int = 6, size: int = 4, **data: Any) -> DistillConfig:
-    if not {"path", "blend"} & set(data):
-        data["path"] = write_tokens(tmp_path / "tokens", np.arange(24 * LENGTH + 1), vocab=500)
-    settings = {
-        "student": str(tmp_path),
-        "teacher": None,
-        "output": str(tmp_path / "run"),
-        "data": {"sequence_length": LENGTH, **data},
-        "batch": {"micro": 1, "global": size},
-        "train": {"steps": steps},
-    }
-    return build(DistillConfig, settings, "the test")
-
-
-def blend(tmp_path: Path) -> list[dict[str, Any]]:
-    """Three files of 40, 20 and 10 samples; the tokens of each begin at their own thousand."""
-    sizes, weights = (40, 20, 10), (0.6, 0.3, 0.1)
-    paths = [write_tokens(tmp_path / f"source{i}", np.arange(n * LENGTH + 1) + 1000 * i, vocab=4000) for i, n in enumerate(sizes)]
-    return [{"path": path, "weight": weight} for path, weight in zip(paths, weights, strict=True)]
-
-
-def samples(stream: SampleStream, steps: int, size: int) -> list[tuple[int, ...]]:
-    return [tuple(row.tolist()) for step in range(steps) for batch in stream.micro_batches(step * size, size) for row in batch.tokens]
 
 
 def test_one_pass_reads_every_token_once_shuffled(tmp_path: Path, groups: Groups):
@@ -76,7 +49,9 @@ def test_one_pass_reads_every_token_once_shuffled(tmp_path: Path, groups: Groups
 
 def test_a_second_pass_must_be_asked_for(tmp_path: Path, groups: Groups):
     assert len(training_stream(config(tmp_path), groups, CPU, 500)) == 24
-    assert len(training_stream(config(tmp_path, epochs=2), groups, CPU, 500)) >= 48
+    with pytest.raises(UserError, match=r"24 samples of 8 tokens in 1 pass.*\n.*28 samples.*\n.*data.epochs=2"):
+        training_stream(config(tmp_path, 7), groups, CPU, 500)
+    assert len(training_stream(config(tmp_path, 7, epochs=2), groups, CPU, 500)) == 48
 
 
 @pytest.mark.parametrize("kind", ["path", "blend", "two passes"])
@@ -121,11 +96,6 @@ def test_another_seed_is_another_order(tmp_path: Path, groups: Groups):
     found, expected = (samples(training_stream(item, groups, CPU, 500), 6, 4) for item in (other, settings))
     assert found != expected
     assert set(found) == set(expected)
-
-
-def documents(tmp_path: Path, *texts: list[int]) -> str:
-    write_token_file(str(tmp_path / "documents"), [np.asarray(text) for text in texts], 500)
-    return str(tmp_path / "documents")
 
 
 def masked_places(batches: list[Batch]) -> dict[tuple[int, int], float]:

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.trainer import distill, initialize, runtime, weights
-from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
-from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.pipeline import PipelineLayout
+from megatron_moe2dense.trainer.mapping import WeightMapping
 from tests.helpers.tiny_models import tiny, without_routing
-
-
-def begun(directory: Path, how: str, seed: int = 0, dtype: str = "float32") -> dict[str, torch.Tensor]:
-    """The Hugging Face tensors of the student that a run starts with."""
-    settings: dict[str, Any] = {"student": str(directory), "teacher": None, "output": str(directory / "run"), "initialize": how}
-    config = DistillConfig(**settings, data={"path": "tokens"}, train={"steps": 1, "seed": seed}, dtype=dtype)  # type: ignore[arg-type]
-    with runtime.session("cpu") as device, process_groups.initialized(config.parallel, seed) as groups:
-        spec = distill.student_spec(config)
-        chunks = models.build(spec, groups, device, PipelineLayout.of_student(config.parallel, spec.dims.layers))
-        initialize.start(config, chunks, spec, groups)
-        return {name: tensor.clone() for name, tensor in weights.unload(chunks[0], spec)}
-
+from tests.trainer.starts import begun
 
 DENSE: dict[str, dict[str, Any]] = {
     "qwen3": {},
@@ -60,11 +46,8 @@ def test_the_checkpoint_around_random_ffns_is_still_required(tmp_path: Path):
         begun(directory, "random_ffn")
 
 
-def test_a_norm_fused_into_the_ffn_is_not_random():
-    block = nn.Module()
-    block.mlp = nn.Module()
-    block.mlp.linear_fc1 = linear = nn.Linear(2, 2)
-    linear.register_parameter("layer_norm_weight", nn.Parameter(torch.ones(2)))
-    model: Any = nn.ModuleDict({"layers": nn.ModuleList([block])})  # named as Transformer Engine's layer spec names it
-    found = initialize.ffn_weights([model])
-    assert {id(weight) for weight in found} == {id(linear.weight), id(linear.bias)}
+def test_a_norm_fused_into_the_ffn_is_not_random(tmp_path: Path):
+    """Transformer Engine's layer spec names it as a part of the FFN; the draw goes by the name that the family's table has first."""
+    spec = models.ModelSpec.of(json.loads((tiny("qwen3", tmp_path / "model") / "config.json").read_text()), "the test", torch.float32)
+    rule, _ = WeightMapping(spec).rule("decoder.layers.0.mlp.linear_fc1.layer_norm_weight")
+    assert ".mlp." not in rule.megatron

@@ -119,7 +119,7 @@ def test_flops_are_those_of_the_matrix_products_of_stock_transformers(tmp_path: 
     """Counted by torch in a stock forward pass of one sequence; attention there is not halved for being causal."""
     length = 32
     counted = {}
-    for family in ("qwen3", "qwen3_moe"):
+    for family in ("qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3"):
         directory = tiny(family, tmp_path / family)
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
@@ -128,10 +128,11 @@ def test_flops_are_those_of_the_matrix_products_of_stock_transformers(tmp_path: 
             model(input_ids=torch.zeros(1, length, dtype=torch.long))
         spec = ModelSpec.of(model.config.to_dict(), "the test", torch.float32)
         dims = spec.dims
-        not_attended = 2 * dims.layers * dims.heads * dims.head_dim * (length - 1)  # per token: the half above the diagonal
+        widths = dims.head_dim + getattr(model.config, "v_head_dim", dims.head_dim)
+        not_attended = dims.layers * dims.heads * widths * (length - 1)  # per token: the half above the diagonal
         counted[family] = forward_flops(spec, length)
         assert counter.get_total_flops() / length == pytest.approx(counted[family] + not_attended, rel=1e-6), family
         if dims.experts:
             router_and_more = forward_flops(spec, length, active=4) - counted[family]
-            assert router_and_more == 2 * (4 - 2) * 3 * dims.hidden_size * dims.expert_width * dims.layers
+            assert router_and_more == 2 * (4 - 2) * 3 * dims.hidden_size * dims.expert_width * len(spec.moe_layers)
             assert training_flops(spec, spec, length, active=4) == 3 * counted[family] + counted[family] + router_and_more

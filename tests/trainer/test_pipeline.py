@@ -86,11 +86,6 @@ def of_run(parallel: dict[str, Any], **changed: Any) -> DistillConfig:
     ("parallel", "changed", "message"),
     [
         ({"pipeline": 2, "virtual_pipeline": 2}, {"batch": {"micro": 1, "global": 3}}, "batch.global=3 with parallel.virtual_pipeline=2"),
-        (
-            {"pipeline": 2, "virtual_pipeline": 2},
-            {"data": {"validation_sequences": 5}},
-            "data.validation_sequences=5 with parallel.virtual_pipeline=2",
-        ),
         ({"context": 2}, {"data": {"sequence_length": 6}}, "a multiple of 4"),
         ({"context": 2, "tensor": 4, "sequence": True}, {"data": {"sequence_length": 12}}, "a multiple of 8"),
         ({"tensor": 4, "sequence": True}, {"data": {"sequence_length": 6}}, "a multiple of 4"),

@@ -67,7 +67,7 @@ REFUSED = {
     "tokens of another tokenizer": ({"data__path": "{root}/other tokenizer"}, "token 399"),
     "text shorter than a sample": ({"data__path": "{root}/short"}, "more than one sample of 32"),
     "too little text for the steps": ({"train__steps": 3}, "12 samples, its share of the run"),
-    "validation that does not divide": ({"data__validation": "{root}/tokens", "data__validation_sequences": 3}, "a multiple of"),
+    "validation longer than its text": ({"data__validation": "{root}/tokens", "data__validation_sequences": 50}, "at most"),
     "a batch that does not divide": ({"batch__global": 3}, "a multiple of micro x ranks = 2"),
     "processes that do not fit the layout": ({"parallel__tensor": 2}, "1 processes"),
     "a path and a blend": ({"data__blend": "[{path: a, weight: 1}, {path: b, weight: 1}]"}, "exactly one of path and blend"),

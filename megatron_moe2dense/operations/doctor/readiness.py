@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from megatron_moe2dense.operations import dry_run
 from megatron_moe2dense.operations.doctor.machine import Gpu, free_disk, free_memory
 from megatron_moe2dense.operations.doctor.packages import Finding, version
 from megatron_moe2dense.operations.plan.job import fewest_processes
+from megatron_moe2dense.tokens.held_out import ADVICE, not_held_out
 from megatron_moe2dense.tokens.indexed import TokenFile
 from megatron_moe2dense.trainer import distill, runtime, teacher
 from megatron_moe2dense.trainer import groups as process_groups
@@ -44,6 +46,7 @@ def judge(config: DistillConfig, resources: Resources) -> list[Finding]:
         "metrics": lambda: _metrics(config),
     }
     rows = [_checked(name, check) for name, check in checks.items()]
+    rows += _held_out(config)
     if any(row.level == "error" for row in rows):
         return rows
     return [*rows, _checked("vocabulary", lambda: _vocabulary(config)), *_room(config, world, resources)]
@@ -71,7 +74,7 @@ def _layout(config: DistillConfig, world: int, resources: Resources) -> str:
         raise
     data = world // (parallel.tensor * parallel.pipeline * parallel.context)
     process_groups.require_sequence(parallel, config.data.sequence_length)
-    process_groups.require_rounds(parallel, config.batch, {"batch.global": config.batch.global_}, data)
+    process_groups.require_rounds(parallel, config.batch, data)
     return f"{world}: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} x data {data}"
 
 
@@ -118,6 +121,14 @@ def _text(config: DistillConfig) -> str:
             f"{tokens} tokens, {config.data.epochs} epochs", f"{needed} for {config.steps()} steps", "add text, or shorten the run"
         )
     return f"{tokens} tokens in {len(files)} files, {needed} are trained on"
+
+
+def _held_out(config: DistillConfig) -> list[Finding]:
+    """A warning for a validation file that is training text; files that can't be read are `_text`'s to name."""
+    with contextlib.suppress(UserError):
+        said = config.data.validation and not_held_out(config.data.validation, config.data.files())
+        return [Finding("held-out text", said, "warning", ADVICE)] if said else []
+    return []
 
 
 def _fp8(config: DistillConfig) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_moe2dense.operations.plan.job import Job, family_fields
-from megatron_moe2dense.trainer.model import ModelSpec
+from megatron_moe2dense.operations.plan.job import Job
+from megatron_moe2dense.trainer.model import ModelSpec, family_fields
 
 _FLOAT, _INDEX = 4, 8
 
@@ -52,14 +52,15 @@ def _attention_bytes(job: Job, spec: ModelSpec) -> float:
     """Grouped-query attention: QKV, queries and keys after norm and rotation, output, and one float32 a head (log-sum-exp).
 
     T (2 (q + 2 k) + [q norm] q + (q + k) + q) e / t: values are a view of QKV, queries before their norm are a copy unless the rank has
-    one group alone. The plain modules also keep the normed queries and keys in float32, cosines and sines; under context parallelism
-    keys and values of the whole sequence.
+    one group alone. Ranks that share a KV head keep the QKV of all, gathered. The plain modules also keep the normed queries and keys in
+    float32, cosines and sines; under context parallelism keys and values of the whole sequence.
     """
     dims, tensor, e = spec.dims, job.parallel.tensor, job.element
     fields = family_fields(spec)
-    heads, kv_heads = dims.heads // tensor, dims.kv_heads // tensor
+    heads, kv_heads = dims.heads // tensor, max(1, dims.kv_heads // tensor)
     q, k = heads * dims.head_dim, kv_heads * dims.head_dim
-    kept = (q + 2 * k) * e + (q + k) * e + q * e + _FLOAT * heads
+    projected = q + 2 * k if dims.kv_heads >= tensor else (dims.heads + 2 * dims.kv_heads) * dims.head_dim
+    kept = projected * e + (q + k) * e + q * e + _FLOAT * heads
     norm = bool(fields.get("qk_layernorm") or fields.get("qk_norm_over_heads"))
     if norm and job.kernels:
         kept += (q if kv_heads > 1 else 0) * e + _FLOAT * (heads + kv_heads)

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_moe2dense.operations.plan.job import Job, Which, family_fields
+from megatron_moe2dense.operations.plan.job import Job, Which
 from megatron_moe2dense.operations.plan.parameters import buffers, chunks
-from megatron_moe2dense.trainer.model import ModelSpec
+from megatron_moe2dense.trainer.model import ModelSpec, family_fields
 
 Kind = Literal["TP", "PP", "DP", "EP", "CP", "KL"]
 Phase = Literal["student", "teacher", "update"]
@@ -148,6 +148,11 @@ def _layer(job: Job, which: Which, spec: ModelSpec, has_experts: bool) -> Iterat
             yield end.traffic("reduce-scatter", forward + trains)
         else:
             yield end.traffic("all-reduce", forward + trains)
+    if dims.kv_heads < job.parallel.tensor:  # ranks share KV heads: what they project is gathered
+        projected = _End(job, which, job.tokens * (dims.heads + 2 * dims.kv_heads) * dims.head_dim * job.element)
+        yield projected.traffic("all-gather", 1 + again_all)
+        if trains:
+            yield projected.traffic("reduce-scatter")
     yield from _context(job, which, spec, 1 + again_all)
     if has_experts:
         yield from _experts(job, which, spec, 1 + again_ffn)
@@ -157,7 +162,7 @@ def _context(job: Job, which: Which, spec: ModelSpec, forward: int) -> Iterator[
     """Keys and values. Plain modules gather them over the context-parallel ranks and reduce-scatter their gradients; Transformer Engine
     passes them round a ring (Liu et al. 2023, arXiv:2310.01889): C - 1 times forward, with their gradients twice as much backward."""
     dims, fields, ranks = spec.dims, family_fields(spec), job.parallel.context
-    width = 2 * dims.kv_heads * dims.head_dim
+    width = 2 * max(dims.kv_heads, job.parallel.tensor) * dims.head_dim  # ranks that share a head have it each
     if fields.get("multi_latent_attention"):
         width = dims.heads * (dims.head_dim + fields["v_head_dim"])
     local = job.tokens * width // job.parallel.tensor * job.element

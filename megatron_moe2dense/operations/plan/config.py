@@ -11,12 +11,14 @@ from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, Fp8Con
 from megatron_moe2dense.trainer.data.config import TrainDataConfig
 from megatron_moe2dense.trainer.losses import Loss, losses
 
+_NODE = 8  # SXM parts come so many to a node
+
 
 class HardwareConfig(Config):
     """The machine."""
 
     gpu: Literal["H100", "H200", "B200", "A100"] = key("H100", "kind of GPU: the SXM part of that name")
-    gpus: int = key(8, "GPUs of a node", "GPUs", gt=0)
+    gpus: int = key(8, "GPUs of a node; more than 8 with nodes: 1 are nodes of 8", "GPUs", gt=0)
     nodes: int = key(1, "nodes", "nodes", gt=0)
     network: float | None = key(None, "bandwidth between nodes, of each GPU and direction; null: as in the vendor's DGX", "bytes/s", gt=0)
     price: float | None = key(
@@ -24,6 +26,24 @@ class HardwareConfig(Config):
     )
     efficiency: float = key(0.36, "share of the data sheet's rates, FLOP/s and bytes/s alike, that a run reaches", "fraction", gt=0, le=1)
     reserve: float = key(0.08, "share of the GPU's memory kept free for fragmentation", "fraction", ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _whole_nodes(self) -> HardwareConfig:
+        if self.gpus > _NODE and (self.nodes > 1 or self.gpus % _NODE):
+            raise ValueError(f"gpus: {self.gpus}, but a node has at most {_NODE}: give nodes of {_NODE}, or their total with nodes: 1")
+        return self
+
+    def on_node(self) -> int:
+        """GPUs of a node."""
+        return min(self.gpus, _NODE)
+
+    def nodes_in_all(self) -> int:
+        """However they were given."""
+        return self.world() // self.on_node()
+
+    def world(self) -> int:
+        """GPUs in all."""
+        return self.gpus * self.nodes
 
 
 class TextConfig(Config):
@@ -81,7 +101,7 @@ class PlanConfig(Config):
 
     def world(self) -> int:
         """GPUs in all."""
-        return self.hardware.gpus * self.hardware.nodes
+        return self.hardware.world()
 
 
 def _without(raw: dict[str, Any], names: set[str]) -> dict[str, Any]:

@@ -78,13 +78,13 @@ class Machine:
         with g GPUs on a node sends g rings through g network cards at once; an all-to-all sends each GPU's remote part through its own.
         """
         stride, ranks = _stride(job, traffic), traffic.ranks
-        on_node = min(ranks, max(1, self.config.gpus // stride))
+        on_node = min(ranks, max(1, self.config.on_node() // stride))
         share = (ranks - 1) / ranks
-        crosses = (ranks - 1) * stride >= self.config.gpus
+        crosses = (ranks - 1) * stride >= self.config.on_node()
         rate = self.gpu.nvlink * self.config.efficiency
         between = self.network * self.config.efficiency
         if traffic.operation == "send":
-            return traffic.payload / (between if stride * ranks > self.config.gpus else rate)
+            return traffic.payload / (between if stride * ranks > self.config.on_node() else rate)
         if traffic.operation == "all-to-all":
             remote = (ranks - on_node) / ranks if crosses else 0.0
             return traffic.payload * max(remote / between, (share - remote) / rate)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.trainer import model as models
-from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
-from megatron_moe2dense.trainer.groups import require_rounds, require_sequence, require_world
+from megatron_moe2dense.trainer.config import ParallelConfig
+from megatron_moe2dense.trainer.layout import Layout
 from megatron_moe2dense.trainer.losses import Loss
 from megatron_moe2dense.trainer.model import ModelSpec
 from megatron_moe2dense.trainer.pipeline import PipelineLayout
@@ -19,31 +16,21 @@ Which = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True)
-class Job:
-    """One run.
+class Job(Layout):
+    """One run, and besides its layout:
 
     Attributes:
-        teacher: None without a live one. active: experts a token of the teacher, None: its own number.
-        length: tokens of a sequence. world: processes.
         kernels: Transformer Engine's layers and kernels (GPU), else the plain modules of `runtime` (CPU).
         overlap: gradients are reduced behind the backward pass. fp8: the student's layers multiply in FP8.
-        muon: the matrices of the student's layers are Muon's.
         experts_split: tensor parallel size inside an expert, where it is not the trainer's own choice.
         memo: parameters and buffers found so far, shared by the jobs that `dataclasses.replace` makes of this one.
     """
 
     student: ModelSpec
-    teacher: ModelSpec | None
-    active: int | None
-    parallel: ParallelConfig
-    batch: BatchConfig
-    length: int
-    world: int
     loss: Loss
     kernels: bool = True
     overlap: bool = True
     fp8: bool = False
-    muon: bool = False
     experts_split: int | None = None
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -56,11 +43,6 @@ class Job:
     def element(self) -> int:
         """Bytes of a value in the compute type."""
         return self.student.dtype.itemsize
-
-    @property
-    def data(self) -> int:
-        """Ranks that read different samples."""
-        return self.world // (self.parallel.tensor * self.parallel.pipeline * self.parallel.context)
 
     @property
     def shards(self) -> int:
@@ -137,37 +119,3 @@ class Job:
 def fewest_processes(parallel: ParallelConfig) -> int:
     """That make whole groups of every kind."""
     return math.lcm(parallel.tensor * parallel.pipeline * parallel.context, parallel.pipeline * parallel.expert)
-
-
-def family_fields(spec: ModelSpec) -> Mapping[str, Any]:
-    """The family's TransformerConfig fields."""
-    return spec.family.megatron_config(spec.class_config)
-
-
-def require_layout(job: Job) -> None:
-    """UserError for what the trainer would refuse: sizes that do not divide, micro-batches that do not come out, ..."""
-    parallel = job.parallel
-    require_world(parallel, job.world)
-    for which in job.models():
-        spec = job.spec(which)
-        models.require_division(spec.dims, parallel)
-        job.pipeline_layout(which)
-        _require_attention(spec, parallel)
-    if job.student.dims.experts and parallel.tensor > 1 and not parallel.sequence:
-        # Megatron-Core's MoE layer, in training
-        raise UserError(f"a MoE student with parallel.tensor {parallel.tensor}", "sequence parallelism", "set parallel.sequence=true")
-    require_sequence(parallel, job.length)
-    require_rounds(parallel, job.batch, {"batch.global": job.batch.global_}, job.data)
-
-
-def _require_attention(spec: ModelSpec, parallel: ParallelConfig) -> None:
-    fields = family_fields(spec)
-    if parallel.context > 1 and fields.get("cp_comm_type") == "a2a" and spec.dims.kv_heads % (parallel.tensor * parallel.context):
-        raise UserError(
-            f"parallel.context {parallel.context} with {spec.dims.kv_heads} KV heads, windows or sinks",
-            "KV heads that divide by tensor x context",
-            "choose another parallel.context",
-        )
-    if spec.dims.experts:
-        parts = {"add_bias_linear": fields["add_bias_linear"], "expert_tensor_parallel_size": parallel.expert_tensor}
-        models.require_whole_biases({**parts, "tensor_model_parallel_size": parallel.tensor})

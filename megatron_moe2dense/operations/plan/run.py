@@ -19,8 +19,8 @@ from megatron_moe2dense.operations.plan.job import Job
 from megatron_moe2dense.operations.plan.search import Verdict, judge, search
 from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
 from megatron_moe2dense.trainer.flops import training_flops
+from megatron_moe2dense.trainer.layout import answers, refuse
 from megatron_moe2dense.trainer.model import ModelSpec
-from megatron_moe2dense.trainer.teacher import active_experts, require_same_vocabulary
 
 _LAYOUT = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "recompute")
 _DAY = 86_400
@@ -63,17 +63,13 @@ def decide(config: PlanConfig) -> tuple[list[Verdict], Counter[str]]:
 
 
 def job_of(config: PlanConfig) -> Job:
-    """The run, on one process per GPU; UserError when student and teacher do not go together."""
+    """The run, on one process per GPU; UserError when student and teacher go together in no layout."""
     dtype = getattr(torch, config.dtype)
     active = config.teacher_routing.active if config.teacher_routing else None
     teacher = config.teacher if config.teacher_cache is None else None
     loss, student = config.resolved_loss(), model_spec(config.student, dtype)
     frozen = model_spec(teacher, dtype) if teacher is not None else None
-    if frozen is not None:
-        require_same_vocabulary(frozen, student)
-        if frozen.dims.experts:
-            active_experts(active, frozen.dims)
-    return Job(
+    job = Job(
         student=student,
         teacher=frozen,
         active=active,
@@ -88,6 +84,9 @@ def job_of(config: PlanConfig) -> Job:
         fp8=config.fp8 is not None,
         muon=config.optim.muon is not None,
     )
+    if config.parallel is None:  # else the layout is judged with them
+        refuse(answers(job.of_models()))
+    return job
 
 
 def model_spec(place: str, dtype: torch.dtype) -> ModelSpec:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.operations.plan import memory, timing
 from megatron_moe2dense.operations.plan.hardware import Machine
-from megatron_moe2dense.operations.plan.job import Job, require_layout
+from megatron_moe2dense.operations.plan.job import Job
 from megatron_moe2dense.operations.plan.memory import Memory
 from megatron_moe2dense.operations.plan.timing import StepTime
 from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
+from megatron_moe2dense.trainer.layout import answers, refuse
 
 _STAGES, _CHUNKS, _MICRO = (1, 2, 4, 8, 16), (1, 2, 4), (1, 2, 4, 8)
 # Fewer tokens of a sequence on a rank make context parallelism a poor choice (ours).
@@ -41,8 +42,8 @@ class Verdict:
 
 
 def judge(job: Job, machine: Machine) -> Verdict:
-    """Memory and time of a layout; UserError when the trainer would refuse it."""
-    require_layout(job)
+    """Memory and time of a layout; UserError with all that the trainer would refuse."""
+    refuse(answers(job.questions()))
     return Verdict(job, {stage: memory.of_stage(job, stage) for stage in job.stages()}, timing.step_time(job, machine))
 
 
@@ -55,10 +56,9 @@ def search(start: Job, machine: Machine, micro: int | None) -> tuple[list[Verdic
     found, left_out = [], Counter[str]()
     for parallel, batch in _candidates(start, machine, micro):
         job = dataclasses.replace(start, parallel=parallel, batch=batch)
-        try:
-            require_layout(job)
-        except UserError as error:
-            left_out[error.do] += 1
+        refused = next((answer for _, answer in answers(job.of_layout()) if isinstance(answer, UserError)), None)
+        if refused is not None:
+            left_out[refused.do] += 1
             continue
         fits = next(_fitting(job, machine), None)
         if fits is None:
@@ -79,7 +79,7 @@ def _fitting(job: Job, machine: Machine) -> Iterator[tuple[Job, dict[int, Memory
 
 def _candidates(start: Job, machine: Machine, micro: int | None) -> Iterator[tuple[ParallelConfig, BatchConfig]]:
     """Tensor parallelism inside a node, with sequence parallelism; experts over ranks where a model has them."""
-    world, tensors = start.world, _powers(min(machine.config.gpus, start.student.dims.heads))
+    world, tensors = start.world, _powers(min(machine.config.on_node(), start.student.dims.heads))
     contexts = _powers(max(1, start.length // _LEAST_TOKENS))
     experts = max(start.spec(which).dims.experts for which in start.models())
     for tensor in tensors:

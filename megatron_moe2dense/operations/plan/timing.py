@@ -8,7 +8,7 @@ from megatron_moe2dense.operations.plan import communication
 from megatron_moe2dense.operations.plan.communication import Traffic
 from megatron_moe2dense.operations.plan.hardware import Machine
 from megatron_moe2dense.operations.plan.job import Job, Which
-from megatron_moe2dense.trainer.flops import forward_flops, training_flops
+from megatron_moe2dense.trainer.flops import attention_flops, forward_flops, training_flops
 
 _BOTH: tuple[Which, ...] = ("student", "teacher")
 
@@ -70,7 +70,7 @@ def flops_of_rank(job: Job, which: Which, stage: int, matrices: float = 1.0) -> 
     dims = spec.dims
     head = 2.0 * dims.vocab_size * dims.hidden_size
     active = job.active if which == "teacher" else None
-    scores = 2.0 * dims.heads * dims.head_dim * (job.length + 1)
+    scores = attention_flops(dims, job.length)
     layer = scores + matrices * ((forward_flops(spec, job.length, active) - head) / dims.layers - scores)
     passes = 3 if which == "student" else 1
     again = 0.0

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
-from megatron_moe2dense.common.progress import progress
+from megatron_moe2dense.common.progress import Progress
 from megatron_moe2dense.surgery.calibrate import Job, require_finite
 from megatron_moe2dense.surgery.prune_dense.source import DenseSource, Shape
 from megatron_moe2dense.surgery.stats import LayerStats
@@ -117,7 +117,7 @@ def measure(source: DenseSource, windows_BS: np.ndarray, compute: Compute, job: 
     """
     resume, count = job.resume, source.dims.layers
     sums = {layer: resume.sums(layer) for layer in range(resume.start)}
-    with CheckpointReader(source.index) as reader, progress(None, "calibrate", unit="layer", total=count, initial=resume.start) as bar:
+    with CheckpointReader(source.index) as reader, Progress("calibrate", "layer", count, done=resume.start, each=True) as shown:
         model = StreamedModel(source, reader, compute)
         importance = Importance(source, model.layers)
         for hidden in model.run(windows_BS, None, resume.place, resume.start):
@@ -126,7 +126,7 @@ def measure(source: DenseSource, windows_BS: np.ndarray, compute: Compute, job: 
                 done = hidden.layer - 1
                 sums[done] = job.ranks.sum(importance.take())
                 resume.finish_layer(done, sums[done], hidden)
-                bar.update()
+                shown.reached(hidden.layer)
             if hidden.layer == count:
                 for x_BSD in hidden:
                     importance.observe_norm(model.final_norm(x_BSD))

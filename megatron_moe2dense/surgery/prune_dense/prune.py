@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe2dense.surgery.calibrate import Job, chosen_compute, compute_facts, data_facts
+from megatron_moe2dense.surgery.inspect import left_out_line
 from megatron_moe2dense.surgery.prune_dense.config import PruneDenseConfig
 from megatron_moe2dense.surgery.prune_dense.importance import choose, measure
 from megatron_moe2dense.surgery.prune_dense.shape import target_shape
@@ -30,7 +31,7 @@ def run(config: PruneDenseConfig) -> None:
     with joined() as ranks:
         source = DenseSource.open(config.source)
         shape = target_shape(source, config.target)
-        windows_BS = windows(config.data, source.dims.vocab_size)
+        windows_BS = windows(config.data, source.dims)
         compute = chosen_compute(config, ranks)
         share_BS = ranks.share(windows_BS, compute.batch)
         facts = {"source": source.facts(), "data": data_facts(windows_BS), "compute": compute_facts(compute, ranks)}
@@ -46,13 +47,15 @@ def run(config: PruneDenseConfig) -> None:
             sizes = ", ".join(f"{name} {value}" for name, value in chosen.items())
             before, after = source.parameters(source.shape), source.parameters(shape)
             print(f"{output}: {after:,} of {before:,} parameters, {_nbytes(source, shape) / 1e6:,.1f} MB\n{sizes}")
+            if source.account.left_out:
+                print(left_out_line(source.account.left_out_facts(), source.spec.name))
 
 
 def dry_run(config: PruneDenseConfig) -> dict[str, Any]:
     """The shape, what would be read and written (bytes), the FLOPs and the memory (bytes)."""
     source = DenseSource.open(config.source)
     shape, dims = target_shape(source, config.target), source.dims
-    windows_BS = windows(config.data, dims.vocab_size)
+    windows_BS = windows(config.data, dims)
     ranks = Ranks(0, int(os.environ.get("WORLD_SIZE", "1")))
     compute = chosen_compute(config, ranks)
     element = compute.dtype.itemsize
@@ -64,6 +67,7 @@ def dry_run(config: PruneDenseConfig) -> dict[str, Any]:
     hidden = ranks.share(windows_BS, compute.batch).size * dims.hidden_size * element
     return {
         "source": source.facts(),
+        "left_out": source.account.left_out_facts(),
         "shape": dataclasses.asdict(shape),
         "parameters": {"source": source.parameters(source.shape), "output": source.parameters(shape)},
         "data": data_facts(windows_BS),

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES, Dims, FamilySpec, family_of
+from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.stock import Stock
 
 
@@ -47,15 +48,14 @@ class AxesOf:
 
 @dataclass(frozen=True)
 class DenseSource:
-    """An opened dense checkpoint of a family whose axes are known."""
+    """An opened dense checkpoint of a family whose axes are known. account: of its tensors."""
 
-    index: CheckpointIndex
+    account: Account
     spec: FamilySpec
-    stock: Stock
 
     @classmethod
     def open(cls, directory: str | Path) -> DenseSource:
-        """Read headers and check all tensors against config.json.
+        """Read headers and check all tensors against what the stock class holds.
 
         Raises:
             UserError: a family that can not be pruned, damaged files, tensors missing, unknown, quantised or of another shape.
@@ -70,32 +70,17 @@ class DenseSource:
             known = [name for name, other in FAMILIES.items() if other.axes is not None]
             do = "convert it first: `moe2dense convert` makes a MoE dense" if spec.router else "prune a model of one of these"
             raise UserError(f"{index.directory}: a {spec.name} model", f"a dense model: {', '.join(known)}", do)
-        source = cls(index, spec, Stock.of(index.config, str(index.directory / "config.json")))
-        source._check()
-        return source
+        return cls(Account.of(index, Stock.of(index.config, str(index.directory / "config.json"))), spec)
 
     @property
     def dims(self) -> Dims:
         """Its sizes."""
-        return self.stock.dims
+        return self.account.stock.dims
 
-    def _check(self) -> None:
-        needed = [name for name in self.tensors if not name.endswith(".bias")]
-        if self.dims.tied_embeddings:
-            needed.remove("lm_head.weight")
-        self.index.require(needed)
-        for name, info in self.index.tensors.items():
-            if name not in self.tensors:
-                raise UserError(
-                    f"{self.index.directory}: {name}",
-                    f"only the tensors of a {self.spec.name} model of {self.dims.layers} layers, unquantised",
-                    "check that config.json and the weights are of the same model; dequantise it first",
-                )
-            self.index.require_shape(name, self.sizes(self.tensors[name], self.shape))
-            if info.dtype not in ("BF16", "F16", "F32", "F64"):
-                raise UserError(
-                    f"{self.index.directory}: {name} is quantised ({info.dtype})", "floating-point weights", "dequantise it first"
-                )
+    @property
+    def index(self) -> CheckpointIndex:
+        """The opened files."""
+        return self.account.index
 
     @cached_property
     def tensors(self) -> dict[str, AxesOf]:
@@ -154,7 +139,7 @@ class DenseSource:
             layers: numbers of the source's layers that stay.
         """
         config = self.index.config
-        types = self.stock.config.layer_types if "layer_types" in config or config.get("use_sliding_window") else None
+        types = self.account.stock.config.layer_types if "layer_types" in config or config.get("use_sliding_window") else None
         kinds = {} if types is None else {"layer_types": [types[layer] for layer in layers]}
         # with head_dim, which hidden_size no longer tells
         return {**config, **dataclasses.asdict(shape), "head_dim": self.dims.head_dim, **kinds}

@@ -18,6 +18,7 @@ from megatron_moe2dense.checkpoint.shards import ShardWriter, TensorSpec, shards
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import write_json, write_text
 from megatron_moe2dense.common.progress import progress
+from megatron_moe2dense.families.account import require_opens
 from megatron_moe2dense.surgery.prune_dense.importance import Kept, KeptLayer
 from megatron_moe2dense.surgery.prune_dense.source import AxesOf, DenseSource, Shape
 from megatron_moe2dense.surgery.written import Written
@@ -52,7 +53,7 @@ def write_pruned(source: DenseSource, kept: Kept, shape: Shape, working: Path, s
     """Fill `working`: weights, config.json, kept.json, tokenizer files.
 
     Raises:
-        UserError: a NaN or infinite weight that stays; a full disk.
+        UserError: a NaN or infinite weight that stays; a full disk; the stock class does not open what was written, which is gone then.
     """
     steps = steps_of(source, shape)
     shards = shards_of([spec for step in steps for _, spec in step], shard_bytes)
@@ -60,7 +61,7 @@ def write_pruned(source: DenseSource, kept: Kept, shape: Shape, working: Path, s
     content = [source.fingerprint, hashlib.sha256(chosen.encode()).hexdigest()]
     written = Written.find(working, content, shards, len(steps))
     with CheckpointReader(source.index) as reader, ShardWriter(working, shards, _QUEUE) as writer:
-        for number in progress(range(written.done, len(steps)), "prune", unit="layer", initial=written.done, total=len(steps)):
+        for number in progress(range(written.done, len(steps)), "write", "part", len(steps), done=written.done, each=True):
             for part in _slices(source, kept, steps[number]):
                 _copy(reader, writer, part)
             writer.mark(written.reached(number + 1))
@@ -69,6 +70,7 @@ def write_pruned(source: DenseSource, kept: Kept, shape: Shape, working: Path, s
     write_json(working / "config.json", source.smaller_config(shape, layers))
     write_text(working / KEPT_FILE, chosen + "\n")
     copy_assets(source.index.directory, working)
+    require_opens(working)
     written.remove()
 
 

@@ -50,7 +50,7 @@ def parallel(refits: Sequence[Refit]) -> None:
     first = refits[0]
     at: dict[int, list[_Layer]] = {}
     states = StreamedModel(first.source, first.reader, first.compute).run(first.share[0], _Inputs(refits, at), first.place("teacher"))
-    for hidden in progress(states, "refit", unit="layer", total=first.source.dims.layers):
+    for hidden in progress(states, "refit", "layer", first.source.dims.layers, each=True, reached=lambda hidden: hidden.layer):
         require_finite(hidden, first.source)
         hidden.forget_others()
         done = [begun.finish() for begun in at.pop(hidden.layer - 1, [])]
@@ -109,7 +109,7 @@ class Refit:
         student = _Student(self.source, self.reader, self.compute)
         student.begin(self.share[0], self.place("student"))
         next(teacher)
-        for wanted in progress(teacher, "refit", unit="layer", total=self.source.dims.layers):
+        for wanted in progress(teacher, "refit", "layer", self.source.dims.layers, each=True):
             require_finite(wanted, self.source)
             wanted.forget_others()
             layer = wanted.layer - 1

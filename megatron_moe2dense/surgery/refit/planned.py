@@ -159,7 +159,7 @@ def _compute(settings: RefitConfig, data: TokensConfig, ranks: Ranks) -> Compute
 
 
 def _text(data: TokensConfig, source: MoeSource, settings: RefitConfig) -> np.ndarray:
-    windows_NS = windows(data, source.dims.vocab_size)
+    windows_NS = windows(data, source.dims)
     if (settings.ridge == "auto" or settings.reconstruct is not None) and len(windows_NS) < 2:
         asked = "refit.ridge=auto" if settings.ridge == "auto" else "refit.reconstruct"
         raise UserError(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_moe2dense.common.progress import progress
+from megatron_moe2dense.common.progress import Progress
 from megatron_moe2dense.trainer.cache.files import CacheFacts, write_shard
 from megatron_moe2dense.trainer.data.samples import Samples
 from megatron_moe2dense.trainer.groups import Groups
@@ -45,7 +45,7 @@ class Filler:
     def fill(self, missing: Sequence[int]) -> None:
         """Write these shards; on every rank alike, each data-parallel rank one of them at a time."""
         ranks = self.groups.data_size
-        with progress(None, "cache", "sample", total=sum(len(self.facts.shard(number)) for number in missing)) as bar:
+        with Progress("cache", "sample", sum(len(self.facts.shard(number)) for number in missing)) as shown:
             for first in range(0, len(missing), ranks):
                 numbers = missing[first : first + ranks]
                 longest = max(len(self.facts.shard(number)) for number in numbers)
@@ -54,7 +54,8 @@ class Filler:
                 targets = self._targets(self.facts.shard(mine), longest)
                 if targets and self.groups.data_rank < len(numbers):
                     write_shard(self.directory, mine, targets, self.facts.store)
-                bar.update(sum(len(self.facts.shard(number)) for number in numbers))
+                done = sum(len(self.facts.shard(number)) for number in numbers)
+                shown.update(done, done * self.facts.data["sequence_length"])
 
     def _targets(self, shard: range, longest: int) -> list[TopKTarget]:
         """One target a sample of the shard, on the rank that writes them; an empty list elsewhere. Micro-batches for `longest` samples."""

@@ -57,9 +57,9 @@ def _conditions(config: DistillConfig, facts: CacheFacts, vocab_size: int) -> It
     """(what, in the cache, in the run, what to do) of everything that does not fit."""
     again = "write the cache with the data and seed of this run"
     wanted, needed = identity(config.data, config.train.seed), config.steps() * config.batch.global_
-    for name in ("sequence_length", "epochs", "seed"):
-        if facts.data[name] != wanted[name]:
-            yield name, facts.data[name], wanted[name], again
+    for name in ("sequence_length", "epochs", "seed", "order"):
+        if facts.data.get(name) != wanted.get(name):
+            yield name, facts.data.get(name), wanted.get(name), again
     if facts.data["sources"] != wanted["sources"]:
         yield "text", _short(facts.data["sources"]), _short(wanted["sources"]), again
     if facts.vocab_size != vocab_size:

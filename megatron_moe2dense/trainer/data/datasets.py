@@ -1,11 +1,12 @@
 """Token files as Megatron-Core datasets: one GPTDataset for each file, a BlendedDataset over several.
 
-Sample n depends on the files, weights, passes, sequence length and seed, not on how many samples a run reads: the blend takes
-the source that is furthest behind its weight, and each source is shuffled as a whole.
+Sample n depends on the files, weights, sequence length and seed, not on how many samples a run reads: the blend takes the source that is
+furthest behind its weight, and each pass over a source is shuffled as a whole, the next one anew.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,21 +15,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.helpers_cpp import build_blending_indices
 from megatron.core.datasets.utils import normalize
+from torch.utils.data import Dataset
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.tokens.indexed import TokenFile
+from megatron_moe2dense.tokens.indexed import TokenFile, require_vocabulary
 from megatron_moe2dense.trainer.data.config import StreamConfig, TrainDataConfig
 
 # How many tokens, or document ends, of a file are looked at before training, to notice another tokenizer.
 _SAMPLED_TOKENS, _SAMPLED_DOCUMENTS = 4_000_000, 10_000
 # An id that no token has.
 _NO_TOKEN = -2
+_ORDER = "one pass after the other"
 
 
 @dataclass(frozen=True)
@@ -73,28 +75,57 @@ def _end_of_document(data: TrainDataConfig, model: Mapping[str, Any]) -> int:
     return named
 
 
-def training_dataset(reading: Reading, needed: int | None) -> GPTDataset | BlendedDataset:
+class Passes(Dataset):
+    """Passes over one token file, one after the other: none begins before the last has read everything. Of a last part of a pass, the
+    samples are random ones. (Megatron-Core itself shuffles the samples of all passes as one pool.)
+
+    Attributes:
+        datasets: one a pass, of the same length.
+    """
+
+    def __init__(self, datasets: list[GPTDataset]):
+        self.datasets = datasets
+        # what BlendedDataset asks for
+        self.config, self.index_split = datasets[0].config, datasets[0].index_split
+        self.unique_identifiers = {"class": "Passes", "passes": [dataset.unique_identifiers for dataset in datasets]}
+
+    def __len__(self) -> int:
+        return sum(map(len, self.datasets))
+
+    def __getitem__(self, number: int) -> Any:
+        which, place = divmod(int(number), len(self.datasets[0]))
+        return self.datasets[which][place]
+
+
+def training_dataset(reading: Reading, needed: int | None) -> Passes | BlendedDataset:
     """The samples of `reading.data`, at least `needed` of them (None: one file, all it has).
 
     Raises:
         UserError: files missing or of another tokenizer; a source with fewer samples than its share.
     """
-    sources, passes = reading.data.sources(), reading.data.epochs
-    datasets = [one_file(source.path, reading, passes) for source in sources]
-    if len(datasets) == 1:
-        _require(sources[0].path, len(datasets[0]), len(datasets[0]) if needed is None else needed, reading)
-        return datasets[0]
+    sources, epochs = reading.data.sources(), reading.data.epochs
+    firsts = [one_pass(source.path, reading) for source in sources]
+    if len(sources) == 1:
+        return _passes(sources[0].path, firsts[0], epochs * len(firsts[0]) if needed is None else needed, reading)
     assert needed is not None, "a blend is as long as it is asked to be"
     weights = normalize([source.weight for source in sources])
     drawn, number = np.zeros(needed, np.int16), np.zeros(needed, np.int64)
     build_blending_indices(drawn, number, np.asarray(weights), len(weights), needed, False)
-    for source, dataset, share in zip(sources, datasets, np.bincount(drawn, minlength=len(datasets)), strict=True):
-        _require(source.path, len(dataset), int(share), reading)
+    shares = np.bincount(drawn, minlength=len(sources)).tolist()
+    datasets = [_passes(source.path, first, share, reading) for source, first, share in zip(sources, firsts, shares, strict=True)]
     blend = BlendedMegatronDatasetBuilder.build_generic_dataset(
         BlendedDataset, lambda: True, True, datasets, weights, needed, datasets[0].config
     )
     assert isinstance(blend, BlendedDataset)
     return blend
+
+
+def _passes(path: str, first: GPTDataset, needed: int, reading: Reading) -> Passes:
+    """As many passes as hold `needed` samples; UserError for more than `data.epochs`."""
+    _require(path, len(first) * reading.data.epochs, needed, reading)
+    later = [one_pass(path, reading, number) for number in range(1, -(-needed // len(first)))]
+    assert all(len(each) == len(first) for each in later)
+    return Passes([first, *later])
 
 
 def _require(path: str, found: int, needed: int, reading: Reading) -> None:
@@ -107,8 +138,8 @@ def _require(path: str, found: int, needed: int, reading: Reading) -> None:
         )
 
 
-def one_file(prefix: str, reading: Reading, passes: int) -> GPTDataset:
-    """`passes` over one token file.
+def one_pass(prefix: str, reading: Reading, number: int = 0) -> GPTDataset:
+    """A pass over one token file, in an order of its own by its number.
 
     Raises:
         UserError: files missing, damaged, shorter than a sample, of another tokenizer, or without end-of-document tokens to mask.
@@ -117,7 +148,7 @@ def one_file(prefix: str, reading: Reading, passes: int) -> GPTDataset:
     if len(file.tokens) <= length:
         raise UserError(f"{prefix}: {len(file.tokens)} tokens", f"more than one sample of {length}", "use more text or shorter sequences")
     looked_at = file.tokens[:: max(1, len(file.tokens) // _SAMPLED_TOKENS)]
-    require_vocabulary(prefix, torch.tensor([int(looked_at.min()), int(looked_at.max())]), reading.vocab_size)
+    require_vocabulary(prefix, int(looked_at.min()), int(looked_at.max()), reading.vocab_size)
     if reading.end_of_document is not None:
         _require_ends(file, reading.end_of_document)
     # GPTDataset asks its tokenizer for identity and special tokens alone. Padding is masked by SampleStream: Megatron would show the
@@ -126,7 +157,7 @@ def one_file(prefix: str, reading: Reading, passes: int) -> GPTDataset:
     identity = {"vocab_size": reading.vocab_size}
     tokenizer: Any = SimpleNamespace(unique_identifiers=identity, vocab_size=reading.vocab_size, eod=end, pad=-1)
     settings = GPTDatasetConfig(
-        random_seed=reading.seed,
+        random_seed=_seed_of(reading.seed, number),
         sequence_length=length,
         blend_per_split=[([prefix], None), None, None],
         tokenizer=tokenizer,
@@ -137,22 +168,15 @@ def one_file(prefix: str, reading: Reading, passes: int) -> GPTDataset:
         path_to_cache=str(reading.index),
         mid_level_dataset_surplus=0.0,
     )
-    samples = None if passes == 1 else (len(file.tokens) - 1) // length * passes  # None: one pass over the text
-    sizes: Any = [samples, None, None]
+    sizes: Any = [None, None, None]  # None: one pass over the text
     dataset, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, settings).build()
     assert isinstance(dataset, GPTDataset)
     return dataset
 
 
-def require_vocabulary(where: str, tokens: torch.Tensor, vocab_size: int) -> None:
-    """UserError when a token is no number of the vocabulary."""
-    lowest, highest = int(tokens.min()), int(tokens.max())
-    if lowest < 0 or highest >= vocab_size:
-        raise UserError(
-            f"{where}: token {lowest if lowest < 0 else highest}",
-            f"tokens from 0 to below the model's vocabulary of {vocab_size}",
-            "tokenise the text with the model's own tokenizer (`moe2dense data`)",
-        )
+def _seed_of(seed: int, number: int) -> int:
+    """Of a pass; the first has the run's own."""
+    return seed if number == 0 else int.from_bytes(hashlib.sha256(f"{seed} pass {number}".encode()).digest()[:4], "little")
 
 
 def _require_ends(file: TokenFile, end: int) -> None:
@@ -172,7 +196,10 @@ def identity(data: StreamConfig, seed: int) -> dict[str, Any]:
     """What decides which tokens sample n has: content of the sources and their shares, sequence length, passes, seed; not their paths."""
     sources = data.sources()
     weights = normalize([source.weight for source in sources])
+    # several passes were once one pool, which such a record does not say
+    order = {"order": _ORDER} if data.epochs > 1 else {}
     return {
+        **order,
         "sources": [
             {"fingerprint": TokenFile.open(source.path).fingerprint(), "weight": round(weight, 12)}
             for source, weight in zip(sources, weights, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,13 @@ from torch import Tensor
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import read_json
+from megatron_moe2dense.tokens.indexed import require_vocabulary
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.data.datasets import Reading, one_file, require_vocabulary, training_dataset
+from megatron_moe2dense.trainer.data.datasets import Passes, Reading, one_pass, training_dataset
 from megatron_moe2dense.trainer.groups import Groups
+
+# Of the draw of held-out sequences: runs are compared on the same ones, whatever their train.seed.
+VALIDATION_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Batch:
 class Samples:
     """A dataset and how it was made."""
 
-    dataset: GPTDataset | BlendedDataset
+    dataset: GPTDataset | Passes | BlendedDataset
     reading: Reading
 
     def __len__(self) -> int:
@@ -53,7 +58,8 @@ class Samples:
         tokens, labels, mask, positions = (
             torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask", "position_ids")
         )
-        require_vocabulary(f"sample among {list(numbers)}", torch.cat([tokens[:, :1], labels], 1), self.reading.vocab_size)
+        lowest, highest = (int(part) for part in torch.cat([tokens[:, :1], labels], 1).aminmax())
+        require_vocabulary(f"sample among {list(numbers)}", lowest, highest, self.reading.vocab_size)
         if self.reading.pad is not None:
             mask = mask.masked_fill((tokens == self.reading.pad) | (labels == self.reading.pad), 0.0)
         return Batch(*(part.to(device) for part in (tokens, labels, mask, positions)), samples=tuple(numbers))
@@ -86,6 +92,20 @@ class SampleStream:
         starts = range(first_sample + self._groups.data_rank * self._micro, first_sample + count, per_round)
         return [self._samples.batch(range(start, start + self._micro), self.device) for start in starts]
 
+    def filled_up(self, count: int) -> list[Batch]:
+        """This rank's micro-batches for the first `count` samples, in whole rounds of all ranks and, interleaved, of the pipeline: what is
+        missing is sample 0 again, with every prediction masked."""
+        parallel = self._groups.parallel
+        unit = self._micro * self._groups.data_size * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
+        rounds = range(self._groups.data_rank * self._micro, -(-count // unit) * unit, self._micro * self._groups.data_size)
+        batches = []
+        for start in rounds:
+            numbers = range(start, start + self._micro)
+            batch = self._samples.batch([number if number < count else 0 for number in numbers], self.device)
+            kept_B = torch.tensor([number < count for number in numbers], device=self.device)
+            batches.append(dataclasses.replace(batch, mask=batch.mask * kept_B[:, None]))
+        return batches
+
 
 def training_stream(config: DistillConfig, groups: Groups, device: torch.device, vocab_size: int) -> SampleStream:
     """The stream of `data.path` or `data.blend`.
@@ -102,14 +122,13 @@ def validation_stream(config: DistillConfig, groups: Groups, device: torch.devic
     """The stream of `data.validation`, None when there is none; UserError when it is too short."""
     if config.data.validation is None:
         return None
-    reading = _reading(config, vocab_size)
-    dataset = one_file(config.data.validation, reading, passes=1)
-    wanted, per_round = config.data.validation_sequences, config.batch.micro * groups.data_size
-    if len(dataset) < wanted or wanted % per_round:
+    reading = dataclasses.replace(_reading(config, vocab_size), seed=VALIDATION_SEED)
+    dataset, wanted = one_pass(config.data.validation, reading), config.data.validation_sequences
+    if len(dataset) < wanted:
         raise UserError(
             f"{config.data.validation}: {len(dataset)} sequences, data.validation_sequences={wanted}",
-            f"a multiple of batch.micro x data-parallel ranks = {per_round}, at most {len(dataset)}",
-            "change data.validation_sequences or use more held-out text",
+            f"at most {len(dataset)}",
+            "lower data.validation_sequences or use more held-out text",
         )
     return SampleStream(Samples(dataset, reading), groups, config.batch.micro, device)
 

@@ -14,13 +14,7 @@ from megatron_moe2dense.families import Router
 
 
 def router_fields(router: Router, experts: int, correction: bool) -> dict[str, Any]:
-    """TransformerConfig fields of a router. correction: it has a bias for the selection, which training leaves as it is.
-
-    Raises:
-        UserError: sigmoid gates that are not renormalised.
-    """
-    if router.score == "sigmoid" and not router.renormalize:
-        raise UserError("config.json: sigmoid router, norm_topk_prob false", "norm_topk_prob true", "use another model")
+    """TransformerConfig fields of a router. correction: it has a bias for the selection, which training leaves as it is."""
     limit = router.limit
     return {
         "moe_router_score_function": router.score,
@@ -32,6 +26,17 @@ def router_fields(router: Router, experts: int, correction: bool) -> dict[str, A
         "moe_router_enable_expert_bias": correction,
         "moe_router_bias_update_rate": 0.0,
     }
+
+
+def require_router(router: Router, experts: int, active: int) -> None:
+    """UserError for sigmoid gates that are not renormalised, and for more active experts than the used groups have."""
+    if router.score == "sigmoid" and not router.renormalize:
+        raise UserError("config.json: sigmoid router, norm_topk_prob false", "norm_topk_prob true", "use another model")
+    limit = router.limit
+    within = experts if limit is None else experts // limit.groups * limit.used
+    if limit is not None and active > within:
+        found = f"{active} active experts, {limit.used} of {limit.groups} groups used"
+        raise UserError(found, f"at most the {within} experts of these groups", "choose a smaller teacher_routing.active")
 
 
 class GroupRanking:
@@ -53,20 +58,30 @@ class GroupRanking:
 
 
 def finish_routers(model: torch.nn.Module, router: Router) -> None:
-    """Give the routers of a model its family's group ranking, and their correction float32 whatever the model's type.
+    """Give the routers of a model its family's group ranking, their correction float32 whatever the model's type, and balancing losses
+    that are means (see `_without_token_count`).
 
     Raises:
-        UserError: more experts asked for than the used groups have.
+        UserError: see `require_router`.
     """
     for module in model.modules():
         if not isinstance(module, TopKRouter):
             continue
         module._maintain_float32_expert_bias()
+        require_router(router, module.weight.shape[0], module.topk)
+        _without_token_count(module)
         if router.limit is None:
             continue
-        within = module.weight.shape[0] // router.limit.groups * router.limit.used
-        if module.topk > within:
-            found = f"{module.topk} active experts, {router.limit.used} of {router.limit.groups} groups used"
-            raise UserError(found, f"at most the {within} experts of these groups", "choose a smaller teacher_routing.active")
         ranking: Any = GroupRanking({"best": 1, "two_best": 2}[router.limit.rank_by])
         module.router_replay = ranking
+
+
+def _without_token_count(router: TopKRouter) -> None:
+    """Balancing losses as they are without `calculate_per_token_loss`: a micro-batch's mean.
+
+    With it Megatron-Core (all versions) multiplies each rank's part by the tokens of that rank, where context and sequence parallelism
+    share those of a micro-batch: half of the loss on two ranks. And it takes masked tokens into a count that is divided by the others'.
+    `balancing.weigh` sets the count instead.
+    https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.0/megatron/core/transformer/moe/router.py#L458
+    """
+    router.calculate_per_token_loss = False

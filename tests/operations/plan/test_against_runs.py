@@ -14,11 +14,12 @@ import torch
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.families import FAMILIES
 from megatron_moe2dense.operations.plan import communication, memory, parameters
-from megatron_moe2dense.operations.plan.job import Job, require_layout
+from megatron_moe2dense.operations.plan.job import Job
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime
 from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, ParallelConfig
+from megatron_moe2dense.trainer.layout import answers, refuse
 from megatron_moe2dense.trainer.losses import losses
 from megatron_moe2dense.trainer.model import ModelSpec
 from megatron_moe2dense.trainer.pipeline import PipelineLayout
@@ -65,6 +66,9 @@ RUNS = {
     "CP2": Run(2, {"context": 2}),
     "MoE EP2": Run(2, {"expert": 2}, student="teacher", teacher=None),
     "MoE TP2 SP, bf16": Run(2, {"tensor": 2, "sequence": True}, student="teacher", dtype="bfloat16"),
+    "TP4, shared KV heads": Run(4, {"tensor": 4}),
+    "TP4 SP, shared KV heads, full recompute": Run(4, {"tensor": 4, "sequence": True, "recompute": "full"}),
+    "Muon TP4, shared KV heads, bf16": Run(4, {"tensor": 4, "distributed_optimizer": False}, dtype="bfloat16", muon=True),
     "TP2 x PP2": Run(4, {"tensor": 2, "pipeline": 2}),
     "TP2 SP x EP2 teacher x DP2": Run(4, {"tensor": 2, "sequence": True, "expert": 2}),
 }
@@ -114,7 +118,7 @@ def planned(root: Path, name: str) -> Job:
         kernels=False,
         muon=run.muon,
     )
-    require_layout(job)
+    refuse(answers(job.questions()))
     return job
 
 
