@@ -1,24 +1,29 @@
-"""`moe2dense distill --dry-run`: what a run would read and write, how much it trains and what it takes, from config.json files alone."""
+"""`moe2dense distill --dry-run`: whether a run could start, what it would read and write, how much it trains and what it takes."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_moe2dense.common.outputs import read_json
 from megatron_moe2dense.operations.plan import memory
-from megatron_moe2dense.operations.plan.job import Job, fewest_processes
+from megatron_moe2dense.operations.plan.job import Job
 from megatron_moe2dense.trainer import model as models
+from megatron_moe2dense.trainer import startup
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.flops import forward_flops
+from megatron_moe2dense.trainer.layout import answers, refuse
 from megatron_moe2dense.trainer.outline import count_parameters
 
 
-def distill(config: DistillConfig, processes: int | None = None) -> dict[str, Any]:
-    """Steps, tokens, parameters, model FLOPs (see `flops`) and bytes.
+def distill(config: DistillConfig) -> dict[str, Any]:
+    """`facts`, when nothing would stop the run on the machines that it is for; UserError of all that would."""
+    refuse(answers(startup.of_run(config, startup.processes(config.parallel), startup.Opened(config.dtype))))
+    return facts(config)
+
+
+def facts(config: DistillConfig, processes: int | None = None) -> dict[str, Any]:
+    """Steps, tokens, parameters, model FLOPs (see `flops`) and bytes, from config.json files alone.
 
     memory_bytes: of all processes together, without activations and padding: weights, float32 gradients, the optimizer's moments and, in
     bfloat16, master weights of the student; weights of the teacher. memory_per_process: by pipeline stage and part (`plan.memory`), on
@@ -27,27 +32,26 @@ def distill(config: DistillConfig, processes: int | None = None) -> dict[str, An
     half = config.dtype == "bfloat16"
     tokens = config.steps() * config.batch.global_ * config.data.sequence_length
     per_pass = {"student": (3, 2 + 4 + 4 + 8 if half else 4 + 4 + 8), "teacher": (1, 2 if half else 4)}
-    facts: dict[str, Any] = {"steps": config.steps(), "tokens": tokens, "flops": 0, "memory_bytes": {}}
+    found: dict[str, Any] = {"steps": config.steps(), "tokens": tokens, "flops": 0, "memory_bytes": {}}
     specs: dict[str, models.ModelSpec] = {}
     for name, directory in (("student", config.student), ("teacher", config.teacher if config.has_live_teacher() else None)):
         if directory is None:
             continue
-        content = read_json(Path(directory) / "config.json", "a Hugging Face directory with a config.json")
-        spec = specs[name] = models.ModelSpec.of(content, directory, getattr(torch, config.dtype))
+        spec = specs[name] = models.ModelSpec.read(directory, getattr(torch, config.dtype))
         total, active = count_parameters(spec)
         passes, nbytes = per_pass[name]
-        facts[name] = {"directory": directory, "family": spec.family.name, "parameters": total, "active_parameters": active}
+        found[name] = {"directory": directory, "family": spec.family.name, "parameters": total, "active_parameters": active}
         experts = config.active_experts() if name == "teacher" else None
-        facts["flops"] += int(passes * forward_flops(spec, config.data.sequence_length, experts) * tokens)
-        facts["memory_bytes"][name] = nbytes * total
+        found["flops"] += int(passes * forward_flops(spec, config.data.sequence_length, experts) * tokens)
+        found["memory_bytes"][name] = nbytes * total
         if name == "student" and config.optim.muon is not None:  # one moment in place of two, of the layers' matrices
             dims = spec.dims
-            facts["memory_bytes"][name] -= 4 * (total - dims.vocab_size * dims.hidden_size * (1 if dims.tied_embeddings else 2))
-    facts["memory_per_process"] = _memory_per_process(config, specs, processes)
+            found["memory_bytes"][name] -= 4 * (total - dims.vocab_size * dims.hidden_size * (1 if dims.tied_embeddings else 2))
+    found["memory_per_process"] = _memory_per_process(config, specs, processes)
     files = [source.path for source in config.data.sources()]
-    facts["reads"] = [path for path in (*files, config.data.validation, config.student, config.teacher, config.teacher_cache) if path]
-    facts["writes"] = [f"{config.output}/checkpoints", f"{config.output}/metrics.jsonl"]
-    return facts
+    found["reads"] = [path for path in (*files, config.data.validation, config.student, config.teacher, config.teacher_cache) if path]
+    found["writes"] = [f"{config.output}/checkpoints", f"{config.output}/metrics.jsonl"]
+    return found
 
 
 def _memory_per_process(config: DistillConfig, specs: dict[str, models.ModelSpec], processes: int | None) -> dict[str, dict[str, int]]:
@@ -58,7 +62,7 @@ def _memory_per_process(config: DistillConfig, specs: dict[str, models.ModelSpec
         parallel=config.parallel,
         batch=config.batch,
         length=config.data.sequence_length,
-        world=processes or int(os.environ.get("WORLD_SIZE", fewest_processes(config.parallel))),
+        world=processes or startup.processes(config.parallel),
         loss=config.resolved_loss(),
         kernels=config.device != "cpu",
         fp8=config.fp8 is not None,

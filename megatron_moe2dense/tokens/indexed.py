@@ -196,9 +196,16 @@ def require_vocabulary(where: str, lowest: int, highest: int, vocab_size: int) -
 
 @functools.cache  # once for each text, however often it is cut
 def say_long_windows(where: str, length: int, max_positions: int) -> None:
-    """Warn of windows longer than what the model was made for; 0: nobody says."""
-    if 0 < max_positions < length:
-        logger.warning("%s: windows of %d tokens, and max_position_embeddings of the model is %d", where, length, max_positions)
+    """Warn of what `long_windows` finds."""
+    said = long_windows(length, max_positions)
+    if said is not None:
+        logger.warning("%s: %s", where, said)
+
+
+def long_windows(length: int, max_positions: int) -> str | None:
+    """What to say of windows longer than those the model was made for, None otherwise. max_positions: 0, nobody says."""
+    too_long = 0 < max_positions < length
+    return f"windows of {length} tokens, and max_position_embeddings of the model is {max_positions}" if too_long else None
 
 
 def _without_padding(config: TokensConfig) -> np.ndarray:

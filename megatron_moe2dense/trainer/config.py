@@ -38,6 +38,8 @@ class ParallelConfig(Config):
     def _stages(self) -> ParallelConfig:
         if self.pipeline == 1 and (self.virtual_pipeline > 1 or self.layers_per_stage or self.teacher_layers_per_stage):
             raise ValueError("virtual_pipeline, layers_per_stage and teacher_layers_per_stage have no effect with pipeline: 1")
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence has no effect with tensor: 1: there is no group whose ranks would share a sequence")
         for layers in (self.layers_per_stage or [], self.teacher_layers_per_stage or []):
             if any(count < 1 for count in layers[1:-1]) or any(count < 0 for count in layers):
                 raise ValueError(f"{layers}: only the first and the last stage may have no layers")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
@@ -15,9 +15,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import MANIFEST, Status, claim, config_hash, read_json, write_json, write_manifest
 from megatron_moe2dense.common.progress import StepLines
-from megatron_moe2dense.tokens.held_out import warn_unless_held_out
-from megatron_moe2dense.tokens.indexed import say_long_windows
-from megatron_moe2dense.trainer import balancing, initialize, optim, runtime, teacher
+from megatron_moe2dense.trainer import balancing, initialize, optim, runtime, startup, teacher
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer.agreement import raise_on_all_ranks
@@ -29,6 +27,7 @@ from megatron_moe2dense.trainer.data.datasets import texts
 from megatron_moe2dense.trainer.data.samples import SampleStream, training_stream, validation_stream
 from megatron_moe2dense.trainer.flops import training_flops
 from megatron_moe2dense.trainer.groups import Groups
+from megatron_moe2dense.trainer.layout import answers, refuse
 from megatron_moe2dense.trainer.loop import Trainer
 from megatron_moe2dense.trainer.metrics import Metrics, Speed
 from megatron_moe2dense.trainer.pipeline import PipelineLayout
@@ -46,18 +45,22 @@ def run(config: DistillConfig) -> None:
     """Train; started again with the same config after a stop, continue from the last checkpoint."""
     # twice the timeout of a step: the watchdog says more than a collective that gives up
     patience = max(runtime.PATIENCE, 2 * config.train.timeout)
-    with (
-        runtime.session(config.device, patience) as device,
-        process_groups.initialized(config.parallel, config.train.seed, patience) as groups,
-    ):
-        claim_output(config)
-        trainer, state = build(config, groups, device)
-        with contextlib.closing(trainer):
-            reached_the_end = trainer.fit(state)
-        if reached_the_end and dist.get_rank() == 0:
-            _write_manifest(config, "finished", step=state.step, tokens=state.tokens, skipped_total=state.skipped_total)
-            logger.info("finished: %d steps, %d tokens; weights in %s", state.step, state.tokens, latest(trainer.checkpointer.directory))
-        dist.barrier()
+    with runtime.session(config.device, patience) as device:
+        opened = startup.Opened(config.dtype)
+        startup.require(itertools.chain(startup.of_machine(config), startup.of_run(config, dist.get_world_size(), opened)))
+        with process_groups.initialized(config.parallel, config.train.seed, patience) as groups:
+            _train(config, groups, device, opened)
+
+
+def _train(config: DistillConfig, groups: Groups, device: Runtime, opened: startup.Opened) -> None:
+    claim_output(config)
+    trainer, state = build(config, groups, device, opened)
+    with contextlib.closing(trainer):
+        reached_the_end = trainer.fit(state)
+    if reached_the_end and dist.get_rank() == 0:
+        _write_manifest(config, "finished", step=state.step, tokens=state.tokens, skipped_total=state.skipped_total)
+        logger.info("finished: %d steps, %d tokens; weights in %s", state.step, state.tokens, latest(trainer.checkpointer.directory))
+    dist.barrier()
 
 
 def _dump(config: DistillConfig) -> dict[str, Any]:
@@ -86,8 +89,6 @@ def claim_output(config: DistillConfig) -> None:
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             output, student = Path(config.output), Path(config.student)
-            if config.data.validation is not None:
-                warn_unless_held_out(config.data.validation, config.data.files())
             if claim(output, output, _identity(config), config.overwrite):
                 _require_same_text(config)
             _write_manifest(config, "unfinished")
@@ -134,17 +135,21 @@ def _verify_teacher(config: DistillConfig, groups: Groups, frozen: teacher.LiveT
         _write_manifest(config, "unfinished", teacher=recorded)
 
 
-def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Trainer, TrainState]:
-    """All parts of a run on this rank, restored from the last checkpoint when there is one."""
-    _check_batch(config, groups)
-    spec = student_spec(config)
+def build(config: DistillConfig, groups: Groups, device: Runtime, opened: startup.Opened | None = None) -> tuple[Trainer, TrainState]:
+    """All parts of a run on this rank, restored from the last checkpoint when there is one.
+
+    Args:
+        opened: the models as they were asked about; None: opened here, of a config that is known to be right.
+    """
+    opened = opened if opened is not None else opened_models(config)
+    spec = opened.specs["student"]
     layout = PipelineLayout.of_student(config.parallel, spec.dims.layers)
     fields = {**models.recompute_fields(config.parallel, spec), **balancing.fields(config, spec), **fp8.fields(config.fp8, device)}
     student = models.build(spec, groups, device, layout, **fields)
     wrapped = initialize.start(config, student, spec, groups)
     with contextlib.ExitStack() as undo:
         undo.callback(optim.release, wrapped)
-        trainer, state = _assemble(config, groups, device, (spec, student, wrapped))
+        trainer, state = _assemble(config, (groups, device), (spec, student, wrapped), opened.specs.get("teacher"))
         undo.pop_all()
     return trainer, state
 
@@ -152,16 +157,16 @@ def build(config: DistillConfig, groups: Groups, device: Runtime) -> tuple[Train
 _Student = tuple[models.ModelSpec, list[models.HeadlessGPT], list[DistributedDataParallel]]
 
 
-def _assemble(config: DistillConfig, groups: Groups, device: Runtime, learner: _Student) -> tuple[Trainer, TrainState]:
-    """What stands around the student."""
-    spec, student, wrapped = learner
+def _assemble(
+    config: DistillConfig, place: tuple[Groups, Runtime], learner: _Student, known: models.ModelSpec | None
+) -> tuple[Trainer, TrainState]:
+    """What stands around the student. known: the teacher, None without a live one."""
+    (groups, device), (spec, student, wrapped) = place, learner
     optimizer, scheduler = optim.build(config, wrapped, spec, groups)
-    frozen = teacher.build(config, spec, groups, device) if config.has_live_teacher() else None
+    frozen = teacher.build(known, config, groups, device) if known is not None else None
     checkpointer = Checkpointer(Path(config.output) / "checkpoints", config.train, groups)
     state = _resume(checkpointer, student, optimizer, scheduler)
     vocab_size = spec.dims.vocab_size
-    if dist.get_rank() == 0:
-        say_long_windows(config.student, config.data.sequence_length, spec.dims.max_positions)
     training = training_stream(config, groups, device.device, vocab_size)
     validation = validation_stream(config, groups, device.device, vocab_size)
     if frozen is not None:
@@ -202,19 +207,8 @@ def _resume(checkpointer: Checkpointer, *parts: Any) -> TrainState:
     return state
 
 
-def student_spec(config: DistillConfig) -> models.ModelSpec:
-    """Of the student's directory, whose weights have to be there unless all are random; UserError otherwise, and for a layout that a
-    MoE can not be trained in."""
-    directory, dtype = Path(config.student), getattr(torch, config.dtype)
-    if config.initialize == "random":
-        content = read_json(directory / "config.json", "the student's Hugging Face directory with its config.json")
-        spec = models.ModelSpec.of(content, str(directory), dtype)
-    else:
-        spec = models.ModelSpec.open(directory, dtype)
-    models.require_sequence_for_experts(spec, config.parallel)
-    return spec
-
-
-def _check_batch(config: DistillConfig, groups: Groups) -> None:
-    process_groups.require_rounds(config.parallel, config.batch, groups.data_size)
-    process_groups.require_sequence(config.parallel, config.data.sequence_length)
+def opened_models(config: DistillConfig) -> startup.Opened:
+    """Student and live teacher; UserError where one is not what it should be."""
+    opened = startup.Opened(config.dtype)
+    refuse(answers(startup.of_models(config, opened)))
+    return opened

@@ -19,12 +19,20 @@ from megatron_moe2dense.trainer.teacher import active_experts, require_same_voca
 
 
 @dataclass(frozen=True)
+class Remark:
+    """An answer that stops nothing. do: what would be better."""
+
+    found: str
+    do: str
+
+
+@dataclass(frozen=True)
 class Question:
     """Something that has to hold. name: in reports. ask: says what there is; UserError when it does not hold. after: questions, by name,
     without which this one has no answer."""
 
     name: str
-    ask: Callable[[], str | None]
+    ask: Callable[[], str | Remark | None]
     after: tuple[str, ...] = ()
 
 
@@ -34,14 +42,15 @@ class Layout:
 
     Attributes:
         student: None where a teacher runs alone. teacher: None without a live one. active: experts a token of the teacher, None: its own
-            number. length: tokens of a sequence. world: processes. muon: the matrices of the student's layers are Muon's.
+            number. batch: None where nothing is trained. length: tokens of a sequence. world: processes. muon: the matrices of the
+            student's layers are Muon's.
     """
 
     student: ModelSpec | None
     teacher: ModelSpec | None
     active: int | None
     parallel: ParallelConfig
-    batch: BatchConfig
+    batch: BatchConfig | None
     length: int
     world: int
     muon: bool = field(default=False, kw_only=True)
@@ -67,11 +76,12 @@ class Layout:
 
     def of_layout(self) -> Iterator[Question]:
         """Those of the layout."""
-        parallel, student, teacher = self.parallel, self.student, self.teacher
+        parallel, batch, student, teacher = self.parallel, self.batch, self.student, self.teacher
         yield Question("processes", self._processes)
         yield Question("sequence", lambda: require_sequence(parallel, self.length))
+        if batch is not None:
+            yield Question("batch", lambda: self._batch(batch), ("processes",))
         if student is not None:
-            yield Question("batch", self._batch, ("processes",))
             yield Question("student's layout", lambda: _require_model(student, parallel, PipelineLayout.of_student))
             yield Question("student's experts", lambda: _require_trained_experts(student, parallel))
         if teacher is not None:
@@ -82,9 +92,9 @@ class Layout:
         sizes = f"tensor {self.parallel.tensor} x pipeline {self.parallel.pipeline} x context {self.parallel.context}"
         return f"{self.world}: {sizes} x data {self.data}"
 
-    def _batch(self) -> str:
-        require_rounds(self.parallel, self.batch, self.data)
-        return f"{self.batch.global_} sequences a step, {self.batch.global_ // (self.batch.micro * self.data)} micro-batches on a rank"
+    def _batch(self, batch: BatchConfig) -> str:
+        require_rounds(self.parallel, batch, self.data)
+        return f"{batch.global_} sequences a step, {batch.global_ // (batch.micro * self.data)} micro-batches on a rank"
 
 
 def _require_model(spec: ModelSpec, parallel: ParallelConfig, of: Callable[[ParallelConfig, int], PipelineLayout]) -> str:
@@ -92,7 +102,6 @@ def _require_model(spec: ModelSpec, parallel: ParallelConfig, of: Callable[[Para
     models.require_division(spec, parallel)
     _require_attention(spec, parallel)
     if spec.dims.experts:
-        require_router(spec.router, spec.dims.experts, spec.dims.active)
         parts = {"add_bias_linear": models.family_fields(spec)["add_bias_linear"], "expert_tensor_parallel_size": parallel.expert_tensor}
         models.require_whole_biases({**parts, "tensor_model_parallel_size": parallel.tensor})
     return f"{' + '.join(map(str, layout.layers))} layers"
@@ -113,6 +122,7 @@ def _require_trained_experts(student: ModelSpec, parallel: ParallelConfig) -> st
     models.require_sequence_for_experts(student, parallel)
     if not student.dims.experts:
         return "none"
+    require_router(student.router, student.dims.experts, student.dims.active)
     return f"{student.dims.experts}, {student.dims.active} active"
 
 
@@ -126,8 +136,9 @@ def _require_routing(teacher: ModelSpec, active: int | None) -> str:
     return f"{chosen} of {teacher.dims.experts} experts"
 
 
-def answers(questions: Iterable[Question]) -> Iterator[tuple[str, str | UserError]]:
-    """Names and what was found; questions without an answer are left out."""
+def answers(questions: Iterable[Question]) -> Iterator[tuple[str, str | Remark | UserError]]:
+    """Names and what was found; questions without an answer are left out. A question is asked before the next is taken, which may be
+    about what it found."""
     failed: set[str] = set()
     for question in questions:
         if failed.intersection(question.after):

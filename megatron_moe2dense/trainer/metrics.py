@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.trainer.config import DistillConfig
+from megatron_moe2dense.trainer.config import DistillConfig, LoggingConfig
 from megatron_moe2dense.trainer.state import TrainState
 from megatron_moe2dense.trainer.step import StepLoss
 
@@ -99,6 +100,7 @@ class Metrics:
         self._wandb: Any = None
         if not writes:
             return
+        require_loggers(config.logging)
         if self._path.exists():
             records.rewrite(self._path, [row for row in records.read(self._path) if row["step"] <= resumed_step])
         if config.logging.tensorboard:
@@ -127,18 +129,14 @@ class Metrics:
 
 
 def _tensorboard(directory: Path, resumed_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise _missing("tensorboard", "train") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(directory), purge_step=resumed_step + 1)
 
 
 def _wandb(config: DistillConfig, run_id: str) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise _missing("wandb", "wandb") from None
+    import wandb
+
     settings = config.logging.wandb
     assert settings is not None
     mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
@@ -153,8 +151,13 @@ def _wandb(config: DistillConfig, run_id: str) -> Any:
     )
 
 
-def _missing(package: str, extra: str) -> UserError:
-    return UserError(f"logging asks for {package}, which is not installed", package, f"pip install 'megatron_moe2dense[{extra}]'")
+def require_loggers(logging: LoggingConfig) -> str:
+    """Where rows go; UserError for a package that is not installed."""
+    asked = {"wandb": logging.wandb is not None, "tensorboard": logging.tensorboard}
+    for package, extra in (("wandb", "wandb"), ("tensorboard", "train")):
+        if asked[package] and importlib.util.find_spec(package) is None:
+            raise UserError(f"logging asks for {package}, which is not installed", package, f"pip install 'megatron_moe2dense[{extra}]'")
+    return ", ".join(["metrics.jsonl", *(package for package, wanted in asked.items() if wanted)])
 
 
 def peak_memory_bytes() -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.outputs import read_json
 from megatron_moe2dense.families import Dims, FamilySpec, Router, family_of
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.stock import Stock
@@ -82,6 +83,12 @@ class ModelSpec:
     def class_config(self) -> dict[str, Any]:
         """config.json as its stock class understands it: every key has a value."""
         return self.stock.config.to_dict()
+
+    @classmethod
+    def read(cls, directory: str | Path, dtype: torch.dtype) -> ModelSpec:
+        """Of a config.json alone; UserError as `of`."""
+        content = read_json(Path(directory) / "config.json", "a Hugging Face directory with its config.json")
+        return cls.of(content, str(directory), dtype)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.families import Dims
-from megatron_moe2dense.tokens.indexed import say_long_windows
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import weights
 from megatron_moe2dense.trainer.config import DistillConfig
@@ -69,24 +66,14 @@ class LiveTeacher:
         return self
 
 
-def build(config: DistillConfig, student: models.ModelSpec, groups: Groups, runtime: Runtime) -> LiveTeacher:
-    """Load the teacher, in eval mode, without gradients.
-
-    Raises:
-        UserError: another vocabulary than the student's, or more active experts asked for than there are.
-    """
-    assert config.teacher is not None
-    directory = Path(config.teacher)
-    spec = models.ModelSpec.open(directory, student.dtype)
-    require_same_vocabulary(spec, student)
-    if dist.get_rank() == 0:
-        say_long_windows(config.teacher, config.data.sequence_length, spec.dims.max_positions)
+def build(spec: models.ModelSpec, config: DistillConfig, groups: Groups, runtime: Runtime) -> LiveTeacher:
+    """Load the teacher, in eval mode, without gradients; `layout` and `startup` know what it has to be."""
     overrides = {"moe_router_topk": active_experts(config.active_experts(), spec.dims)} if spec.dims.experts else {}
     chunks = models.build(spec, groups, runtime, PipelineLayout.of_teacher(groups.parallel, spec.dims.layers), **overrides)
     weights.load(chunks, spec, groups)
     for chunk in chunks:
         chunk.requires_grad_(False).eval()
-    logger.info("teacher: %s, %d layers, %d parameters on this rank", directory, spec.dims.layers, _count(chunks))
+    logger.info("teacher: %s, %d layers, %d parameters on this rank", config.teacher, spec.dims.layers, _count(chunks))
     return LiveTeacher(chunks, spec)
 
 

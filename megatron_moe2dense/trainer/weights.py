@@ -28,7 +28,6 @@ def load(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups) -> None
     """
     account = spec.opened
     with CheckpointReader(account.index) as reader:
-        _require_one_table(reader, spec)
         for parameter, entry, _ in weights_of_rank(chunks, spec, groups):
             where = f"{account.index.directory}: {', '.join(files_of(account, entry))}"
             parameter.copy_(_checked(_local(reader, entry, spec, groups), parameter, where))
@@ -44,14 +43,16 @@ def _rows(entry: Entry) -> slice | None:
     return None if entry.expert is None else slice(entry.expert, entry.expert + 1)
 
 
-def _require_one_table(reader: CheckpointReader, spec: ModelSpec) -> None:
+def require_one_table(spec: ModelSpec) -> None:
     """UserError for tied embeddings beside a head of its own: stock transformers keeps both, this model has one."""
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    if not spec.dims.tied_embeddings or head not in reader.index.tensors or embedding not in reader.index.tensors:
+    index, embedding, head = spec.opened.index, "model.embed_tokens.weight", "lm_head.weight"
+    if not spec.dims.tied_embeddings or head not in index.tensors or embedding not in index.tensors:
         return
-    if not reader.equal(head, embedding):
+    with CheckpointReader(index) as reader:
+        same = reader.equal(head, embedding)
+    if not same:
         raise UserError(
-            f"{reader.index.directory}: tie_word_embeddings is true, and {head} differs from {embedding}",
+            f"{index.directory}: tie_word_embeddings is true, and {head} differs from {embedding}",
             "one table of embeddings, or a config.json that says there are two",
             'set "tie_word_embeddings": false in config.json, which is how stock transformers reads it',
         )

@@ -51,7 +51,7 @@ def _differences(config: DistillConfig, expected: StockRun) -> dict[str, float]:
         pairs = zip(rows, expected.losses, expected.norms, strict=True)
         loss = max(max(abs(row["loss"] / value - 1), abs(row["grad_norm"] / norm - 1)) for row, value, norm in pairs)
         # the product's own way to a rank's slices: the references replace the weights, which are not needed any more
-        spec = distill.student_spec(config)
+        spec = distill.opened_models(config).specs["student"]
         found = [{number: tensor.clone() for number, tensor in _parameters(trainer)}, *recorder.gradients]
         names = ["weights", *(f"gradients_{step}" for step in range(1, len(rows) + 1))]
         worst = [_worst(trainer, spec, values, expected.directory / name) for values, name in zip(found, names, strict=True)]

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families import Dims
+from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.trainer.losses import LogitLoss, chunked, losses, measures
 from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits
 from tests.helpers.forks import launch
+from tests.helpers.tiny_models import TRUNK
 from tests.trainer.cases import loss_and_gradients
 
 TOKENS, HIDDEN = 7, 12
@@ -292,9 +295,21 @@ def test_the_hidden_state_loss_is_not_multiplied_by_the_ranks_that_share_it(over
     assert_hidden_state(over_ranks[-1])
 
 
+def sizes(**changed: int) -> Dims:
+    return Stock.of({"model_type": "qwen3", **TRUNK, **changed}, "the test").dims
+
+
 def test_the_hidden_state_loss_refuses_another_width():
-    head = torch.randn(4, 3)
-    student = VocabParallelLogits.of(torch.randn(2, 3), head, 4, None)
-    teacher = VocabParallelLogits.of(torch.randn(2, 5), torch.randn(4, 5), 4, None)
-    with pytest.raises(UserError, match="hidden sizes 3 and 5"):
-        losses["hidden_state"]().per_token(student, teacher, torch.zeros(2), torch.ones(2))
+    narrow, wide = (sizes(hidden_size=size) for size in (64, 96))
+    mixed = {"method": "mixture", "terms": [{"weight": 0.5, "loss": {"method": name}} for name in ("forward_kl", "hidden_state")]}
+    for loss in (losses["hidden_state"](), losses.build(mixed)):
+        loss.require_models(narrow, narrow)
+        with pytest.raises(UserError, match="hidden sizes 64 and 96"):
+            loss.require_models(narrow, wide)
+
+
+def test_a_top_k_beyond_the_vocabulary_is_refused():
+    dims = sizes()
+    losses.build({"method": "top_k_kl", "k": 256}).require_models(dims, None)
+    with pytest.raises(UserError, match="at most the vocabulary of 256"):
+        losses.build({"method": "top_k_kl", "k": 257}).require_models(dims, None)

@@ -71,6 +71,6 @@ def test_its_learning_rate_is_its_own_through_the_schedule_and_memory_is_told(tm
     assert records.read(tmp_path / "run" / "metrics.jsonl")[-1]["lr"] == pytest.approx(4e-3 * 0.5)
 
     alone = build(DistillConfig, {**raw, "optim": {}}, "the test")
-    told, more = (dry_run.distill(each) for each in (config, alone))
+    told, more = (dry_run.facts(each) for each in (config, alone))
     one_stage = [facts["memory_per_process"]["stage 0"]["optimizer"] for facts in (told, more)]
     assert more["memory_bytes"]["student"] - told["memory_bytes"]["student"] == one_stage[1] - one_stage[0] > 0

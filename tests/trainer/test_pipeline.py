@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +14,16 @@ from pydantic import ValidationError
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.trainer import distill, runtime
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
+from megatron_moe2dense.trainer import runtime, startup
 from megatron_moe2dense.trainer.config import DistillConfig, ParallelConfig
+from megatron_moe2dense.trainer.data.samples import reading_of, require_validation
 from megatron_moe2dense.trainer.groups import Groups
+from megatron_moe2dense.trainer.layout import Layout, answers, refuse
 from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from megatron_moe2dense.trainer.runtime import Runtime
-from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe
+from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +93,17 @@ def of_run(parallel: dict[str, Any], **changed: Any) -> DistillConfig:
     ],
 )
 def test_batches_that_do_not_divide_over_the_layout_are_refused(parallel: dict[str, Any], changed: dict[str, Any], message: str):
-    one = cast(Groups, SimpleNamespace(data_size=1))
+    config = of_run(parallel, **changed)
+    place = config.parallel, config.batch, config.data.sequence_length, startup.processes(config.parallel)
     with pytest.raises(UserError, match=message):
-        distill._check_batch(of_run(parallel, **changed), one)
+        refuse(answers(Layout(None, None, None, *place).questions()))
+
+
+def test_held_out_text_comes_out_as_whole_rounds_of_the_pipeline(tmp_path: Path):
+    text = write_tokens(tmp_path / "text", 16 * 8 + 1)
+    config = of_run({"pipeline": 2, "virtual_pipeline": 2}, data={"validation_sequences": 5})
+    with pytest.raises(UserError, match=r"data.validation_sequences=5 with parallel.virtual_pipeline=2"):
+        require_validation(config, text, reading_of(config, 256), 1)
 
 
 def test_gradients_are_reduced_during_the_backward_pass_only_where_the_loss_trains_the_head():

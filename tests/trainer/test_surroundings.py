@@ -166,7 +166,14 @@ def test_a_teacher_cache_goes_on_where_the_disk_was_full(root: Path):
 def test_an_output_that_can_not_be_written_is_a_user_error(command: str, root: Path, straight: Path, capsys: pytest.CaptureFixture[str]):
     """Below a file: nobody may write there, root neither."""
     inputs = {
-        "distill": [f"student={root / 'student'}", "teacher=null", f"data.path={root / 'tokens'}", "train.steps=1", "dtype=float32"],
+        "distill": [
+            f"student={root / 'student'}",
+            "teacher=null",
+            f"data.path={root / 'tokens'}",
+            "train.steps=1",
+            "batch.global=4",
+            "dtype=float32",
+        ],
         "export": [f"checkpoint={straight}"],
         "cache-teacher": [f"teacher={root / 'student'}", f"data.path={root / 'tokens'}", "k=8", "samples=4", "dtype=float32"],
     }

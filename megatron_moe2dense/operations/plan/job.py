@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_moe2dense.trainer.config import ParallelConfig
+from megatron_moe2dense.trainer.config import BatchConfig
 from megatron_moe2dense.trainer.layout import Layout
 from megatron_moe2dense.trainer.losses import Loss
 from megatron_moe2dense.trainer.model import ModelSpec
@@ -27,6 +26,7 @@ class Job(Layout):
     """
 
     student: ModelSpec
+    batch: BatchConfig
     loss: Loss
     kernels: bool = True
     overlap: bool = True
@@ -114,8 +114,3 @@ class Job(Layout):
     def is_last(self, stage: int) -> bool:
         """Whether this stage has the heads and the loss."""
         return stage == self.parallel.pipeline - 1
-
-
-def fewest_processes(parallel: ParallelConfig) -> int:
-    """That make whole groups of every kind."""
-    return math.lcm(parallel.tensor * parallel.pipeline * parallel.context, parallel.pipeline * parallel.expert)

@@ -41,7 +41,12 @@ class CachedTeacher:
 
 
 def open_cache(config: DistillConfig, vocab_size: int, groups: Groups, device: torch.device) -> CachedTeacher:
-    """The cache of `teacher_cache`.
+    """The cache of `teacher_cache`; UserError as of `require_cache`."""
+    return CachedTeacher(require_cache(config, vocab_size), groups, device)
+
+
+def require_cache(config: DistillConfig, vocab_size: int) -> CacheReader:
+    """The cache of `teacher_cache`, before any of it is read.
 
     Raises:
         UserError: it is of other text, order, vocabulary, tokenizer or teacher, or has too few samples or tokens.
@@ -50,7 +55,7 @@ def open_cache(config: DistillConfig, vocab_size: int, groups: Groups, device: t
     reader = CacheReader(Path(config.teacher_cache))
     for name, cached, wanted, mend in _conditions(config, reader.facts, vocab_size):
         raise UserError(f"{config.teacher_cache}: {name} {cached}", f"{name} {wanted}, as in this run", mend)
-    return CachedTeacher(reader, groups, device)
+    return reader
 
 
 def _conditions(config: DistillConfig, facts: CacheFacts, vocab_size: int) -> Iterator[tuple[str, Any, Any, str]]:

@@ -14,23 +14,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import MANIFEST, claim, config_hash, disk_errors, publish, read_json, write_manifest
 from megatron_moe2dense.tokens.indexed import TokenFile
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
-from megatron_moe2dense.trainer import runtime, teacher
+from megatron_moe2dense.trainer import runtime, startup, teacher
 from megatron_moe2dense.trainer.agreement import raise_on_all_ranks
 from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
 from megatron_moe2dense.trainer.cache.files import STAGE, CacheFacts, shard_path, tokenizer_hash
 from megatron_moe2dense.trainer.cache.fill import Filler
 from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, TrainConfig
 from megatron_moe2dense.trainer.data.config import TrainDataConfig
-from megatron_moe2dense.trainer.data.datasets import Reading, identity, training_dataset
+from megatron_moe2dense.trainer.data.datasets import Reading, identity, require_samples, training_dataset
 from megatron_moe2dense.trainer.data.samples import Samples
 from megatron_moe2dense.trainer.flops import forward_flops
+from megatron_moe2dense.trainer.groups import Groups
+from megatron_moe2dense.trainer.layout import Layout, Question, answers, refuse
+from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.verification.verify import verify_teacher
 
 # Where and how it is computed; the content of the cache is the same, or nearly so.
@@ -43,31 +45,68 @@ def run(config: CacheTeacherConfig) -> None:
     Raises:
         UserError: output in the way, text or teacher changed since a first part was written, too few samples, k above the vocabulary.
     """
-    with runtime.session(config.device) as device, process_groups.initialized(config.parallel, config.seed) as groups:
-        process_groups.require_sequence(config.parallel, config.data.sequence_length)
-        working, facts = _claimed(config)
-        with _nothing_left_of_a_refusal(working):
-            spec = models.ModelSpec.of(CheckpointIndex.open(config.teacher).config, config.teacher, getattr(torch, config.dtype))
-            reading = Reading(config.data, config.seed, facts.vocab_size, working / "data_index")
-            samples = Samples(training_dataset(reading, facts.samples), reading)
-            live = teacher.build(_as_a_run(config), spec, groups, device)
-            verify_teacher(live, _as_a_run(config), groups, samples.batch([0], device.device), recorded=None)
-        filler = Filler(facts, working, groups, live, samples, config.micro_batch, device.device)
-        filler.fill(_missing(working, facts))
-        dist.barrier()
-        if dist.get_rank() == 0:
-            shutil.rmtree(samples.reading.index)
-            _write_manifest(working, "finished", config, facts)
-            publish(working, Path(config.output))
-            nbytes = facts.samples * config.data.sequence_length * config.bytes_per_token()
-            print(f"{config.output}: {facts.samples} samples, {nbytes} bytes")
-        dist.barrier()
+    with runtime.session(config.device) as device:
+        opened = startup.Opened(config.dtype)
+        startup.require(questions(config, dist.get_world_size(), opened))
+        with process_groups.initialized(config.parallel, config.seed) as groups:
+            _write(config, groups, device, opened.specs["teacher"])
+
+
+def _write(config: CacheTeacherConfig, groups: Groups, device: Runtime, spec: models.ModelSpec) -> None:
+    working, facts = _claimed(config, spec)
+    with _nothing_left_of_a_refusal(working):
+        reading = Reading(config.data, config.seed, facts.vocab_size, working / "data_index")
+        samples = Samples(training_dataset(reading, facts.samples), reading)
+        live = teacher.build(spec, _as_a_run(config), groups, device)
+        verify_teacher(live, _as_a_run(config), groups, samples.batch([0], device.device), recorded=None)
+    filler = Filler(facts, working, groups, live, samples, config.micro_batch, device.device)
+    filler.fill(_missing(working, facts))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(samples.reading.index)
+        _write_manifest(working, "finished", config, facts)
+        publish(working, Path(config.output))
+        nbytes = facts.samples * config.data.sequence_length * config.bytes_per_token()
+        print(f"{config.output}: {facts.samples} samples, {nbytes} bytes")
+    dist.barrier()
+
+
+def questions(config: CacheTeacherConfig, world: int, opened: startup.Opened) -> Iterator[Question]:
+    """What has to hold before anything is built or written, on so many processes; see `startup`."""
+    yield Question("teacher", lambda: opened.open("teacher", config.teacher, has_weights=True))
+    spec = opened.specs.get("teacher")
+    yield from Layout(
+        student=None,
+        teacher=spec,
+        active=_as_a_run(config).active_experts(),
+        parallel=config.parallel,
+        batch=None,
+        length=config.data.sequence_length,
+        world=world,
+    ).questions()
+    if spec is None:
+        return
+    vocab_size = spec.dims.vocab_size
+    yield Question("k", lambda: _require_k(config, vocab_size))
+    reading = Reading(config.data, config.seed, vocab_size, Path(config.output + ".tmp") / "data_index")
+    yield Question("text", lambda: require_samples(reading, _samples(config)))
+
+
+def _require_k(config: CacheTeacherConfig, vocab_size: int) -> str:
+    if config.k > vocab_size:
+        raise UserError(f"k={config.k}", f"at most the vocabulary of {vocab_size}", "choose a smaller k")
+    return str(config.k)
 
 
 def dry_run(config: CacheTeacherConfig) -> dict[str, Any]:
-    """Samples, tokens, FLOPs (`flops.forward_flops`), bytes of the cache, and of full bfloat16 logits beside it."""
-    content = read_json(Path(config.teacher) / "config.json", "a Hugging Face directory with a config.json")
-    spec = models.ModelSpec.of(content, config.teacher, getattr(torch, config.dtype))
+    """`facts`, when nothing would stop the command; UserError of all that would."""
+    refuse(answers(questions(config, startup.processes(config.parallel), startup.Opened(config.dtype))))
+    return facts(config)
+
+
+def facts(config: CacheTeacherConfig) -> dict[str, Any]:
+    """Samples, tokens, FLOPs (`flops.forward_flops`), bytes of the cache, and of full bfloat16 logits beside it, from config.json alone."""
+    spec = models.ModelSpec.read(config.teacher, getattr(torch, config.dtype))
     tokens = _samples(config) * config.data.sequence_length
     per_token = forward_flops(spec, config.data.sequence_length, _as_a_run(config).active_experts())
     return {
@@ -89,14 +128,11 @@ def _samples(config: CacheTeacherConfig) -> int:
     return (len(TokenFile.open(config.data.path).tokens) - 1) // config.data.sequence_length * config.data.epochs
 
 
-def _facts(config: CacheTeacherConfig) -> CacheFacts:
-    index = CheckpointIndex.open(config.teacher)
-    dims = models.ModelSpec.open(config.teacher, getattr(torch, config.dtype)).dims
-    if config.k > dims.vocab_size:
-        raise UserError(f"k={config.k}", f"at most the vocabulary of {dims.vocab_size}", "choose a smaller k")
+def _facts(config: CacheTeacherConfig, spec: models.ModelSpec) -> CacheFacts:
+    dims = spec.dims
     active = _as_a_run(config).active_experts()
     return CacheFacts(
-        teacher=index.fingerprint(),
+        teacher=spec.opened.index.fingerprint(),
         tokenizer=tokenizer_hash(Path(config.teacher)),
         vocab_size=dims.vocab_size,
         active=active if active is not None else dims.active or None,
@@ -108,18 +144,18 @@ def _facts(config: CacheTeacherConfig) -> CacheFacts:
     )
 
 
-def _claimed(config: CacheTeacherConfig) -> tuple[Path, CacheFacts]:
+def _claimed(config: CacheTeacherConfig, spec: models.ModelSpec) -> tuple[Path, CacheFacts]:
     """Rank 0 takes the working directory; its facts, or its error, reach every rank."""
     working = Path(config.output + ".tmp")
     with raise_on_all_ranks():
-        found = [_claim(config, working) if dist.get_rank() == 0 else None]
+        found = [_claim(config, working, spec) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)
     assert found[0] is not None
     return working, found[0]
 
 
-def _claim(config: CacheTeacherConfig, working: Path) -> CacheFacts:
-    facts = _facts(config)
+def _claim(config: CacheTeacherConfig, working: Path, spec: models.ModelSpec) -> CacheFacts:
+    facts = _facts(config, spec)
     if claim(Path(config.output), working, _identity(config), config.overwrite):
         before = CacheFacts.of_manifest(read_json(working / MANIFEST, "the manifest of an unfinished run"), working)
         if before != facts:

@@ -103,16 +103,14 @@ def training_dataset(reading: Reading, needed: int | None) -> Passes | BlendedDa
     Raises:
         UserError: files missing or of another tokenizer; a source with fewer samples than its share.
     """
-    sources, epochs = reading.data.sources(), reading.data.epochs
-    firsts = [one_pass(source.path, reading) for source in sources]
-    if len(sources) == 1:
-        return _passes(sources[0].path, firsts[0], epochs * len(firsts[0]) if needed is None else needed, reading)
+    require_samples(reading, needed)
+    sources = reading.data.sources()
+    weights = [source.weight for source in sources]
+    datasets = [_passes(source.path, share, reading) for source, share in zip(sources, _shares(weights, needed), strict=True)]
+    if len(datasets) == 1:
+        return datasets[0]
     assert needed is not None, "a blend is as long as it is asked to be"
-    weights = normalize([source.weight for source in sources])
-    drawn, number = np.zeros(needed, np.int16), np.zeros(needed, np.int64)
-    build_blending_indices(drawn, number, np.asarray(weights), len(weights), needed, False)
-    shares = np.bincount(drawn, minlength=len(sources)).tolist()
-    datasets = [_passes(source.path, first, share, reading) for source, first, share in zip(sources, firsts, shares, strict=True)]
+    weights = normalize(weights)
     blend = BlendedMegatronDatasetBuilder.build_generic_dataset(
         BlendedDataset, lambda: True, True, datasets, weights, needed, datasets[0].config
     )
@@ -120,10 +118,37 @@ def training_dataset(reading: Reading, needed: int | None) -> Passes | BlendedDa
     return blend
 
 
-def _passes(path: str, first: GPTDataset, needed: int, reading: Reading) -> Passes:
-    """As many passes as hold `needed` samples; UserError for more than `data.epochs`."""
-    _require(path, len(first) * reading.data.epochs, needed, reading)
-    later = [one_pass(path, reading, number) for number in range(1, -(-needed // len(first)))]
+def require_samples(reading: Reading, needed: int | None) -> str:
+    """What there is of the text of `reading.data`; errors as of `training_dataset`, without building one."""
+    sources, tokens = reading.data.sources(), 0
+    for source, share in zip(sources, _shares([source.weight for source in sources], needed), strict=True):
+        file = require_file(source.path, reading)
+        tokens += len(file.tokens)
+        _require(source.path, samples_of(file, reading.data.sequence_length) * reading.data.epochs, share or 0, reading)
+    return f"{tokens} tokens in {len(sources)} file{'s' * (len(sources) > 1)}"
+
+
+def _shares(weights: list[float], needed: int | None) -> list[int] | list[None]:
+    """How many of the first `needed` samples of a blend each source gives; None where all are asked for."""
+    if needed is None:
+        return [None] * len(weights)
+    if len(weights) == 1:
+        return [needed]
+    drawn, number = np.zeros(needed, np.int16), np.zeros(needed, np.int64)
+    build_blending_indices(drawn, number, np.asarray(normalize(weights)), len(weights), needed, False)
+    return np.bincount(drawn, minlength=len(weights)).tolist()
+
+
+def samples_of(file: TokenFile, length: int) -> int:
+    """Samples of one pass: each has a token more than its length, which the next begins with."""
+    return (len(file.tokens) - 1) // length
+
+
+def _passes(path: str, needed: int | None, reading: Reading) -> Passes:
+    """As many passes as hold `needed` samples, at least one; None: all that `data.epochs` allows."""
+    first = one_pass(path, reading)
+    count = reading.data.epochs if needed is None else max(1, -(-needed // len(first)))
+    later = [one_pass(path, reading, number) for number in range(1, count)]
     assert all(len(each) == len(first) for each in later)
     return Passes([first, *later])
 
@@ -139,18 +164,9 @@ def _require(path: str, found: int, needed: int, reading: Reading) -> None:
 
 
 def one_pass(prefix: str, reading: Reading, number: int = 0) -> GPTDataset:
-    """A pass over one token file, in an order of its own by its number.
-
-    Raises:
-        UserError: files missing, damaged, shorter than a sample, of another tokenizer, or without end-of-document tokens to mask.
-    """
-    file, length = TokenFile.open(prefix), reading.data.sequence_length
-    if len(file.tokens) <= length:
-        raise UserError(f"{prefix}: {len(file.tokens)} tokens", f"more than one sample of {length}", "use more text or shorter sequences")
-    looked_at = file.tokens[:: max(1, len(file.tokens) // _SAMPLED_TOKENS)]
-    require_vocabulary(prefix, int(looked_at.min()), int(looked_at.max()), reading.vocab_size)
-    if reading.end_of_document is not None:
-        _require_ends(file, reading.end_of_document)
+    """A pass over one token file, in an order of its own by its number; UserError as of `require_file`."""
+    require_file(prefix, reading)
+    length = reading.data.sequence_length
     # GPTDataset asks its tokenizer for identity and special tokens alone. Padding is masked by SampleStream: Megatron would show the
     # model token 0 in its place, and count the prediction made at the last padding token.
     end = _NO_TOKEN if reading.end_of_document is None else reading.end_of_document
@@ -177,6 +193,18 @@ def one_pass(prefix: str, reading: Reading, number: int = 0) -> GPTDataset:
 def _seed_of(seed: int, number: int) -> int:
     """Of a pass; the first has the run's own."""
     return seed if number == 0 else int.from_bytes(hashlib.sha256(f"{seed} pass {number}".encode()).digest()[:4], "little")
+
+
+def require_file(prefix: str, reading: Reading) -> TokenFile:
+    """UserError for files missing, damaged, shorter than a sample, of another tokenizer, or without end-of-document tokens to mask."""
+    file, length = TokenFile.open(prefix), reading.data.sequence_length
+    if len(file.tokens) <= length:
+        raise UserError(f"{prefix}: {len(file.tokens)} tokens", f"more than one sample of {length}", "use more text or shorter sequences")
+    looked_at = file.tokens[:: max(1, len(file.tokens) // _SAMPLED_TOKENS)]
+    require_vocabulary(prefix, int(looked_at.min()), int(looked_at.max()), reading.vocab_size)
+    if reading.end_of_document is not None:
+        _require_ends(file, reading.end_of_document)
+    return file
 
 
 def _require_ends(file: TokenFile, end: int) -> None:

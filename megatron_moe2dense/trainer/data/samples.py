@@ -17,7 +17,14 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import read_json
 from megatron_moe2dense.tokens.indexed import require_vocabulary
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.data.datasets import Passes, Reading, one_pass, training_dataset
+from megatron_moe2dense.trainer.data.datasets import (
+    Passes,
+    Reading,
+    one_pass,
+    require_file,
+    samples_of,
+    training_dataset,
+)
 from megatron_moe2dense.trainer.groups import Groups
 
 # Of the draw of held-out sequences: runs are compared on the same ones, whatever their train.seed.
@@ -113,7 +120,7 @@ def training_stream(config: DistillConfig, groups: Groups, device: torch.device,
     Raises:
         UserError: files missing or of another tokenizer; fewer samples than the run needs.
     """
-    reading = _reading(config, vocab_size)
+    reading = reading_of(config, vocab_size)
     dataset = training_dataset(reading, config.steps() * config.batch.global_)
     return SampleStream(Samples(dataset, reading), groups, config.batch.micro, device)
 
@@ -122,18 +129,27 @@ def validation_stream(config: DistillConfig, groups: Groups, device: torch.devic
     """The stream of `data.validation`, None when there is none; UserError when it is too short."""
     if config.data.validation is None:
         return None
-    reading = dataclasses.replace(_reading(config, vocab_size), seed=VALIDATION_SEED)
-    dataset, wanted = one_pass(config.data.validation, reading), config.data.validation_sequences
-    if len(dataset) < wanted:
-        raise UserError(
-            f"{config.data.validation}: {len(dataset)} sequences, data.validation_sequences={wanted}",
-            f"at most {len(dataset)}",
-            "lower data.validation_sequences or use more held-out text",
-        )
+    require_validation(config, config.data.validation, vocab_size)
+    reading = dataclasses.replace(reading_of(config, vocab_size), seed=VALIDATION_SEED)
+    dataset = one_pass(config.data.validation, reading)
     return SampleStream(Samples(dataset, reading), groups, config.batch.micro, device)
 
 
-def _reading(config: DistillConfig, vocab_size: int) -> Reading:
+def require_validation(config: DistillConfig, prefix: str, vocab_size: int) -> str:
+    """What there is of the held-out text `prefix`; UserError when it is none or too short."""
+    found = samples_of(require_file(prefix, reading_of(config, vocab_size)), config.data.sequence_length)
+    wanted = config.data.validation_sequences
+    if found < wanted:
+        raise UserError(
+            f"{prefix}: {found} sequences, data.validation_sequences={wanted}",
+            f"at most {found}",
+            "lower data.validation_sequences or use more held-out text",
+        )
+    return f"{wanted} of {found} sequences"
+
+
+def reading_of(config: DistillConfig, vocab_size: int) -> Reading:
+    """How the token files of a run become samples; UserError for masks that its text or its student's config.json has no tokens for."""
     index = Path(config.output) / "data_index"
     if not config.data.mask_end_of_document and config.data.pad_token is None:
         return Reading(config.data, config.train.seed, vocab_size, index)

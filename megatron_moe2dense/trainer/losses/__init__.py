@@ -10,6 +10,7 @@ from megatron_moe2dense.common.registry import Method, Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron_moe2dense.families import Dims
     from megatron_moe2dense.trainer.losses.chunked import Chunk
     from megatron_moe2dense.trainer.losses.targets import TeacherOutput
     from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits
@@ -34,6 +35,9 @@ class Loss(Method, ABC):
     def is_plain_kl(self) -> bool:
         """Whether the value is KL(teacher || student) in nats itself, so that it may be reported as `kl`."""
         return False
+
+    def require_models(self, student: Dims, teacher: Dims | None) -> None:
+        """UserError when models of these sizes can not be compared so. teacher: None without a live one."""
 
     def at(self, share: float) -> Loss:  # noqa: ARG002
         """What is trained once this share of the run's steps is done: itself, but for a mixture some of whose terms are over."""

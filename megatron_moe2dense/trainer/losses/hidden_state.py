@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families import Dims
 from megatron_moe2dense.trainer.losses import Loss, losses
 from megatron_moe2dense.trainer.losses.targets import TeacherOutput
 from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits, wide
@@ -35,15 +36,19 @@ class HiddenState(Loss):
         """See `Loss.trains_head`: never, hidden states come before it."""
         return False
 
-    def per_token(self, student: VocabParallelLogits, teacher: TeacherOutput | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:  # noqa: ARG002
-        """Squared units of the hidden states, [T]. UserError when the hidden sizes differ."""
-        assert isinstance(teacher, VocabParallelLogits)
-        if student.hidden_TD.shape != teacher.hidden_TD.shape:
+    def require_models(self, student: Dims, teacher: Dims | None) -> None:
+        """See `Loss.require_models`: of one hidden size."""
+        if teacher is not None and student.hidden_size != teacher.hidden_size:
             raise UserError(
-                f"hidden sizes {student.hidden_TD.shape[-1]} and {teacher.hidden_TD.shape[-1]}",
+                f"hidden sizes {student.hidden_size} and {teacher.hidden_size}",
                 "a student as wide as its teacher for the hidden_state loss",
                 "use a loss on the logits, such as forward_kl",
             )
+
+    def per_token(self, student: VocabParallelLogits, teacher: TeacherOutput | None, labels_T: Tensor, mask_T: Tensor) -> Tensor:  # noqa: ARG002
+        """Squared units of the hidden states, [T]."""
+        assert isinstance(teacher, VocabParallelLogits)
+        assert student.hidden_TD.shape == teacher.hidden_TD.shape, "refused by require_models"
         ranks = dist.get_world_size(student.group) if student.group is not None else 1
         hidden_TD = _Shared.apply(student.hidden_TD, ranks)
         assert isinstance(hidden_TD, Tensor)

@@ -9,6 +9,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from megatron_moe2dense.common.config import Config, key
+from megatron_moe2dense.families import Dims
 from megatron_moe2dense.trainer.losses import Loss, losses
 from megatron_moe2dense.trainer.losses.targets import TeacherOutput
 from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits
@@ -47,6 +48,11 @@ class Mixture(Loss):
     def trains_head(self) -> bool:
         """Whether any term that stays does."""
         return any(term.loss.trains_head() for term in self.terms if term.until is None)
+
+    def require_models(self, student: Dims, teacher: Dims | None) -> None:
+        """See `Loss.require_models`: of every term."""
+        for term in self.terms:
+            term.loss.require_models(student, teacher)
 
     def at(self, share: float) -> Loss:
         """See `Loss.at`: without the terms that are over."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from megatron_moe2dense.common.config import key
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families import Dims
 from megatron_moe2dense.trainer.losses import LogitLoss, losses
 from megatron_moe2dense.trainer.losses.chunked import Chunk
 from megatron_moe2dense.trainer.losses.targets import TopKTarget, local
@@ -24,6 +26,11 @@ class TopKKl(LogitLoss):
     def tokens_of_cache(self) -> int | None:
         """k: it takes a teacher cache, of as many tokens or more."""
         return self.k
+
+    def require_models(self, student: Dims, teacher: Dims | None) -> None:  # noqa: ARG002
+        """See `Loss.require_models`: of as many tokens as are compared."""
+        if self.k > student.vocab_size:
+            raise UserError(f"loss.k={self.k}", f"at most the vocabulary of {student.vocab_size}", "choose a smaller k")
 
     def of_chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Nats per token and their gradient."""

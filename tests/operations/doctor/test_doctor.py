@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,13 @@ def test_what_would_stop_a_run_ends_in_exit_code_2_and_all_is_named(root: Path, 
     file = root / "distill.yaml"
     file.write_text(str(content(root, student=str(root / "bare"))))
     with pytest.raises(SystemExit) as error:
-        cli.main(["doctor", str(file), "processes=3", "settings=[parallel.tensor=2]"])
+        cli.main(["doctor", str(file), "processes=3", "settings=[parallel.tensor=2, train.steps=1000]"])
     captured = capsys.readouterr()
     assert error.value.code == 2
     assert "3 processes" in captured.err
-    assert "no tokenizer files" in captured.err
+    assert "62 samples of 32 tokens" in captured.err
     assert "<- error" in captured.out
+    assert "no tokenizer files  <- warning" in captured.out, "a run without goes, its exports can not be used as they are"
 
 
 @pytest.mark.parametrize(
@@ -83,8 +85,8 @@ def test_what_would_stop_a_run_ends_in_exit_code_2_and_all_is_named(root: Path, 
         ({"teacher": "none"}, "teacher", "No such file"),
         ({"device": "cuda"}, "device", "no CUDA device"),
         ({"data": {"path": "none", "sequence_length": 32}}, "text", "none"),
-        ({"train": {"steps": 1000}}, "text", "2000 tokens"),
-        ({"batch": {"micro": 3, "global": 4}}, "processes", "batch.global=4"),
+        ({"train": {"steps": 1000}}, "text", "62 samples of 32 tokens"),
+        ({"batch": {"micro": 3, "global": 4}}, "batch", "batch.global=4"),
         ({"dtype": "bfloat16", "fp8": {}}, "fp8", "without Transformer Engine"),
     ],
 )
@@ -97,10 +99,11 @@ def test_what_a_config_lacks_is_named(changes: dict[str, Any], name: str, words:
 def test_other_vocabularies_are_told_of(root: Path, tmp_path: Path):
     tiny("qwen3_moe", tmp_path / "teacher", vocab_size=96)
     assert "one vocabulary" in judged(root, teacher=str(tmp_path / "teacher"))["vocabulary"].do
+    assert "text" in judged(root, student="none", data={"path": "none", "sequence_length": 32}), "one mistake does not hide another"
 
 
 def test_loggers_that_are_not_installed_are_told_of(root: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(readiness, "version", lambda _name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     assert "wandb" in judged(root, logging={"wandb": {"project": "p"}})["metrics"].found
     assert "tensorboard" in judged(root, logging={"tensorboard": True})["metrics"].found
 

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from megatron_moe2dense import cli
-from megatron_moe2dense.common.config import build
+from megatron_moe2dense.common.config import build, load
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.operations import dry_run
 from megatron_moe2dense.operations.plan import memory, run, timing
 from megatron_moe2dense.operations.plan.activations import in_flight
 from megatron_moe2dense.operations.plan.communication import Traffic
@@ -21,6 +22,7 @@ from megatron_moe2dense.operations.plan.config import PlanConfig
 from megatron_moe2dense.operations.plan.hardware import DATA_SHEETS, Machine
 from megatron_moe2dense.trainer.cache import write
 from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
+from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.data.config import StreamConfig
 from megatron_moe2dense.trainer.flops import forward_flops
 from megatron_moe2dense.trainer.layout import answers, refuse
@@ -134,22 +136,21 @@ def test_a_distill_yaml_is_judged_and_its_report_written(configs: dict[str, str]
 
 
 def test_a_dry_run_of_distill_tells_the_memory_that_the_plan_tells(configs: dict[str, str], capsys: pytest.CaptureFixture[str]):
-    arguments = [str(ROOT / "yaml_configs/qwen3_30b_a3b/distill.yaml"), "--dry-run"]
+    arguments = []
     for name in ("student", "teacher"):
         folder = Path(configs[name]).with_suffix("")
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(Path(configs[name]).read_text())
         arguments.append(f"{name}={folder}")
-    found = {}
-    for command in ("distill", "plan"):
-        cli.main([command, *arguments])
-        found[command] = json.loads(capsys.readouterr().out)
-    assert found["distill"]["memory_per_process"]["stage 0"] == found["plan"]["best"]["stages"]["0"]["memory"]
+    yaml_of_run = ROOT / "yaml_configs/qwen3_30b_a3b/distill.yaml"
+    cli.main(["plan", str(yaml_of_run), *arguments, "--dry-run"])
+    planned = json.loads(capsys.readouterr().out)["best"]["stages"]["0"]["memory"]
+    assert dry_run.facts(load(DistillConfig, yaml_of_run, arguments))["memory_per_process"]["stage 0"] == planned
 
 
 def test_the_flops_of_a_teacher_cache_are_those_of_its_forward_pass(configs: dict[str, str], tmp_path: Path):
     (tmp_path / "config.json").write_text(Path(configs["teacher"]).read_text())
-    facts = write.dry_run(CacheTeacherConfig(teacher=str(tmp_path), output="-", data=StreamConfig(path="-"), samples=3))
+    facts = write.facts(CacheTeacherConfig(teacher=str(tmp_path), output="-", data=StreamConfig(path="-"), samples=3))
     assert facts["flops"] == int(forward_flops(run.job_of(config(configs)).spec("teacher"), 2048) * 3 * 2048)
 
 
