@@ -19,12 +19,17 @@ from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec
 
 
-def fields(config: DistillConfig, spec: ModelSpec) -> dict[str, Any]:
-    """TransformerConfig fields of the balancing losses; UserError for a `moe` block with a dense student."""
+def require(config: DistillConfig, student: ModelSpec) -> str:
+    """What is asked for; UserError for a `moe` block with a dense student."""
+    if config.moe is not None and not student.dims.experts:
+        raise UserError(f"moe block, but {config.student} is dense", "a MoE student", "remove the moe block")
+    return "none" if config.moe is None else f"aux_loss {config.moe.aux_loss}, z_loss {config.moe.z_loss}"
+
+
+def fields(config: DistillConfig) -> dict[str, Any]:
+    """TransformerConfig fields of the balancing losses."""
     if config.moe is None:
         return {}
-    if not spec.dims.experts:
-        raise UserError(f"moe block, but {config.student} is dense", "a MoE student", "remove the moe block")
     return {
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": config.moe.aux_loss,

@@ -144,7 +144,7 @@ def build(config: DistillConfig, groups: Groups, device: Runtime, opened: startu
     opened = opened if opened is not None else opened_models(config)
     spec = opened.specs["student"]
     layout = PipelineLayout.of_student(config.parallel, spec.dims.layers)
-    fields = {**models.recompute_fields(config.parallel, spec), **balancing.fields(config, spec), **fp8.fields(config.fp8, device)}
+    fields = {**models.recompute_fields(config.parallel, spec), **balancing.fields(config), **fp8.fields(config.fp8, device)}
     student = models.build(spec, groups, device, layout, **fields)
     wrapped = initialize.start(config, student, spec, groups)
     with contextlib.ExitStack() as undo:

@@ -82,10 +82,10 @@ class Layout:
         if batch is not None:
             yield Question("batch", lambda: self._batch(batch), ("processes",))
         if student is not None:
-            yield Question("student's layout", lambda: _require_model(student, parallel, PipelineLayout.of_student))
+            yield from _of_model("student", student, parallel, PipelineLayout.of_student)
             yield Question("student's experts", lambda: _require_trained_experts(student, parallel))
         if teacher is not None:
-            yield Question("teacher's layout", lambda: _require_model(teacher, parallel, PipelineLayout.of_teacher))
+            yield from _of_model("teacher", teacher, parallel, PipelineLayout.of_teacher)
 
     def _processes(self) -> str:
         require_world(self.parallel, self.world)
@@ -97,14 +97,19 @@ class Layout:
         return f"{batch.global_} sequences a step, {batch.global_ // (batch.micro * self.data)} micro-batches on a rank"
 
 
-def _require_model(spec: ModelSpec, parallel: ParallelConfig, of: Callable[[ParallelConfig, int], PipelineLayout]) -> str:
-    layout = of(parallel, spec.dims.layers)
-    models.require_division(spec, parallel)
-    _require_attention(spec, parallel)
+def _of_model(
+    who: str, spec: ModelSpec, parallel: ParallelConfig, of: Callable[[ParallelConfig, int], PipelineLayout]
+) -> Iterator[Question]:
+    yield Question(f"{who}'s layers", lambda: f"{' + '.join(map(str, of(parallel, spec.dims.layers).layers))} layers")
+    yield Question(f"{who}'s sizes", lambda: models.require_division(spec, parallel))
+    yield Question(f"{who}'s attention", lambda: _require_attention(spec, parallel))
     if spec.dims.experts:
-        parts = {"add_bias_linear": models.family_fields(spec)["add_bias_linear"], "expert_tensor_parallel_size": parallel.expert_tensor}
-        models.require_whole_biases({**parts, "tensor_model_parallel_size": parallel.tensor})
-    return f"{' + '.join(map(str, layout.layers))} layers"
+        yield Question(f"{who}'s biases", lambda: _require_biases(spec, parallel))
+
+
+def _require_biases(spec: ModelSpec, parallel: ParallelConfig) -> None:
+    parts = {"add_bias_linear": models.family_fields(spec)["add_bias_linear"], "expert_tensor_parallel_size": parallel.expert_tensor}
+    models.require_whole_biases({**parts, "tensor_model_parallel_size": parallel.tensor})
 
 
 def _require_attention(spec: ModelSpec, parallel: ParallelConfig) -> None:

@@ -12,11 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe2dense.checkpoint.assets import ASSETS
-from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.tokens.held_out import ADVICE, not_held_out
 from megatron_moe2dense.tokens.indexed import TokenFile, long_windows
-from megatron_moe2dense.trainer import runtime
+from megatron_moe2dense.trainer import balancing, runtime
 from megatron_moe2dense.trainer.agreement import raise_on_all_ranks
 from megatron_moe2dense.trainer.cache.teacher import require_cache
 from megatron_moe2dense.trainer.config import DistillConfig, ParallelConfig
@@ -75,7 +74,7 @@ def of_run(config: DistillConfig, world: int, opened: Opened) -> Iterator[Questi
     yield from (Question(f"{name}'s windows", lambda spec=spec: _windows(config, spec)) for name, spec in opened.specs.items())
     if student is not None:
         yield Question("loss", lambda: _loss(config, student, teacher))
-        yield Question("balancing", lambda: require_balanced(config, student))
+        yield Question("balancing", lambda: balancing.require(config, student))
     yield Question("metrics", lambda: require_loggers(config.logging))
 
 
@@ -98,7 +97,8 @@ def _text(config: DistillConfig, student: ModelSpec | None) -> Iterator[Question
     yield Question("masks", lambda: _masks(config, vocab_size))
     yield Question("text", lambda: _samples(config, vocab_size), ("masks",))
     if held_out is not None:
-        yield Question("held-out text", lambda: _held_out(config, held_out, vocab_size), ("masks", "text"))
+        yield Question("held-out text", lambda: require_validation(config, held_out, vocab_size), ("masks",))
+        yield Question("overlap of texts", lambda: _overlap(config, held_out), ("text", "held-out text"))
     if config.teacher_cache is not None:
         yield Question("teacher cache", lambda: _cache(config, vocab_size), ("text",))
 
@@ -119,13 +119,6 @@ class Opened:
             require_one_table(spec)
         self.specs[name] = spec
         return f"{spec.family.name}, {spec.dims.layers} layers, vocabulary {spec.dims.vocab_size}"
-
-
-def require_balanced(config: DistillConfig, student: ModelSpec) -> str:
-    """UserError for a `moe` block with a dense student."""
-    if config.moe is not None and not student.dims.experts:
-        raise UserError(f"moe block, but {config.student} is dense", "a MoE student", "remove the moe block")
-    return "none" if config.moe is None else f"aux_loss {config.moe.aux_loss}, z_loss {config.moe.z_loss}"
 
 
 def _tokenizer(directory: Path) -> str | Remark:
@@ -151,10 +144,9 @@ def _samples(config: DistillConfig, vocab_size: int) -> str:
     return f"{found}, {needed * config.data.sequence_length} are trained on"
 
 
-def _held_out(config: DistillConfig, prefix: str, vocab_size: int) -> str | Remark:
-    found = require_validation(config, prefix, vocab_size)
-    same = not_held_out(prefix, config.data.files())
-    return found if same is None else Remark(same, ADVICE)
+def _overlap(config: DistillConfig, held_out: str) -> str | Remark:
+    same = not_held_out(held_out, config.data.files())
+    return "none" if same is None else Remark(same, ADVICE)
 
 
 def _windows(config: DistillConfig, spec: ModelSpec) -> str | Remark:

@@ -69,7 +69,7 @@ def _placed(value: Any, root: Path) -> Any:
     return value.replace("{root}", str(root)) if isinstance(value, str) else value
 
 
-# What is changed, the processes, and where the error comes from: by file and function of the trainer.
+# What is changed, the processes, and where the error comes from: by file and function of the trainer, or of the tokens it reads.
 CASES: dict[str, tuple[dict[str, Any], int, str]] = {
     "two tables of embeddings": ({"student": "{root}/two tables"}, 1, "weights.py require_one_table"),
     "another vocabulary": ({"student": "{root}/other vocabulary"}, 1, "teacher.py require_same_vocabulary"),
@@ -133,7 +133,7 @@ CASES: dict[str, tuple[dict[str, Any], int, str]] = {
         "losses/hidden_state.py HiddenState.require_models",
     ),
     "a top k beyond the vocabulary": ({"loss": {"method": "top_k_kl", "k": 257}}, 1, "losses/top_k_kl.py TopKKl.require_models"),
-    "balancing of a dense student": ({"teacher": None, "moe": {}}, 1, "startup.py require_balanced"),
+    "balancing of a dense student": ({"teacher": None, "moe": {}}, 1, "balancing.py require"),
     "padding beyond the vocabulary": ({"data": {"pad_token": 256}}, 1, "data/datasets.py Reading.masked"),
     "no token that ends documents": ({"data": {"mask_end_of_document": True}}, 1, "data/datasets.py _end_of_document"),
     "documents that end otherwise": (
@@ -143,7 +143,7 @@ CASES: dict[str, tuple[dict[str, Any], int, str]] = {
     ),
     "100 times more tokens than there are": ({"train": {"tokens": 100 * 64 * LENGTH}}, 1, "data/datasets.py _require"),
     "text shorter than a sample": ({"data": {"path": "{root}/short"}}, 1, "data/datasets.py require_file"),
-    "text of another tokenizer": ({"data": {"path": "{root}/other tokenizer"}}, 1, "data/datasets.py require_vocabulary"),
+    "text of another tokenizer": ({"data": {"path": "{root}/other tokenizer"}}, 1, "tokens/indexed.py require_vocabulary"),
     "too little held-out text": (
         {"data": {"validation": "{root}/tokens", "validation_sequences": 65}},
         1,
@@ -179,6 +179,7 @@ OTHERS = {
     "distill.py _require_same_text": "of an output that is resumed",
     "export.py run": "export's own",
     "export.py _locate": "export's own",
+    "export.py _write": "export's own",
     "layout.py refuse": "all of them together",
     "loop.py Trainer._give_up_on": "steps that stay NaN",
     "verification/fingerprint.py verify": "every value, in the model and in the files",
