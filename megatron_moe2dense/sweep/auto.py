@@ -179,9 +179,7 @@ class _Search:
             step = self.config.eta ** (self.config.halvings - number)
             if step == 1:
                 left = _with_modes(left, self.modes)
-            logger.info(
-                "round %d of %d: %d models to judge on a %s of the text", number + 1, self.config.halvings + 1, len(left), f"1/{step}"
-            )
+            logger.info("round %d of %d: %d models to judge on 1/%d of the text", number + 1, self.config.halvings + 1, len(left), step)
             rounds.append(self._round(number, left, step))
             order = _ordered(rounds[-1], left)
             logger.info("round %d: %d models, the best %s", number + 1, len(order), order[0].called)

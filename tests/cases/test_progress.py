@@ -27,6 +27,8 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Runs a command whose stages all count as long; what it said, a list of lines."""
     monkeypatch.setattr("megatron_moe2dense.common.progress.QUIET", 0.0)
     monkeypatch.setattr("megatron_moe2dense.common.progress._APART", 0.0)
+    # transformers reads the variable that a command sets when it is imported, which here it was before
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
 
     def run(*arguments: str) -> list[str]:
         capsys.readouterr()
@@ -40,7 +42,7 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
 def lines(found: list[str], doing: str, unit: str) -> list[str]:
     """Of one stage: all have a clock time and a rate, and time left or taken."""
-    counted = rf"\d\d-\d\d \d\d:\d\d:\d\d I {doing}: [\d,]+/[\d,]+ {unit}, .*/.*, (ETA|took) \w+"
+    counted = rf"\d\d-\d\d \d\d:\d\d:\d\d I {doing}: [\d,.]+/[\d,.]+ {unit}, .*/.*, (ETA|took) \w+"
     return [line for line in found if re.fullmatch(counted, line)]
 
 

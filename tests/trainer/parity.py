@@ -130,11 +130,11 @@ class Differences:
 
 def write_inputs(root: Path) -> None:
     """Models of different depth, and text a fifth of which is masked, unevenly."""
-    # of a seed with which no token's second and third expert are closer than 8e-5 at any step: rounding never decides between them
+    # of a seed with which no token's second and third expert are closer than 8e-5 at any step (stock.train asserts it)
     tiny_qwen3_moe(root / "teacher", seed=4, num_hidden_layers=6)
     tiny_qwen3(root / "student", seed=2)
     tiny_qwen3(root / "tied student", seed=3, tie_word_embeddings=True)
-    generator = np.random.default_rng(5)  # of 24 seeds the one that stays furthest from equal experts, at both steps (stock.train)
+    generator = np.random.default_rng(0)
     tokens = generator.integers(0, 256, LENGTH * SAMPLES * STEPS + 1)
     tokens[(np.arange(len(tokens)) % LENGTH < 12) & (generator.random(len(tokens)) < 0.5)] = MASKED
     write_tokens(root / "tokens", tokens)

@@ -27,7 +27,6 @@ from megatron_moe2dense.trainer.outline import count_parameters
 from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.runtime.latent_attention import LATENT_NORM_EPS, LatentAttention, use_latent_attention
-from megatron_moe2dense.trainer.runtime.routers import router_fields
 from tests.families.published import DEEPSEEK_V2_LITE
 from tests.helpers.tiny_models import tiny
 
@@ -128,7 +127,7 @@ def test_what_megatron_has_no_latent_attention_for_is_refused(name: str):
 
 def test_sigmoid_gates_that_are_not_renormalised_are_refused():
     with pytest.raises(UserError, match="norm_topk_prob"):
-        router_fields(Router("sigmoid", renormalize=False), 8, correction=True)
+        require_router(Router("sigmoid", renormalize=False), experts=8, active=2)
 
 
 def test_more_active_experts_than_the_used_groups_have_are_refused(tmp_path: Path, place: tuple[Groups, Runtime]):
