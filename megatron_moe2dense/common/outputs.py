@@ -27,8 +27,11 @@ Status = Literal["unfinished", "finished"]
 
 def config_hash(config: dict[str, Any]) -> str:
     """A short hash of a resolved config; `overwrite` and `memory_budget` say nothing about the content and are left out."""
-    content = {name: value for name, value in config.items() if name not in ("overwrite", "memory_budget")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_of_content(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _of_content(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in ("overwrite", "memory_budget")}
 
 
 @functools.cache
@@ -127,7 +130,7 @@ def write_manifest(directory: Path, status: Status, stage: str, config: dict[str
 
 def read_manifest(directory: Path, stage: str) -> dict[str, Any]:
     """The manifest of a finished output of `stage`; UserError when there is none."""
-    content = _manifest(directory / MANIFEST, f"the output directory of `moe2dense {stage}` with its {MANIFEST}")
+    content = read_own_manifest(directory / MANIFEST, f"the output directory of `moe2dense {stage}` with its {MANIFEST}")
     if content.get("stage") != stage or content.get("status") != "finished":
         raise UserError(
             f"{directory} is {content.get('status')} output of `{content.get('stage')}`",
@@ -135,6 +138,31 @@ def read_manifest(directory: Path, stage: str) -> dict[str, Any]:
             f"point to the output of `{stage}`, or run it (again) to the end",
         )
     return content
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Keys of two configs that differ, as `a.b: old -> new`."""
+    old, new = (dict(_leaves(_of_content(content), "")) for content in (before, now))
+    return [f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}" for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def _leaves(content: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _short(value: Any) -> str:
+    """A fingerprint by its beginning, anything else as JSON."""
+    if isinstance(value, str) and len(value) == 64:
+        return value[:12]
+    if isinstance(value, list):
+        return f"[{', '.join(map(_short, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {_short(item)}' for name, item in value.items())}}}"
+    return json.dumps(value)
 
 
 def claim(output: Path, working: Path, config: dict[str, Any], overwrite: bool) -> bool:
@@ -146,17 +174,19 @@ def claim(output: Path, working: Path, config: dict[str, Any], overwrite: bool) 
     Raises:
         UserError: a finished output, foreign files, or an unfinished run of another config is in the way.
     """
-    found, foreign = _unfinished_hash(working, working != output), _holds_foreign_files(working)
+    manifest, foreign = _unfinished(working, working != output), _holds_foreign_files(working)
+    found = manifest and manifest["config_hash"]
     if output.exists() and not overwrite and not (working == output and found is not None):
         what = "is a finished output" if (output / MANIFEST).exists() else "exists"
         raise UserError(f"{output} {what}", "a path that does not exist yet", "choose another output or add overwrite=true")
     if found == config_hash(config):
         return True
     if found is not None and not overwrite:
+        changed = "; ".join(differences(manifest.get("identity", manifest.get("config", {})), config)) if manifest else ""
         raise UserError(
-            f"{working} is an unfinished run of another config ({found})",
+            f"{working} is an unfinished run of another config ({changed or found})",
             f"an unfinished run of this config ({config_hash(config)}), or nothing",
-            "finish it with its own config, remove it, or add overwrite=true",
+            "finish it with its own config, choose another output, or add overwrite=true, which deletes it",
         )
     if foreign and not overwrite:
         raise UserError(f"{working} exists", "a path that does not exist yet", "remove it, choose another output or add overwrite=true")
@@ -165,7 +195,8 @@ def claim(output: Path, working: Path, config: dict[str, Any], overwrite: bool) 
     return False
 
 
-def _manifest(path: Path, expected: str) -> dict[str, Any]:
+def read_own_manifest(path: Path, expected: str) -> dict[str, Any]:
+    """A manifest, whatever its stage and status; UserError when it is none."""
     content = read_json(path, expected)
     if not isinstance(content, dict) or not {"status", "stage", "config_hash"} <= set(content):
         raise UserError(f"{path} is no manifest", expected, "check the path, or make the output again")
@@ -180,12 +211,12 @@ def _holds_foreign_files(working: Path) -> bool:
     return MANIFEST not in names and bool(names - {MANIFEST + ".tmp"})
 
 
-def _unfinished_hash(working: Path, complete_too: bool) -> str | None:
-    """Hash of the config that `working` belongs to. complete_too: also where it was complete and only not yet in its place."""
+def _unfinished(working: Path, complete_too: bool) -> dict[str, Any] | None:
+    """The manifest of the run that `working` belongs to. complete_too: also where it was complete and only not yet in its place."""
     if not (working / MANIFEST).exists():
         return None
-    content = _manifest(working / MANIFEST, "the manifest of an unfinished run, or nothing")
-    return content["config_hash"] if complete_too or content.get("status") == "unfinished" else None
+    content = read_own_manifest(working / MANIFEST, "the manifest of an unfinished run, or nothing")
+    return content if complete_too or content.get("status") == "unfinished" else None
 
 
 @contextlib.contextmanager

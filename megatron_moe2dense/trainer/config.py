@@ -180,7 +180,11 @@ class WandbConfig(Config):
     """Weights & Biases; offline unless an API key is set."""
 
     project: str = key(..., "W&B project")
-    name: str | None = key(None, "display name of the run")
+    name: str | None = key(None, "display name of the run; null: the last two parts of `output`")
+    entity: str | None = key(None, "team or user that the project belongs to; null: W&B's default")
+    group: str | None = key(None, "runs that belong together, such as the seeds of one arm")
+    tags: list[str] = key([], "labels of the run")
+    notes: str | None = key(None, "a longer description")
 
 
 class LoggingConfig(Config):

@@ -11,11 +11,10 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_moe2dense.checkpoint.assets import copy_assets
-from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
-from megatron_moe2dense.common.outputs import MANIFEST, Status, claim, config_hash, read_json, write_json, write_manifest
+from megatron_moe2dense.common.outputs import read_json, write_json
 from megatron_moe2dense.common.progress import StepLines
-from megatron_moe2dense.trainer import balancing, initialize, optim, runtime, startup, teacher
+from megatron_moe2dense.trainer import balancing, identity, initialize, optim, runtime, startup, teacher
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer.agreement import raise_on_all_ranks
@@ -23,22 +22,17 @@ from megatron_moe2dense.trainer.cache.teacher import CachedTeacher, open_cache
 from megatron_moe2dense.trainer.checkpoints.checkpointer import Checkpointer
 from megatron_moe2dense.trainer.checkpoints.writer import latest, step_of
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.data.datasets import texts
 from megatron_moe2dense.trainer.data.samples import SampleStream, training_stream, validation_stream
 from megatron_moe2dense.trainer.flops import training_flops
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.layout import answers, refuse
 from megatron_moe2dense.trainer.loop import Trainer
-from megatron_moe2dense.trainer.metrics import Metrics, Speed
+from megatron_moe2dense.trainer.metrics import Metrics, Speed, tracked
 from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from megatron_moe2dense.trainer.runtime import Runtime, fp8
 from megatron_moe2dense.trainer.state import TrainState
 from megatron_moe2dense.trainer.step import Models
 from megatron_moe2dense.trainer.verification.verify import verify_teacher
-
-# What may change between the parts of one run: layout, logging and evaluation, not the mathematics.
-_MAY_CHANGE = ("parallel", "logging", "device", "overwrite", "teacher_check")
-_MAY_CHANGE_IN_TRAIN = ("save_every", "keep", "async_save", "eval_every", "log_every", "timeout", "most_skipped", "spike")
 
 
 def run(config: DistillConfig) -> None:
@@ -58,30 +52,9 @@ def _train(config: DistillConfig, groups: Groups, device: Runtime, opened: start
     with contextlib.closing(trainer):
         reached_the_end = trainer.fit(state)
     if reached_the_end and dist.get_rank() == 0:
-        _write_manifest(config, "finished", step=state.step, tokens=state.tokens, skipped_total=state.skipped_total)
+        identity.write(config, "finished", step=state.step, tokens=state.tokens, skipped_total=state.skipped_total)
         logger.info("finished: %d steps, %d tokens; weights in %s", state.step, state.tokens, latest(trainer.checkpointer.directory))
     dist.barrier()
-
-
-def _dump(config: DistillConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", by_alias=True)
-
-
-def _identity_hash(config: DistillConfig) -> str:
-    return config_hash(_identity(config))
-
-
-def _identity(config: DistillConfig) -> dict[str, Any]:
-    content = {name: value for name, value in _dump(config).items() if name not in _MAY_CHANGE}
-    if config.fp8 is None:  # runs begun before there was this key are the same runs
-        del content["fp8"]
-    if config.optim.muon is None:
-        del content["optim"]["muon"]
-    del content["data"]["validation_sequences"]
-    if config.moe is None:  # each micro-batch balances its own tokens
-        del content["batch"]["micro"]
-    content["train"] = {name: value for name, value in content["train"].items() if name not in _MAY_CHANGE_IN_TRAIN}
-    return content
 
 
 def claim_output(config: DistillConfig) -> None:
@@ -89,50 +62,18 @@ def claim_output(config: DistillConfig) -> None:
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             output, student = Path(config.output), Path(config.student)
-            if claim(output, output, _identity(config), config.overwrite):
-                _require_same_text(config)
-            _write_manifest(config, "unfinished")
+            identity.claim(config)
             (output / "student").mkdir(exist_ok=True)
             content = read_json(student / "config.json", "the student's Hugging Face directory with its config.json")
             write_json(output / "student" / "config.json", content)
             copy_assets(student, output / "student")
 
 
-def _recorded(config: DistillConfig, name: str) -> Any:
-    """What the manifest of an earlier part of this run says, None when there is none."""
-    manifest = Path(config.output) / MANIFEST
-    return read_json(manifest, "the manifest of this run").get(name) if manifest.exists() else None
-
-
-def _require_same_text(config: DistillConfig) -> None:
-    """UserError when token files have changed since an earlier part of the run: sample n would be another one."""
-    before = _recorded(config, "data")
-    if before is not None and before != texts(config.data, config.train.seed):
-        raise UserError(
-            f"{config.output} was begun with token files of other content than those at its data keys now",
-            "the files it was begun with",
-            "bring them back, or start a run in another output",
-        )
-
-
-def _write_manifest(config: DistillConfig, status: Status, **facts: Any) -> None:
-    """The run's manifest; the plan that made the student stays known through to the export, the teacher's verification over resumes.
-
-    What is read of the inputs is read once, when the run begins: they may be gone when it ends.
-    """
-    if (Path(config.output) / MANIFEST).exists():
-        of_inputs = {name: _recorded(config, name) for name in ("plan_hash", "teacher", "data")}
-    else:
-        made_by = Path(config.student) / MANIFEST
-        plan_hash = read_json(made_by, "the student's manifest").get("plan_hash") if made_by.exists() else None
-        of_inputs = {"plan_hash": plan_hash, "teacher": None, "data": texts(config.data, config.train.seed)}
-    write_manifest(Path(config.output), status, "distill", _dump(config), **{**of_inputs, "config_hash": _identity_hash(config), **facts})
-
-
-def _verify_teacher(config: DistillConfig, groups: Groups, frozen: teacher.LiveTeacher, training: SampleStream) -> None:
-    recorded = verify_teacher(frozen, config, groups, training.first(), _recorded(config, "teacher"))
+def _verify_teacher(config: DistillConfig, groups: Groups, frozen: teacher.LiveTeacher, training: SampleStream) -> dict[str, Any]:
+    found = verify_teacher(frozen, config, groups, training.first(), identity.recorded(config).get("teacher"))
     if dist.get_rank() == 0:
-        _write_manifest(config, "unfinished", teacher=recorded)
+        identity.write(config, "unfinished", teacher=found)
+    return found
 
 
 def build(config: DistillConfig, groups: Groups, device: Runtime, opened: startup.Opened | None = None) -> tuple[Trainer, TrainState]:
@@ -162,15 +103,16 @@ def _assemble(
 ) -> tuple[Trainer, TrainState]:
     """What stands around the student. known: the teacher, None without a live one."""
     (groups, device), (spec, student, wrapped) = place, learner
-    optimizer, scheduler = optim.build(config, wrapped, spec, groups)
+    known_of_run = identity.recorded(config)  # before rank 0 writes it again
+    first_steps = (known_of_run.get("lengths") or [config.steps()])[0]
+    optimizer, scheduler = optim.build(config, wrapped, (spec, groups), first_steps)
     frozen = teacher.build(known, config, groups, device) if known is not None else None
     checkpointer = Checkpointer(Path(config.output) / "checkpoints", config.train, groups)
     state = _resume(checkpointer, student, optimizer, scheduler)
     vocab_size = spec.dims.vocab_size
     training = training_stream(config, groups, device.device, vocab_size)
     validation = validation_stream(config, groups, device.device, vocab_size)
-    if frozen is not None:
-        _verify_teacher(config, groups, frozen, training)
+    verified = _verify_teacher(config, groups, frozen, training) if frozen is not None else None
     trainer = Trainer(
         config=config,
         groups=groups,
@@ -180,7 +122,7 @@ def _assemble(
         training=training,
         validation=validation,
         checkpointer=checkpointer,
-        metrics=Metrics(config, groups.writes_metrics, _identity_hash(config), state.step),
+        metrics=Metrics(config, groups.writes_metrics, tracked(config, known_of_run, verified), state.step),
         speed=_speed(config, spec, frozen, device),
         lines=StepLines(config.steps(), config.train.log_every),
     )
@@ -201,7 +143,7 @@ def _resume(checkpointer: Checkpointer, *parts: Any) -> TrainState:
     found = latest(checkpointer.directory)
     if found is None:
         return TrainState()
-    state = TrainState(**checkpointer.load(found, *parts))
+    state = TrainState.restored(checkpointer.load(found, *parts), str(found))
     assert state.step == step_of(found)
     logger.info("resumed from %s", found)
     return state

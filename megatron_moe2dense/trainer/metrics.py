@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.outputs import commit, versions
 from megatron_moe2dense.trainer.config import DistillConfig, LoggingConfig
 from megatron_moe2dense.trainer.state import TrainState
 from megatron_moe2dense.trainer.step import StepLoss
@@ -86,14 +88,36 @@ def eval_row(state: TrainState, result: StepLoss) -> dict[str, Any]:
     return {"step": state.step, "tokens": state.tokens, "eval_loss": loss, "eval_kl": kl, **rest}
 
 
+@dataclass(frozen=True)
+class Tracked:
+    """A run to W&B. run_id: the same through all its parts, and no other run's. facts: beside its config."""
+
+    run_id: str
+    facts: dict[str, Any]
+
+
+def tracked(config: DistillConfig, recorded: dict[str, Any], teacher: dict[str, Any] | None) -> Tracked:
+    """Of the run that has this manifest. teacher: what was verified of it, None without a live one."""
+    facts = {
+        "world_size": dist.get_world_size(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": commit(),
+        "versions": versions(),
+        "teacher_fingerprint": teacher and teacher["fingerprint"],
+        "plan_hash": recorded.get("plan_hash"),
+        "steps": config.steps(),
+    }
+    return Tracked(recorded.get("run_id", ""), facts)
+
+
 class Metrics:
     """Writes rows; `writes` is False on all ranks but one.
 
     Args:
-        config: of the run. run_id: stable over resumes, so that W&B continues the same run. resumed_step: rows beyond it are dropped.
+        config: of the run. known: what W&B is told of it. resumed_step: rows beyond it are dropped.
     """
 
-    def __init__(self, config: DistillConfig, writes: bool, run_id: str, resumed_step: int):
+    def __init__(self, config: DistillConfig, writes: bool, known: Tracked, resumed_step: int):
         self._path = Path(config.output) / "metrics.jsonl"
         self._writes = writes
         self._tensorboard: Any = None
@@ -106,7 +130,7 @@ class Metrics:
         if config.logging.tensorboard:
             self._tensorboard = _tensorboard(Path(config.output) / "tensorboard", resumed_step)
         if config.logging.wandb is not None:
-            self._wandb = _wandb(config, run_id)
+            self._wandb = _wandb(config, known)
 
     def write(self, row: dict[str, Any]) -> None:
         """One row; `step` is its key."""
@@ -134,7 +158,7 @@ def _tensorboard(directory: Path, resumed_step: int) -> Any:
     return SummaryWriter(str(directory), purge_step=resumed_step + 1)
 
 
-def _wandb(config: DistillConfig, run_id: str) -> Any:
+def _wandb(config: DistillConfig, known: Tracked) -> Any:
     import wandb
 
     settings = config.logging.wandb
@@ -142,12 +166,17 @@ def _wandb(config: DistillConfig, run_id: str) -> Any:
     mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
     return wandb.init(
         project=settings.project,
-        name=settings.name,
-        id=run_id,
+        name=settings.name or "/".join(Path(config.output).absolute().parts[-2:]),
+        entity=settings.entity,
+        group=settings.group,
+        tags=settings.tags,
+        notes=settings.notes,
+        id=known.run_id,
         resume="allow",
         mode=os.environ.get("WANDB_MODE", mode),  # type: ignore[arg-type]
         dir=config.output,
-        config=config.model_dump(mode="json"),
+        config={**config.model_dump(mode="json"), **known.facts},
+        allow_val_change=True,  # machines and commits of a run's parts may differ
     )
 
 

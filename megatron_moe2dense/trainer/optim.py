@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,9 +40,12 @@ def _overlaps(config: DistillConfig) -> bool:
 
 
 def build(
-    config: DistillConfig, chunks: list[DistributedDataParallel], spec: ModelSpec, groups: Groups
+    config: DistillConfig, chunks: list[DistributedDataParallel], model: tuple[ModelSpec, Groups], first_steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW over the wrapped chunks, or over what Muon leaves to it, and the schedule over `config.steps()` steps.
+
+    Args:
+        first_steps: see `learning_rate`.
 
     Raises:
         UserError: Muon for a MoE.
@@ -63,14 +67,14 @@ def build(
     if config.optim.muon is None:
         optimizer = get_megatron_optimizer(settings, list(chunks))
     else:
-        optimizer = muon.beside_adamw(config.optim.muon, settings, chunks, (spec, groups))
+        optimizer = muon.beside_adamw(config.optim.muon, settings, chunks, model)
     shared: Any = chunks[0].config  # one object, shared by all chunks
     shared.grad_scale_func = optimizer.scale_loss
     shared.finalize_model_grads_func = finalize_model_grads
     if _overlaps(config):
         only_last = [chunk.no_sync for chunk in chunks]  # the gradients of a step's other micro-batches just add up
         shared.no_sync_func = only_last if len(only_last) > 1 else only_last[0]
-    return optimizer, learning_rate(config, optimizer)
+    return optimizer, learning_rate(config, config.steps(), first_steps, optimizer)
 
 
 def release(chunks: Iterable[DistributedDataParallel]) -> None:
@@ -81,16 +85,20 @@ def release(chunks: Iterable[DistributedDataParallel]) -> None:
         shared.grad_scale_func = shared.no_sync_func = None
 
 
-def learning_rate(config: DistillConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Warm-up from 0 to optim.lr, then `schedule.style` down to its `final` share; sets the learning rate of step 0."""
-    settings, steps, peak = config.schedule, config.steps(), config.optim.lr
+def learning_rate(config: DistillConfig, steps: int, first_steps: int, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Warm-up from 0 to optim.lr, then `schedule.style` down to its `final` share; sets the learning rate of step 0.
+
+    Args:
+        steps: of the run. first_steps: those it was begun with, of which the warm-up is a share; fewer when it has been extended.
+    """
+    settings, peak = config.schedule, config.optim.lr
     wsd = settings.style == "wsd"
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=peak,
         min_lr=peak * settings.resolved_final(),
-        lr_warmup_steps=min(round(steps * settings.warmup), steps - 1),  # a warm-up of the whole run is none of Megatron's
+        lr_warmup_steps=min(round(first_steps * settings.warmup), first_steps - 1),  # one of the whole run is none of Megatron's
         lr_decay_steps=steps,
         lr_decay_style="WSD" if wsd else settings.style,
         start_wd=config.optim.weight_decay,
@@ -99,7 +107,17 @@ def learning_rate(config: DistillConfig, optimizer: MegatronOptimizer) -> Optimi
         wd_incr_style="constant",
         wsd_decay_steps=max(1, round(steps * settings.resolved_decay())) if wsd else None,
         lr_wsd_decay_style=(settings.shape or "minus_sqrt") if wsd else None,
+        use_checkpoint_opt_param_scheduler=False,  # a checkpoint knows the step; the run's length may have grown since
+        override_opt_param_scheduler=True,
     )
+
+
+def learning_rate_at(config: DistillConfig, step: int, steps: int, first_steps: int) -> float:
+    """What AdamW's learning rate is after `step` of `steps` steps; see `learning_rate`."""
+    group: dict[str, Any] = {}
+    nothing: Any = SimpleNamespace(param_groups=[group])
+    learning_rate(config, steps, first_steps, nothing).step(step)
+    return group["lr"]
 
 
 def gradients(chunks: list[DistributedDataParallel]) -> list[Tensor]:

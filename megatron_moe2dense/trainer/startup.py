@@ -15,9 +15,10 @@ from megatron_moe2dense.checkpoint.assets import ASSETS
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.tokens.held_out import ADVICE, not_held_out
 from megatron_moe2dense.tokens.indexed import TokenFile, long_windows
-from megatron_moe2dense.trainer import balancing, runtime
+from megatron_moe2dense.trainer import balancing, identity, optim, runtime
 from megatron_moe2dense.trainer.agreement import raise_on_all_ranks
 from megatron_moe2dense.trainer.cache.teacher import require_cache
+from megatron_moe2dense.trainer.checkpoints.writer import latest, step_of
 from megatron_moe2dense.trainer.config import DistillConfig, ParallelConfig
 from megatron_moe2dense.trainer.data.datasets import require_samples
 from megatron_moe2dense.trainer.data.samples import reading_of, require_validation
@@ -76,6 +77,7 @@ def of_run(config: DistillConfig, world: int, opened: Opened) -> Iterator[Questi
         yield Question("loss", lambda: _loss(config, student, teacher))
         yield Question("balancing", lambda: balancing.require(config, student))
     yield Question("metrics", lambda: require_loggers(config.logging))
+    yield Question("output", lambda: _output(config), ("student", "teacher", "text", "held-out text", "teacher cache"))
 
 
 def of_models(config: DistillConfig, opened: Opened) -> Iterator[Question]:
@@ -163,6 +165,24 @@ def _loss(config: DistillConfig, student: ModelSpec, teacher: ModelSpec | None) 
     loss = config.resolved_loss()
     loss.require_models(student.dims, teacher and teacher.dims)
     return loss.method_name()
+
+
+def _output(config: DistillConfig) -> str | Remark:
+    found = identity.claimable(config)
+    if found != "extended":
+        return found
+    before = identity.recorded(config).get("lengths") or [config.steps()]
+    saved = latest(Path(config.output) / "checkpoints")
+    step, now = step_of(saved) if saved is not None else 0, config.steps()
+    rates = [optim.learning_rate_at(config, step, steps, before[0]) for steps in (before[-1], now)]
+    text, changes, loss = f"extended from {before[-1]} to {now} steps, from step {step} on", [], config.resolved_loss()
+    if not math.isclose(*rates):
+        last = optim.learning_rate_at(config, now, now, before[0])
+        becomes = f"schedule.style {config.schedule.style} becomes one over {now} steps"
+        changes.append(f"{becomes}: the learning rate goes from {rates[0]:.2e} to {rates[1]:.2e} there, and to {last:.2e} at the end")
+    if loss.at(step / before[-1]) != loss.at(step / now):
+        changes.append("terms of the loss that were over by their `until` come back")
+    return Remark(text, "; ".join(changes)) if changes else text
 
 
 def _device(config: DistillConfig) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from megatron_moe2dense.common.errors import UserError
 
 # A spike is told from the median of so many last finite losses, and only once there are the fewest.
 _WINDOW, _FEWEST = 64, 8
@@ -24,6 +27,18 @@ class TrainState:
     skipped_total: int = 0
     skipped_in_a_row: int = 0
     recent: list[float] = field(default_factory=list)
+
+    @classmethod
+    def restored(cls, progress: dict[str, Any], where: str) -> TrainState:
+        """From a checkpoint; UserError when it has other fields than this version, naming them."""
+        known = {field.name for field in fields(cls)}
+        unknown, absent = sorted(progress.keys() - known), sorted(known - progress.keys())
+        if unknown or absent:
+            named = "; ".join([*(f"unknown field {name}" for name in unknown), *(f"no field {name}" for name in absent)])
+            raise UserError(
+                f"{where}: {named}", f"the progress of a run: {', '.join(sorted(known))}", "go on with the version that wrote it"
+            )
+        return cls(**progress)
 
     def advance(self, tokens: int, loss: float, updated: bool) -> None:
         """Count one step."""

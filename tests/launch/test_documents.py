@@ -34,7 +34,7 @@ LAUNCHED = sorted(
     {
         line
         for _, line in ALL
-        if "launch/" in line and "docker" not in line and "--wrap" not in line and not re.search(r"reproduce|run\.sh", line)
+        if "launch/" in line and "docker" not in line and "--wrap" not in line and not re.search(r"reproduce|/run\.sh", line)
     }
 )
 RESOLVED = sorted({line for _, line in ALL if re.match(r"(moe2dense|torchrun)\b", line)})

@@ -221,8 +221,14 @@ def test_a_checkpoint_of_another_model_is_refused(stopped: dict[str, Any], root:
     shutil.copytree(root / "student", tmp_path / "kept")
     try:
         tiny_qwen3(root / "student", seed=2, intermediate_size=64)
-        with pytest.raises(UserError, match=r"mlp.linear_fc2.weight is \[4, 64, 128\], in the student's model \[4, 64, 64\]"):
+        with pytest.raises(UserError, match=r"another config \(student: "):
             run(stopped)
+        begun = run(config(root, "narrow", train={"save_every": 4, "keep": 5}))
+        newest = Path(stopped["output"]) / "checkpoints" / "step_00000004"
+        shutil.rmtree(back_to(begun, 4) / "checkpoints" / newest.name)
+        shutil.copytree(newest, begun / "checkpoints" / newest.name)
+        with pytest.raises(UserError, match=r"mlp.linear_fc2.weight is \[4, 64, 128\], in the student's model \[4, 64, 64\]"):
+            run(config(root, "narrow", train={"save_every": 4, "keep": 5}))
     finally:
         shutil.rmtree(root / "student")
         shutil.copytree(tmp_path / "kept", root / "student")

@@ -14,6 +14,7 @@ from megatron_moe2dense.trainer import distill
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import runtime as runtimes
 from megatron_moe2dense.trainer.config import DistillConfig, Fp8Config
+from megatron_moe2dense.trainer.identity import identity
 from megatron_moe2dense.trainer.runtime import Runtime, fp8
 from megatron_moe2dense.trainer.runtime.configs import config_of
 from tests.helpers.tiny_models import tiny, write_tokens
@@ -79,6 +80,8 @@ def test_the_student_alone_computes_in_fp8(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_run_begun_before_there_was_the_key_is_the_same_run(tmp_path: Path):
-    without = distill._identity(build(DistillConfig, settings(tmp_path), "the test"))
-    assert "fp8" not in without
-    assert distill._identity(build(DistillConfig, settings(tmp_path, fp8={}), "the test"))["fp8"]["recipe"] == "tensorwise"
+    tiny("qwen3_moe", tmp_path / "teacher")
+    tiny("qwen3", tmp_path / "student")
+    write_tokens(tmp_path / "tokens", 200)
+    assert "fp8" not in identity(build(DistillConfig, settings(tmp_path), "the test"))
+    assert identity(build(DistillConfig, settings(tmp_path, fp8={}), "the test"))["fp8"]["recipe"] == "tensorwise"

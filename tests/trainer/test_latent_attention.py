@@ -27,6 +27,7 @@ from megatron_moe2dense.trainer.outline import count_parameters
 from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.runtime.latent_attention import LATENT_NORM_EPS, LatentAttention, use_latent_attention
+from megatron_moe2dense.trainer.runtime.routers import require_router
 from tests.families.published import DEEPSEEK_V2_LITE
 from tests.helpers.tiny_models import tiny
 

@@ -87,9 +87,9 @@ def test_a_run_is_not_resumed_on_token_files_that_changed(tmp_path: Path):
 
     distill.run(settings)
     again()
-    for name in ("tokens", "held-out"):
+    for name, key in (("tokens", "data.sources"), ("held-out", "data.validation")):
         write_tokens(tmp_path / name, LENGTH * SAMPLES + 1, seed=4)
-        with pytest.raises(UserError, match="was begun with token files of other content"):
+        with pytest.raises(UserError, match=rf"run of another config \({key}: "):
             again()
         write_tokens(tmp_path / name, LENGTH * SAMPLES + 1)
     again()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from megatron_moe2dense.common.config import build
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.flops import forward_flops, training_flops
 from megatron_moe2dense.trainer.losses import measures
-from megatron_moe2dense.trainer.metrics import Metrics, Speed, StepFacts, eval_row, step_row
+from megatron_moe2dense.trainer.metrics import Metrics, Speed, StepFacts, Tracked, eval_row, step_row
 from megatron_moe2dense.trainer.model import ModelSpec
 from megatron_moe2dense.trainer.runtime import Runtime, peak_flops
 from megatron_moe2dense.trainer.runtime.peaks import bf16_peak
@@ -41,7 +43,7 @@ def row(step: int) -> dict[str, float | None]:
 
 
 def write(settings: DistillConfig, steps: range, resumed_step: int, writes: bool = True) -> None:
-    metrics = Metrics(settings, writes, "run-id", resumed_step)
+    metrics = Metrics(settings, writes, Tracked("run-id", {"world_size": 2}), resumed_step)
     for step in steps:
         metrics.write(row(step))
     metrics.close()
@@ -73,6 +75,22 @@ def test_wandb_works_offline_with_a_run_id_that_survives_resuming(tmp_path: Path
     runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert runs
     assert all(name.endswith("-run-id") for name in runs)
+
+
+def test_wandb_is_told_who_where_and_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import wandb
+
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(
+        wandb, "init", lambda **given: told.update(given) or SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    )
+    own = {"entity": "team", "group": "arm", "tags": ["a", "b"], "notes": "why"}
+    write(config(tmp_path / "do_acp_k8" / "run", wandb={"project": "test", **own}), range(1, 2), resumed_step=0)
+    assert {name: told[name] for name in own} == own
+    assert told["name"] == "do_acp_k8/run"
+    assert told["id"] == "run-id"
+    assert told["config"]["world_size"] == 2
+    assert told["config"]["train"]["steps"] == 4
 
 
 CONTRACT = {"step", "tokens", "loss", "kl", "lr", "grad_norm", "step_seconds", "tokens_per_second", "peak_memory_bytes", "skipped"}

@@ -33,7 +33,7 @@ def rates(schedule: dict[str, Any], steps: int = STEPS) -> list[float]:
     from megatron_moe2dense.trainer.optim import learning_rate
 
     optimizer: Any = SimpleNamespace(param_groups=[{}])
-    scheduler, found = learning_rate(config(schedule, steps), optimizer), []
+    scheduler, found = learning_rate(config(schedule, steps), steps, steps, optimizer), []
     for _ in range(steps):
         scheduler.step(1)
         found.append(optimizer.param_groups[0]["lr"])

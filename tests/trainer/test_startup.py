@@ -87,6 +87,7 @@ def test_doctor_dry_run_and_the_run_refuse_in_the_same_words(case: str, faulty: 
     if site == "metrics.py require_loggers":
         monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     settings, raised = config(faulty, **changes), Raised(monkeypatch)
+    there = Path(settings.output).exists()
     found = problems(settings, world)
     assert raised.sites - {"layout.py refuse"} == {site}
     with pytest.raises(UserError) as together:
@@ -103,7 +104,7 @@ def test_doctor_dry_run_and_the_run_refuse_in_the_same_words(case: str, faulty: 
     with faked_world.world(world), pytest.raises(UserError) as refused:
         distill.run(settings)
     assert str(refused.value) == problem
-    assert not Path(settings.output).exists(), "nothing is written by a run that is refused"
+    assert Path(settings.output).exists() == there, "nothing is written by a run that is refused"
 
 
 # By key: what a random config may have in the place of what fits.

@@ -20,7 +20,7 @@ from megatron_moe2dense.common.outputs import MANIFEST
 from megatron_moe2dense.families import FAMILIES, WeightRule
 from megatron_moe2dense.families.ffn import FfnPlace
 from megatron_moe2dense.families.stock import Stock
-from megatron_moe2dense.trainer import distill
+from megatron_moe2dense.trainer import distill, identity
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.verification import stock
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
@@ -177,5 +177,12 @@ def test_a_resumed_run_repeats_no_forward_pass_and_refuses_another_teacher(root:
     assert run(root, tmp_path / "run", None, teacher=str(teacher)) == first
     unfinish(tmp_path / "run")
     tiny_qwen3_moe(tmp_path / "teacher", seed=3)
+    with pytest.raises(UserError, match=r"another config \(teacher: "):
+        run(root, tmp_path / "run", teacher=str(teacher))
+    # a change that no sample of the quick fingerprint meets is met by the sums over every value
+    monkeypatch.setattr(identity.CheckpointIndex, "fingerprint", lambda _index: "the same")
+    begun = json.loads((tmp_path / "run/moe2dense.json").read_text())
+    begun["identity"] |= {"student": "the same", "teacher": "the same"}
+    (tmp_path / "run/moe2dense.json").write_text(json.dumps(begun))
     with pytest.raises(UserError, match=f"this run began with {first['fingerprint']}"):
         run(root, tmp_path / "run", teacher=str(teacher))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,12 @@ class CacheFacts:
         if facts.get("format") != FORMAT:
             found = f"{where}: teacher cache of format {facts.get('format')}"
             raise UserError(found, f"format {FORMAT}", "write it again with this version")
+        known = {field.name for field in fields(cls)}
+        if set(facts) != known:
+            odd = ", ".join(sorted(known ^ set(facts)))
+            raise UserError(
+                f"{where}: {odd} of a teacher cache", f"the fields {', '.join(sorted(known))}", "write it again with this version"
+            )
         return cls(**facts)
 
 

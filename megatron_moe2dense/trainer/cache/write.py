@@ -36,7 +36,9 @@ from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.verification.verify import verify_teacher
 
 # Where and how it is computed; the content of the cache is the same, or nearly so.
-_MAY_CHANGE = ("parallel", "micro_batch", "device", "overwrite", "teacher_check")
+_MAY_CHANGE = ("parallel", "micro_batch", "device", "overwrite", "teacher_check", "output")
+# What `CacheFacts` knows by fingerprint: not how a path is spelled.
+_BY_CONTENT = ("teacher", "data")
 
 
 def run(config: CacheTeacherConfig) -> None:
@@ -195,11 +197,12 @@ def _differences(before: CacheFacts, now: CacheFacts) -> str:
 
 
 def _identity(config: CacheTeacherConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.model_dump(mode="json").items() if name not in _MAY_CHANGE}
+    return {name: value for name, value in config.model_dump(mode="json").items() if name not in (*_MAY_CHANGE, *_BY_CONTENT)}
 
 
 def _write_manifest(working: Path, status: Any, config: CacheTeacherConfig, facts: CacheFacts) -> None:
-    stated = {"config_hash": config_hash(_identity(config)), **facts.as_manifest()}
+    identity = _identity(config)
+    stated = {"config_hash": config_hash(identity), "identity": identity, **facts.as_manifest()}
     write_manifest(working, status, STAGE, config.model_dump(mode="json", by_alias=True), **stated)
 
 

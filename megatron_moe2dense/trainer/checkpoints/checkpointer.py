@@ -22,6 +22,9 @@ from megatron_moe2dense.trainer.config import TrainConfig
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.model import HeadlessGPT
 
+# Of what a checkpoint holds besides tensors; those without a number are of format 1.
+FORMAT = 1
+
 
 class Checkpointer:
     """Saves and loads model, optimizer, schedule and progress; on every rank alike.
@@ -57,6 +60,7 @@ class Checkpointer:
             "scheduler": scheduler.state_dict(),
             "progress": progress,
             "layout": self._layout,
+            "format": FORMAT,
         }
         described = {name: value for name, value in self._metadata.items() if name != "dp_cp_group"}
         self._writer.start(progress["step"], content, described)
@@ -92,8 +96,7 @@ class Checkpointer:
         verify(path)
         wanted = self._state(chunks, optimizer, loading=True)
         check_shapes(path, wanted["model"])
-        with pickles.as_data():
-            layout = dist_checkpointing.load_common_state_dict(str(path))["layout"]
+        layout = _common(path)["layout"]
         self._check_layout(path, layout, moe=chunks[0].config.num_moe_experts is not None)
         same_layout = layout == self._layout
         if same_layout:
@@ -113,11 +116,22 @@ class Checkpointer:
 def load_weights(path: Path, chunks: list[HeadlessGPT], groups: Groups) -> None:
     """Only the weights, for export; errors as of `Checkpointer.load`."""
     verify(path)
+    _common(path)
     weights = _weights(chunks, {"dp_cp_group": groups.collection.dp_cp})
     check_shapes(path, weights)
     with pickles.as_data():
         state = dist_checkpointing.load({"model": weights}, str(path))
     _fill(chunks, state)
+
+
+def _common(path: Path) -> dict[str, Any]:
+    """What belongs to no tensor; UserError for a format that this version does not read."""
+    with pickles.as_data():
+        common = dist_checkpointing.load_common_state_dict(str(path))
+    found = common.get("format", 1)
+    if found != FORMAT:
+        raise UserError(f"{path}: a checkpoint of format {found}", f"format {FORMAT}", "use the version of this package that wrote it")
+    return common
 
 
 def verify(path: Path) -> None:

@@ -1,0 +1,149 @@
+"""Which run an output belongs to, by content where a hash stands and never by how a path is spelled: files may move, and their copies are
+they. Says what an output is to a config (new, resumed, extended), and writes its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.common.config import build
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.outputs import MANIFEST, Status, config_hash, differences, read_json, read_own_manifest, write_manifest
+from megatron_moe2dense.trainer.cache.files import CacheReader
+from megatron_moe2dense.trainer.config import DistillConfig
+from megatron_moe2dense.trainer.data.datasets import texts
+
+STAGE = "distill"
+# What may change between the parts of one run: layout and logging, not the mathematics; train.steps may grow.
+_MAY_CHANGE = ("parallel", "logging", "device", "overwrite", "teacher_check", "output")
+_MAY_CHANGE_IN_TRAIN = ("save_every", "keep", "async_save", "eval_every", "log_every", "timeout", "most_skipped", "spike", "tokens")
+_NOT_OF_DATA = ("path", "blend", "validation", "validation_sequences")  # paths, and how much is evaluated on
+# What a manifest keeps through all parts of a run. The inputs are read once, when it begins: they may be gone when it ends.
+_KEPT = ("plan_hash", "teacher", "data", "identity", "run_id", "lengths")
+
+Claim = Literal["new", "resumed", "extended"]
+
+
+def identity(config: DistillConfig) -> dict[str, Any]:
+    """What decides the numbers of a run, models and text by their fingerprints; UserError where they can not be read."""
+    content = {name: value for name, value in _dump(config).items() if name not in _MAY_CHANGE}
+    if config.fp8 is None:  # runs begun before there was this key are the same runs
+        del content["fp8"]
+    if config.optim.muon is None:
+        del content["optim"]["muon"]
+    if config.moe is None:  # otherwise each micro-batch balances its own tokens
+        del content["batch"]["micro"]
+    text = texts(config.data, config.train.seed)
+    content["student"] = _student(config)
+    content["teacher"] = CheckpointIndex.open(config.teacher).fingerprint() if config.has_live_teacher() and config.teacher else None
+    content["teacher_cache"] = _cache(config.teacher_cache)
+    content["data"] = {name: value for name, value in content["data"].items() if name not in _NOT_OF_DATA}
+    content["data"] |= {"sources": text["training"]["sources"], "validation": text["validation"]}
+    content["train"] = {name: value for name, value in content["train"].items() if name not in _MAY_CHANGE_IN_TRAIN}
+    content["train"]["steps"] = config.steps()
+    return content
+
+
+def _student(config: DistillConfig) -> str:
+    if config.initialize != "random":
+        return CheckpointIndex.open(config.student).fingerprint()
+    content = read_json(Path(config.student) / "config.json", "the student's Hugging Face directory with its config.json")
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _cache(directory: str | None) -> dict[str, Any] | None:
+    """What the cache is of; a longer one begins with the same samples."""
+    if directory is None:
+        return None
+    facts = asdict(CacheReader(Path(directory)).facts)
+    return {name: value for name, value in facts.items() if name not in ("samples", "shard_samples", "format")}
+
+
+def claimable(config: DistillConfig) -> Claim:
+    """What the output is to this config; nothing is changed.
+
+    Raises:
+        UserError: it is a finished run that is not made longer, one of another config (named are the keys that differ), or no run.
+    """
+    output = Path(config.output)
+    if not (output / MANIFEST).exists():
+        if output.exists() and not config.overwrite:
+            raise UserError(f"{output} exists", "a path that does not exist yet", "choose another output or add overwrite=true")
+        return "new"
+    found = read_own_manifest(output / MANIFEST, f"the manifest of a run of `{STAGE}`")
+    if found["stage"] != STAGE:
+        if config.overwrite:
+            return "new"
+        raise UserError(f"{output} is output of `{found['stage']}`", "a path that does not exist yet", "choose another output")
+    begun, own = _begun(found, output), identity(config)
+    changed = differences({**begun, "train": {**begun["train"], "steps": 0}}, {**own, "train": {**own["train"], "steps": 0}})
+    before, now = begun["train"]["steps"], own["train"]["steps"]
+    finished = found["status"] == "finished"
+    if config.overwrite and (finished or changed or now < before):
+        return "new"
+    if finished and not changed and now <= before:
+        do = f"choose another output, add overwrite=true, or go on with it: train.steps above {before}"
+        raise UserError(f"{output} is a finished output: {before} steps", "a path that does not exist yet, or more steps", do)
+    if now < before:
+        changed.append(f"train.steps: {before} -> {now}")
+    if changed:
+        raise UserError(
+            f"{output} is {'a finished' if finished else 'an unfinished'} run of another config ({'; '.join(changed)})",
+            "the config that it was begun with, but for `train.steps`, which may grow, and what no number depends on",
+            "give these keys their old values, or choose another output; overwrite=true would delete the run that is there",
+        )
+    return "resumed" if now == before else "extended"
+
+
+def _begun(found: dict[str, Any], output: Path) -> dict[str, Any]:
+    """The identity in a manifest; of a run begun before manifests had one, that of its config and of the text it recorded."""
+    if "identity" in found:
+        return found["identity"]
+    content = identity(build(DistillConfig, found["config"], f"{output / MANIFEST}, of an earlier version"))
+    text = found.get("data")
+    if text is not None:
+        content["data"] |= {"sources": text["training"]["sources"], "validation": text["validation"]}
+    return content
+
+
+def claim(config: DistillConfig) -> Claim:
+    """Take the output: what is in the way of a new run goes. Errors as of `claimable`."""
+    output, found = Path(config.output), claimable(config)
+    if found == "new":
+        if output.exists():
+            shutil.rmtree(output)
+        made_by = Path(config.student) / MANIFEST
+        plan_hash = read_json(made_by, "the student's manifest").get("plan_hash") if made_by.exists() else None
+        first = {"plan_hash": plan_hash, "teacher": None, "data": texts(config.data, config.train.seed)}
+        first |= {"run_id": uuid.uuid4().hex[:16], "lengths": [config.steps()]}
+    else:
+        before = recorded(config)
+        lengths = before.get("lengths") or [_begun(before, output)["train"]["steps"]]
+        first = {"lengths": lengths if found == "resumed" else [*lengths, config.steps()]}
+        if "run_id" not in before:
+            first["run_id"] = before["config_hash"]
+    write(config, "unfinished", identity=identity(config), **first)
+    return found
+
+
+def recorded(config: DistillConfig) -> dict[str, Any]:
+    """The manifest of the run, empty when there is none."""
+    manifest = Path(config.output) / MANIFEST
+    return read_json(manifest, "the manifest of this run") if manifest.exists() else {}
+
+
+def write(config: DistillConfig, status: Status, **facts: Any) -> None:
+    """The run's manifest: `facts`, and of the earlier one what stays through all parts of a run."""
+    kept = {name: value for name, value in recorded(config).items() if name in _KEPT}
+    together = {**kept, **facts}
+    write_manifest(Path(config.output), status, STAGE, _dump(config), **{"config_hash": config_hash(together["identity"]), **together})
+
+
+def _dump(config: DistillConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", by_alias=True)
