@@ -45,9 +45,23 @@ on_term() { # cancelled, or preempted: then Slurm itself requeues
 trap on_usr1 USR1
 trap on_term TERM
 
+# What rank 0 says, wherever torchrun put it, goes to the job's own output too: its loss among it.
+echo "launch/srun.sh: output of each node and rank in $LOG_DIR"
+files=()
+for ((node = 0; node < NODES; node++)); do
+    files+=("$LOG_DIR/node_$node.txt")
+    : >> "${files[node]}"
+done
+tail -q -n 0 -F "${files[@]}" 2> /dev/null &
+follower=$!
+trap 'sleep 1; kill $follower 2> /dev/null || true' EXIT
+
+# All cores of the node and its memory: since Slurm 22.05 a step has one core a task unless it asks.
+resources=(--mem 0)
+[[ -z ${SLURM_CPUS_ON_NODE:-} ]] || resources+=(--cpus-per-task "$SLURM_CPUS_ON_NODE")
 # One task a node, which says its number; when one fails for good the others have nobody to work with.
 # shellcheck disable=SC2016  # on the node
-srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --kill-on-bad-exit=1 "${container[@]}" \
+srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --kill-on-bad-exit=1 "${resources[@]}" "${container[@]}" \
     --output "$LOG_DIR/node_%n.txt" --open-mode append \
     bash -c 'NODE_RANK=$SLURM_NODEID exec launch/node.sh "$@"' node "$@" &
 pid=$!
@@ -63,6 +77,7 @@ if [[ $status == 2 || -n $cancelled || ${REQUEUE:-1} == 0 ]]; then
 fi
 if [[ -e $LOG_DIR/continue || ( -n $asked && $status != 0 ) ]]; then
     echo "launch/srun.sh: stopped before its end, requeued" >&2
-    exec scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
 fi
 exit "$status"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -178,7 +179,7 @@ def _overview() -> str:
 
 def _command_help(name: str, command: Command) -> str:
     from megatron_moe2dense.common import config as configs
-    from megatron_moe2dense.common.table import render
+    from megatron_moe2dense.common.table import wrapped
 
     rows = list(configs.describe_keys(_load(command.config)))
     usage = f"[{command.positional.upper()}] " if command.positional else "[CONFIG.yaml] "
@@ -189,6 +190,6 @@ def _command_help(name: str, command: Command) -> str:
             "",
             command.help,
             "",
-            render(["key", "type", "default", "meaning"], rows),
+            wrapped(["key", "type", "default", "meaning"], rows, max(80, shutil.get_terminal_size((140, 24)).columns)),
         ]
     )

@@ -122,7 +122,7 @@ def build(cls: type[C], data: dict[str, Any], where: str) -> C:
         problems = list(_problems(cls, error))
         raise UserError(
             f"{len(problems)} problem{'s' * (len(problems) > 1)} in {where}\n" + "\n".join(f"  - {line}" for line in problems),
-            f"the keys of {cls.__name__}, each with a value of its type",
+            "the keys of the command, each with a value of its type",
             "mend each line above; `--help` of the command lists every key with type, default and unit",
         ) from None
 
@@ -214,10 +214,16 @@ def _described(field: FieldInfo) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    if typing.get_origin(annotation) is typing.Literal:
-        return "|".join(str(value) for value in typing.get_args(annotation))
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return "|".join(str(value) for value in arguments)
+    if hasattr(annotation, "__metadata__"):
+        return _type_name(arguments[0])
     if _is_union(annotation):
         return "|".join(_type_name(option) for option in typing.get_args(annotation))
     if annotation is type(None):
         return "null"
-    return getattr(annotation, "__name__", str(annotation)) if not typing.get_origin(annotation) else str(annotation)
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(_type_name(option) for option in arguments)}]"
+    is_block = isinstance(annotation, type) and issubclass(annotation, Config)
+    return "block" if is_block else str(annotation.__name__)

@@ -129,7 +129,9 @@ class EvalConfig(Config):
     device_map: Literal["auto", "balanced", "sequential"] | None = key(
         None, "spread each model over all GPUs, as accelerate understands it (extra `eval`); null: one device"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "weights and compute; logits are compared in float32 always")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "auto", "weights and compute; auto: float32 on cpu, bfloat16 on cuda; logits are compared in float32 always"
+    )
     overwrite: bool = key(False, "replace an existing output")
 
     @model_validator(mode="after")

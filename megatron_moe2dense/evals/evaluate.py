@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,7 +22,15 @@ from megatron_moe2dense.common.table import render
 from megatron_moe2dense.evals.config import EvalConfig
 from megatron_moe2dense.evals.generation import speeds
 from megatron_moe2dense.evals.harness import Tasks, answer, load_tasks, require_tokenizer
-from megatron_moe2dense.evals.models import load_model, max_positions, open_device, require_accelerate, vocab_size
+from megatron_moe2dense.evals.models import (
+    chosen_dtype,
+    free_bytes,
+    load_model,
+    max_positions,
+    open_device,
+    require_accelerate,
+    vocab_size,
+)
 from megatron_moe2dense.evals.perplexity import Loaded, measure
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.probe import probe
@@ -58,6 +67,7 @@ def run(config: EvalConfig) -> None:
         UserError: an output in the way, a broken or unsuitable model, tokens of another tokenizer, an unknown task.
     """
     device = open_device(config.device)
+    dtype = chosen_dtype(config.dtype, device)
     if config.device_map:
         require_accelerate()
     accounts, of_teacher = _opened(config)
@@ -67,35 +77,53 @@ def run(config: EvalConfig) -> None:
     windows = _windows(config, indices)
     done = _done(config, indices)
     tasks = load_tasks(config.harness) if config.harness else None
-    teacher = Loaded("teacher", load_model(teacher_index, device, config.dtype, config.device_map)) if teacher_index else None
+    _require_room(indices, teacher_index, device, _BYTES[dtype] if config.device_map is None else 0)
+    teacher = Loaded("teacher", load_model(teacher_index, device, dtype, config.device_map)) if teacher_index else None
     for label, index in indices.items():
         if label in done:
             logger.info("%s: already in %s", label, config.output)
             continue
         # The teacher among the models is not loaded twice.
         known = teacher is not None and teacher_index is not None and teacher_index.directory.resolve() == index.directory.resolve()
-        model = teacher.model if known and teacher is not None else load_model(index, device, config.dtype, config.device_map)
+        model = teacher.model if known and teacher is not None else load_model(index, device, dtype, config.device_map)
         records.append(Path(config.output), _record(config, Loaded(label, model), index, Context(teacher, tasks, windows)))
         del model
     print(_table(records.read(Path(config.output))))
+
+
+def _require_room(indices: Mapping[str, CheckpointIndex], teacher: CheckpointIndex | None, device: torch.device, width: int) -> None:
+    """UserError before anything is loaded when the weights of the largest model and the teacher, of so many bytes a number, have no room on
+    the device."""
+    beside = _parameters(teacher) * width if teacher is not None else 0
+    free = free_bytes(device)
+    for label, index in indices.items():
+        same = teacher is not None and teacher.directory.resolve() == index.directory.resolve()
+        needed = (0 if same else _parameters(index) * width) + beside
+        if needed > free:
+            raise UserError(
+                f"{label}: {needed / 1e9:.1f} GB of weights{' with the teacher' if beside else ''}, {free / 1e9:.1f} GB free on {device}",
+                "room for them",
+                "set dtype=bfloat16, device_map=auto to spread them over GPUs, or another device",
+            )
 
 
 def dry_run(config: EvalConfig) -> dict[str, Any]:
     """What would be read and written: bytes, tokens, forward FLOPs and peak memory (models in `dtype` and their logits)."""
     accounts, teacher = _opened(config)
     indices = {label: account.index for label, account in accounts.items()}
+    width = _BYTES[chosen_dtype(config.dtype, open_device(config.device))]
     done = _done(config, indices, keep=True)
     todo = [account for label, account in accounts.items() if label not in done]
     windows = _windows(config, indices)
     nll_tokens, kl_tokens = (0 if block is None else int(block.size) for block in (windows.nll_NS, windows.kl_NS))
     flops = sum(2 * _active_parameters(account) * (nll_tokens + kl_tokens) for account in todo)
-    memory = max((_parameters(account.index) for account in todo), default=0) * _BYTES[config.dtype]
+    memory = max((_parameters(account.index) for account in todo), default=0) * width
     if teacher and config.perplexity:
         flops += 2 * _active_parameters(teacher) * (kl_tokens or nll_tokens) * len(todo)
-        memory += _parameters(teacher.index) * _BYTES[config.dtype]
+        memory += _parameters(teacher.index) * width
     if config.perplexity:
         rows = max(config.perplexity.batch_tokens, config.perplexity.data.sequence_length)
-        memory += (1 + bool(teacher)) * rows * max(vocab_size(index) for index in indices.values()) * _BYTES[config.dtype]
+        memory += (1 + bool(teacher)) * rows * max(vocab_size(index) for index in indices.values()) * width
     read = {str(index.directory): index.nbytes for index in ([*indices.values(), teacher.index] if teacher else indices.values())}
     return {
         "reads_bytes": read,
@@ -184,7 +212,7 @@ def _done(config: EvalConfig, indices: dict[str, CheckpointIndex], keep: bool = 
 def _record(config: EvalConfig, subject: Loaded, index: CheckpointIndex, context: Context) -> dict[str, Any]:
     start = time.perf_counter()
     metrics, tokens = _quality(config, subject, context)
-    settings = _settings(config, subject)
+    settings = _settings(subject)
     if config.harness and context.tasks:
         found = answer(subject.model, index.directory, config.harness, context.tasks)
         accuracy = found.accuracy(config.harness)
@@ -209,12 +237,12 @@ def _record(config: EvalConfig, subject: Loaded, index: CheckpointIndex, context
     }
 
 
-def _settings(config: EvalConfig, subject: Loaded) -> dict[str, Any]:
+def _settings(subject: Loaded) -> dict[str, Any]:
     """What numbers move with beside the config's own keys, as it turned out here."""
     model = subject.model
     return {
         "device": str(model.device),
-        "dtype": config.dtype,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "class": type(model).__name__,
         "attention": model.config._attn_implementation,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
@@ -40,6 +41,16 @@ def open_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise UserError(f"device {name!r}: {str(error).splitlines()[0]}", "a device of this machine", "e.g. device=cpu") from None
     return device
+
+
+def chosen_dtype(name: str, device: torch.device) -> str:
+    """The type of that name (`auto`: bfloat16 on a GPU, float32 on a CPU)."""
+    return name if name != "auto" else "float32" if device.type == "cpu" else "bfloat16"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of the device's memory."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def require_accelerate() -> None:

@@ -68,7 +68,7 @@ def _room(config: DistillConfig, world: int, resources: Resources) -> Iterator[F
         yield Finding("memory", f"{text}; {have / 1e9:.2f} GB {what}", "error", do)
     else:
         yield Finding("memory", f"{text}; {'unknown' if have is None else f'{have / 1e9:.2f} GB'} {what}")
-    one = 12 * facts["student"]["parameters"]  # float32 weights and Adam's moments
+    one = facts["checkpoint_bytes"]
     disk = free_disk(Path(config.output))
     text = f"{one / 1e9:.2f} GB a checkpoint, {config.train.keep} kept; {disk / 1e9:.1f} GB free"
     if one * (config.train.keep + 1) > disk:  # the next one is written before the oldest goes

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import model_validator
 
 from megatron_moe2dense.common.config import Config, key
-from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, Fp8Config, OptimConfig, ParallelConfig, RoutingConfig
+from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, Fp8Config, OptimConfig, ParallelConfig, RoutingConfig, TrainConfig
 from megatron_moe2dense.trainer.data.config import TrainDataConfig
 from megatron_moe2dense.trainer.losses import Loss, losses
 
@@ -52,6 +52,13 @@ class TextConfig(Config):
     sequence_length: int = key(2048, "length of one sample", "tokens", gt=1)
 
 
+class LengthConfig(Config):
+    """What hours need to know of the run."""
+
+    steps: int | None = key(None, "optimizer steps", "steps", gt=0)
+    tokens: int | None = key(None, "tokens to train on", "tokens", gt=0)
+
+
 class PlanConfig(Config):
     """`moe2dense plan`. A YAML of `distill` is one of `plan` too: what sizes do not depend on is left to `distill`."""
 
@@ -61,6 +68,7 @@ class PlanConfig(Config):
     parallel: ParallelConfig | None = key(None, "judge this layout; null: suggest the best ones")
     batch: BatchConfig | None = key(None, "batch sizes; null: 256 sequences a step, and the micro-batch that is fastest")
     data: TextConfig = key(TextConfig(), "training text")
+    train: LengthConfig | None = key(None, "length of the run, for its hours and cost; null: not said")
     loss: Annotated[Loss, *losses.field] | None = key(None, "loss block; null: forward_kl with a teacher, cross_entropy without")
     teacher_cache: str | None = key(None, "given: the teacher's knowledge is read from disk, it takes no memory and no time")
     teacher_routing: RoutingConfig | None = key(None, "teacher routing")
@@ -79,6 +87,8 @@ class PlanConfig(Config):
         found = _without(raw, set(DistillConfig.model_fields) - set(cls.model_fields))
         if isinstance(found.get("data"), dict):
             found["data"] = _without(found["data"], set(TrainDataConfig.model_fields) - set(TextConfig.model_fields))
+        if isinstance(found.get("train"), dict):
+            found["train"] = _without(found["train"], set(TrainConfig.model_fields) - set(LengthConfig.model_fields))
         return found
 
     @model_validator(mode="after")

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import read_json, write_json
+from megatron_moe2dense.common.progress import duration
 from megatron_moe2dense.common.table import render
 from megatron_moe2dense.operations.plan import communication, timing
 from megatron_moe2dense.operations.plan.config import PlanConfig
@@ -21,6 +23,7 @@ from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
 from megatron_moe2dense.trainer.flops import training_flops
 from megatron_moe2dense.trainer.layout import answers, refuse
 from megatron_moe2dense.trainer.model import ModelSpec
+from megatron_moe2dense.trainer.outline import count_parameters
 
 _LAYOUT = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "recompute")
 _DAY = 86_400
@@ -114,9 +117,43 @@ def _facts(config: PlanConfig, verdicts: list[Verdict], left_out: Mapping[str, i
         "layouts": [_row(verdict, Machine(config.hardware)) for verdict in verdicts[: config.suggestions]],
         "left_out": dict(left_out),
         "best": _details(verdicts[0]),
+        "run": _of_run(config, verdicts[0]),
         "reads": [name for name in (config.student, config.teacher) if name is not None],
         "writes": [config.report] if config.report else [],
     }
+
+
+def _of_run(config: PlanConfig, verdict: Verdict) -> dict[str, Any]:
+    """Steps, hours and cost of this run, where its length is given, and bytes of a checkpoint of it: weights in the compute type and
+    what the optimizer holds, float32."""
+    job, machine = verdict.job, Machine(config.hardware)
+    total, moments = count_parameters(job.student)[0], 12  # float32 master weights and two moments
+    facts: dict[str, Any] = {"checkpoint_bytes": total * (job.element + moments), "export_bytes": total * job.element}
+    length = config.train
+    if length is None or (length.steps is None and length.tokens is None):
+        return facts
+    a_step = job.batch.global_ * job.length
+    steps = length.steps or max(1, (length.tokens or 0) // a_step)
+    hours = verdict.step.seconds * steps / 3600
+    spent = {"hours": hours, "gpu_hours": hours * job.world, "usd": hours * job.world * machine.price}
+    return {"steps": steps, "tokens": steps * a_step, **spent, **facts}
+
+
+def _said_of_run(found: Mapping[str, Any]) -> str:
+    sizes = f"a checkpoint {_gb(found['checkpoint_bytes'])} GB (at most, with AdamW's moments), the export {_gb(found['export_bytes'])} GB"
+    if "hours" not in found:
+        return f"this run: {sizes}; with train.tokens or train.steps also its hours and cost"
+    spent = f"{duration(found['hours'] * 3600)}, {found['gpu_hours']:,.1f} GPU-hours, {found['usd']:,.0f} USD"
+    return f"this run: {found['steps']:,} steps, {found['tokens']:,} tokens: {spent}; {sizes}"
+
+
+def _to_paste(job: Job) -> str:
+    """The blocks of distill that make this layout."""
+    chosen = {name: getattr(job.parallel, name) for name in ("sequence", "distributed_optimizer", *_LAYOUT)}
+    default = ParallelConfig()
+    given = {name: value for name, value in chosen.items() if value != getattr(default, name)}
+    blocks = {"parallel": given, "batch": {"micro": job.batch.micro, "global": job.batch.global_}}
+    return yaml.safe_dump(blocks, default_flow_style=None, sort_keys=False, width=1000).rstrip()
 
 
 def _models(job: Job) -> tuple[ModelSpec, ModelSpec | None, int, int | None]:
@@ -159,6 +196,10 @@ def _readable(config: PlanConfig, verdicts: list[Verdict], left_out: Mapping[str
         f"data-sheet rates x {config.hardware.efficiency}: on paper, not measured",
         "",
         render(header, [_cells(row) for row in rows]),
+        "",
+        _said_of_run(_of_run(config, best)),
+        "",
+        _to_paste(best.job),
         "",
         *(f"left out {count}: {reason}" for reason, count in sorted(left_out.items(), key=lambda item: -item[1])),
         *([""] if left_out else []),
