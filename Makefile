@@ -2,7 +2,7 @@
 # Python 3.11 to 3.13 that there is.
 BIN := .venv/bin
 
-.PHONY: quickstart test test-fast lint bench format chaos parity versions pythons python study-smoke
+.PHONY: quickstart test test-fast lint bench format chaos fuzz parity versions pythons python study-smoke
 
 quickstart: .venv/.installed-train-plot  ## a trained MoE becomes a distilled dense model, in out/quickstart
 	launch/quickstart_cpu.sh
@@ -17,6 +17,9 @@ chaos: .venv/.installed-dev  ## every stage killed at random moments and in ever
 	MOE2DENSE_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20 tests/surgery/test_kills.py tests/trainer/test_resume.py \
 	    tests/trainer/test_faults.py tests/trainer/test_surroundings.py tests/trainer/test_nonfinite.py tests/test_security.py \
 	    tests/launch/elastic_kills.py
+
+fuzz: .venv/.installed-dev  ## table: every tensor of every family's tiny checkpoint absent, of another shape or type, NaN or doubled; hours (EVERY=40: a part)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.cases.fuzz every=$(or $(EVERY),1)
 
 versions: .venv/.installed-dev  ## the trainer's parity and checkpoint tests against other versions of Megatron-Core, unpacked in out/versions
 	launch/versions.sh

@@ -14,6 +14,7 @@ from megatron_moe2dense.common.errors import UserError
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BIAS, _NAN = 127, 255
+STORED, _PACKED = "U8", 16  # type in a file of blocks and of scales; bytes of a block
 # By code 0..15: bit 3 is the sign (code 8 is -0).
 CODES = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
 
@@ -24,6 +25,18 @@ def stored_values(info: TensorInfo) -> int:
     if info.dtype == "U8":
         return 2 * values if info.name.endswith("_blocks") else 0
     return values
+
+
+def require_pair(blocks: TensorInfo, scales: TensorInfo) -> None:
+    """UserError unless both are bytes, of shapes that belong together: [..., rows, N, 16] and [..., rows, N]."""
+    fit = len(scales.shape) > 1 and blocks.shape == (*scales.shape, _PACKED)
+    if not fit or (blocks.dtype, scales.dtype) != (STORED, STORED):
+        found = (f"{info.name} is {info.dtype} {list(info.shape)}" for info in (blocks, scales))
+        raise UserError(
+            f"{blocks.file}: {', '.join(found)}",
+            f"MXFP4: blocks {STORED} [..., rows, N, {_PACKED}] and scales {STORED} [..., rows, N]",
+            "download the checkpoint again",
+        )
 
 
 def require_numbers(scales: torch.Tensor, where: str) -> None:

@@ -22,8 +22,10 @@ class Values:
     """
 
     def __init__(self, index: CheckpointIndex):
+        """UserError for blocks or scales that stand alone, or that are no MXFP4."""
         self.index = index
         names = index.tensors
+        _require_both(index)
         self.encoded = {
             name.removesuffix(_BLOCKS): (name, name.removesuffix(_BLOCKS) + _SCALES)
             for name in names
@@ -31,7 +33,10 @@ class Values:
         }
         parts = {part for pair in self.encoded.values() for part in pair}
         self.shapes = {name: info.shape for name, info in names.items() if name not in parts}
-        for name, (blocks, _) in self.encoded.items():
+        for name, (blocks, scales) in self.encoded.items():
+            mxfp4.require_pair(names[blocks], names[scales])
+            if name in names:
+                raise UserError(f"{index.directory}: {name} and {blocks}", "every tensor once", "save the checkpoint without one of them")
             *count, rows, groups, packed = names[blocks].shape
             self.shapes[name] = (*count, groups * packed * 2, rows)  # stored [outputs, inputs], the class holds [inputs, outputs]
 
@@ -61,3 +66,14 @@ class Values:
             return mxfp4.decode(blocks, scales, name).transpose(-1, -2)
 
         return read
+
+
+def _require_both(index: CheckpointIndex) -> None:
+    """UserError for blocks without scales, or scales without blocks, of a tensor that does not stand there itself."""
+    names = index.tensors
+    for name in (name for name, info in names.items() if info.dtype == mxfp4.STORED):
+        for ending, other in ((_BLOCKS, _SCALES), (_SCALES, _BLOCKS)):
+            stem = name.removesuffix(ending)
+            if name.endswith(ending) and stem not in names and stem + other not in names:
+                found = f"{index.directory}: {name} without {stem + other}"
+                raise UserError(found, "blocks and scales of MXFP4", "download the checkpoint again")

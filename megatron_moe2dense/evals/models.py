@@ -9,8 +9,10 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.families.stock import model_class
+from megatron_moe2dense.families.account import Account
+from megatron_moe2dense.families.stock import Stock, model_class
 
 
 def vocab_size(index: CheckpointIndex) -> int:
@@ -73,6 +75,22 @@ def _causal_class(index: CheckpointIndex) -> Any:
     return cls
 
 
+def _require_finite(model: PreTrainedModel, index: CheckpointIndex, dtype: str) -> None:
+    """UserError for a parameter or a stored buffer that is not: by its name in the files, where it is not finite there already."""
+    for name, tensor in model.state_dict().items():
+        if torch.isfinite(tensor).all():
+            continue
+        account = Account.of(index, Stock.read(index.directory))
+        with CheckpointReader(index) as reader:
+            for stored in account.disk.names_of(name):
+                account.values.reader(reader)(stored, None)
+        raise UserError(
+            f"{index.directory}: {name} has NaN or infinite values in {dtype}",
+            "finite weights",
+            "get the weights again, or set dtype=float32",
+        )
+
+
 def load_model(index: CheckpointIndex, device: torch.device, dtype: str, device_map: str | None = None) -> PreTrainedModel:
     """The checkpoint as its stock transformers class, in eval mode, on `device` in `dtype`; by `device_map` over all GPUs instead.
 
@@ -105,12 +123,6 @@ def load_model(index: CheckpointIndex, device: torch.device, dtype: str, device_
             f"exactly the tensors of {type(model).__name__}",
             "the checkpoint is incomplete or belongs to another config.json: make or download it again",
         )
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise UserError(
-                f"{index.directory}: {name} has NaN or infinite values in {dtype}",
-                "finite weights",
-                "get the weights again, or set dtype=float32",
-            )
+    _require_finite(model, index, dtype)
     placed = model if spread else model.to(device)
     return placed.eval().requires_grad_(False)

@@ -42,11 +42,12 @@ class Account:
         """Compare headers with what the class holds.
 
         Raises:
-            UserError: a tensor that is quantised, absent, of another shape, or one that the class neither holds nor leaves out.
+            UserError: a tensor that is quantised, absent, there twice, of another shape, or that the class neither holds nor leaves out.
         """
         values = Values(index)
         account = cls(index, stock, values, Disk(stock, values.shapes))
         account._require_plain()
+        account._require_once()
         account._require_shapes()
         account._require_known()
         return account
@@ -113,6 +114,17 @@ class Account:
     @cached_property
     def _unknown(self) -> set[str]:
         return set(self.disk.unknown)
+
+    def _require_once(self) -> None:
+        """No tensor of the class under two names, of which stock transformers would take one and say nothing of the other."""
+        for name in self.stock.shapes:
+            stored = self.disk.names_of(name) if self.disk.is_plain(name) else []
+            if len(stored) > 1:
+                raise UserError(
+                    f"{self.index.directory}: {stored[0]} and {stored[1]}, each of which is {name} of {type(self.stock.model).__name__}",
+                    "every tensor once",
+                    "find out which of them is the right one, and save the checkpoint without the other",
+                )
 
     def _require_shapes(self) -> None:
         for name, shape in self.stock.shapes.items():

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe2dense.checkpoint.index import TensorInfo
+from megatron_moe2dense.checkpoint.index import CheckpointIndex, TensorInfo
 from megatron_moe2dense.checkpoint.mxfp4 import decode, stored_values
+from megatron_moe2dense.checkpoint.values import Values
 from megatron_moe2dense.common.errors import UserError
 
 
@@ -82,3 +83,34 @@ def test_parameters_are_counted_as_values():
     assert stored_values(info("down_proj_blocks", "U8")) == 4 * 3 * 32
     assert stored_values(info("down_proj_scales", "U8")) == 0
     assert stored_values(info("down_proj", "BF16")) == 4 * 3 * 16
+
+
+Header = tuple[str, tuple[int, ...]]
+PAIR: dict[str, Header] = {"down_blocks": ("U8", (2, 6, 3, 16)), "down_scales": ("U8", (2, 6, 3))}
+
+
+def values_of(headers: dict[str, Header]) -> Values:
+    infos = {name: TensorInfo(name, Path("x"), dtype, shape, 0, 0) for name, (dtype, shape) in headers.items()}
+    return Values(CheckpointIndex(Path("moe"), {}, infos))
+
+
+def test_blocks_and_scales_are_one_tensor():
+    assert values_of({**PAIR, "up": ("BF16", (4, 4))}).shapes == {"up": (4, 4), "down": (2, 96, 6)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"down_blocks": None}, "down_scales without down_blocks"),
+        ({"down_scales": None}, "down_blocks without down_scales"),
+        ({"down_blocks": ("I32", (2, 6, 3, 16))}, r"down_blocks is I32"),
+        ({"down_scales": ("F8_E4M3", (2, 6, 3))}, r"down_scales is F8_E4M3"),
+        ({"down_scales": ("U8", (2, 3, 6))}, r"down_scales is U8 \[2, 3, 6\]"),
+        ({"down_blocks": ("U8", (16,))}, r"down_blocks is U8 \[16\]"),
+        ({"down_blocks": ("U8", (3, 16)), "down_scales": ("U8", (3,))}, r"down_scales is U8 \[3\]"),
+        ({"down": ("BF16", (2, 96, 6))}, "down and down_blocks"),
+    ],
+)
+def test_blocks_and_scales_that_are_no_pair_are_refused_by_name(changed: dict[str, Header | None], said: str):
+    with pytest.raises(UserError, match=said):
+        values_of({name: header for name, header in {**PAIR, **changed}.items() if header is not None})

@@ -72,6 +72,20 @@ def test_a_missing_expert_is_refused(tmp_path):
         load(directory)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("qwen3_moe", "model.layers.1.mlp.experts.5.up_proj.weight"),  # one of a stack in memory
+        ("aria", "language_model.model.layers.3.input_layernorm.weight"),  # model.language_model. in memory
+        ("deepseek_v3", "model.layers.2.mlp.gate.e_score_correction_bias"),  # a buffer
+    ],
+)
+def test_a_weight_that_is_not_finite_is_refused_by_its_name_in_the_files(model_type: str, name: str, tmp_path):
+    directory = edit(tiny_checkpoint(tmp_path / "m", model_type), lambda tensors: tensors[name].view(-1)[3:4].fill_(torch.nan))
+    with pytest.raises(UserError, match=f"safetensors: {name} has 1 NaN or infinite"):
+        load(directory)
+
+
 def test_a_left_over_tensor_is_refused(tmp_path):
     directory = edit(tiny_qwen3(tmp_path / "m"), lambda tensors: tensors.update(extra=torch.zeros(2)))
     with pytest.raises(UserError, match="1 unexpected keys, first extra"):

@@ -121,6 +121,13 @@ def test_absent_and_misshapen_tensors_outside_the_blocks_are_refused(
     assert said in user_error("inspect", str(moe))
 
 
+def test_a_tensor_under_two_names_is_refused_by_both(tmp_path: Path, user_error: Callable[..., str]):
+    """Stock transformers takes names without the `model.` of the whole too, and of two it takes the first, whatever the other holds."""
+    name = "layers.1.self_attn.q_proj.weight"
+    said = user_error("inspect", str(with_tensors(tiny_qwen3_moe(tmp_path / "moe"), **{name: torch.ones(64, 64)})))
+    assert f"{name} and model.{name}, each of which is model.{name} of Qwen3MoeForCausalLM" in said
+
+
 @pytest.mark.parametrize("more", [("up_proj",), ("gate_proj", "up_proj", "down_proj")])
 def test_an_expert_too_many_is_refused(more: tuple[str, ...], tmp_path: Path, user_error: Callable[..., str]):
     """Stock transformers refuses both too: a stack of 9 experts, and one that does not fit together."""
