@@ -67,7 +67,7 @@ def run(config: EvalConfig) -> None:
         UserError: an output in the way, a broken or unsuitable model, tokens of another tokenizer, an unknown task.
     """
     device = open_device(config.device)
-    dtype = chosen_dtype(config.dtype, device)
+    dtype = chosen_dtype(config.dtype, config.device)
     if config.device_map:
         require_accelerate()
     accounts, of_teacher = _opened(config)
@@ -111,7 +111,7 @@ def dry_run(config: EvalConfig) -> dict[str, Any]:
     """What would be read and written: bytes, tokens, forward FLOPs and peak memory (models in `dtype` and their logits)."""
     accounts, teacher = _opened(config)
     indices = {label: account.index for label, account in accounts.items()}
-    width = _BYTES[chosen_dtype(config.dtype, open_device(config.device))]
+    width = _BYTES[chosen_dtype(config.dtype, config.device)]
     done = _done(config, indices, keep=True)
     todo = [account for label, account in accounts.items() if label not in done]
     windows = _windows(config, indices)

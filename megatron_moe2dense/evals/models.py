@@ -45,9 +45,10 @@ def open_device(name: str) -> torch.device:
     return device
 
 
-def chosen_dtype(name: str, device: torch.device) -> str:
-    """The type of that name (`auto`: bfloat16 on a GPU, float32 on a CPU)."""
-    return name if name != "auto" else "float32" if device.type == "cpu" else "bfloat16"
+def chosen_dtype(name: str, device: str) -> str:
+    """The type of that name on the device of that name, which may be another machine's (`auto`: bfloat16 on a GPU, float32 on a CPU)."""
+    kind = open_device(device).type if device == "auto" else device.partition(":")[0]
+    return name if name != "auto" else "float32" if kind == "cpu" else "bfloat16"
 
 
 def free_bytes(device: torch.device) -> int:

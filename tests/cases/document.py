@@ -23,7 +23,7 @@ def cases() -> Iterator[tuple[str, str, str]]:
 
 def table() -> str:
     """Markdown, one row a case, by topic."""
-    rows = ["| | what a user did | what happens |", "|---|---|---|"]
+    rows = ["| about | situation | what happens |", "|---|---|---|"]
     last = ""
     for topic, situation, happens in cases():
         rows.append(f"| {'' if topic == last else topic} | {situation} | {happens.rstrip('.')} |")

@@ -67,7 +67,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_random_model_is_drawn(drawn: Path):
-    """`initialize: random`: no two layers, experts or projections begin alike."""
+    """`initialize=random`: no two layers, experts or projections begin alike."""
     for family in MOE:
         by_size: dict[int, list[torch.Tensor]] = {}
         for tensor in load_file(drawn / f"{family} random" / "model.safetensors").values():
@@ -83,7 +83,7 @@ def test_a_random_model_is_drawn(drawn: Path):
 @pytest.mark.distributed
 @pytest.mark.parametrize("processes", LAYOUTS)
 def test_a_random_start_in_another_layout(processes: int, drawn: Path):
-    """`initialize: random` or `random_ffn` in another parallel layout: the same bytes, drawn from the seed and the name of each weight."""
+    """`initialize=random` or `random_ffn` in another parallel layout: the same bytes, drawn from the seed and the name of each weight."""
     found = launch(processes, "tests.cases.test_random_starts:differences", str(drawn), LAYOUTS[processes])
     assert found == {f"{family} {layout} {how}": [] for family, layout in LAYOUTS[processes] for how in ("random", "random_ffn")}
 

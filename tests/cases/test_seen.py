@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from megatron_moe2dense import cli
@@ -74,7 +73,7 @@ def test_a_user_evaluates_what_has_no_room(example: Path, tmp_path: Path, capsys
 
 def test_a_user_leaves_the_type_of_eval_out(example: Path, tmp_path: Path):
     """`eval` without dtype: float32 on a CPU, bfloat16 on a GPU; the record says which"""
-    assert [chosen_dtype(name, torch.device(kind)) for name, kind in (("auto", "cpu"), ("auto", "cuda"), ("float16", "cuda"))] == [
+    assert [chosen_dtype(name, device) for name, device in (("auto", "cpu"), ("auto", "cuda"), ("float16", "cuda"))] == [
         *("float32", "bfloat16", "float16")
     ]
     data = f"perplexity.data={{path: {example}/tokens/heldout, sequence_length: 64, sequences: 4}}"

@@ -52,7 +52,7 @@ def test_half_of_a_surrogate_pair_in_jsonl(texts: Callable[..., list[str]], tmp_
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_compressed_and_json_files(workers: int, texts: Callable[..., list[str]], tmp_path: Path):
-    """.jsonl.gz, .jsonl.zst (in several frames) and .json (a list, one object, rows) are read"""
+    """.jsonl.gz, .jsonl.zst (in several frames) and .json (a list, one object, rows): read"""
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows()))
     frames = [pyarrow.compress(part, codec="zstd", asbytes=True) for part in rows().splitlines(keepends=True)]
     (tmp_path / "b.jsonl.zst").write_bytes(b"".join(frames))
@@ -73,7 +73,7 @@ def test_a_file_that_was_cut_short(name: str, tokenizer_directory: Path, tmp_pat
 
 
 def test_linked_folders_and_loops(texts: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """linked sub-folders are followed; a loop, a folder that is linked twice and a link to nothing are left out and named"""
+    """linked sub-folders: followed; a loop, a folder that is linked twice and a link to nothing are left out and named"""
     for folder, text in (("texts", TEXTS[0]), ("elsewhere", TEXTS[1])):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.txt").write_text(text)
