@@ -6,8 +6,13 @@ from typing import Any
 
 import torch
 
+from megatron_moe2dense.common.config import build
 from megatron_moe2dense.operations.plan import memory
+from megatron_moe2dense.operations.plan.config import NODE, PlanConfig
+from megatron_moe2dense.operations.plan.hardware import Machine
 from megatron_moe2dense.operations.plan.job import Job
+from megatron_moe2dense.operations.plan.run import job_of, of_run
+from megatron_moe2dense.operations.plan.search import judge
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import startup
 from megatron_moe2dense.trainer.config import DistillConfig
@@ -18,8 +23,19 @@ from megatron_moe2dense.trainer.outline import count_parameters
 
 def distill(config: DistillConfig) -> dict[str, Any]:
     """`facts`, when nothing would stop the run on the machines that it is for; UserError of all that would."""
-    refuse(answers(startup.of_run(config, startup.processes(config.parallel), startup.Opened(config.dtype))))
-    return facts(config)
+    processes = startup.processes(config.parallel)
+    refuse(answers(startup.of_run(config, processes, startup.Opened(config.dtype))))
+    return {**facts(config), "on_h100": _on_paper(config, processes)}
+
+
+def _on_paper(config: DistillConfig, processes: int) -> dict[str, Any] | None:
+    """`plan`'s steps, hours, GPU-hours and USD of this run in this layout on as many H100; None for float32, for which it has no rates,
+    and where they make no whole nodes."""
+    if config.dtype == "float32" or (processes > NODE and processes % NODE):
+        return None
+    run = config.model_dump(mode="json", by_alias=True)
+    planned = build(PlanConfig, {**run, "hardware": {"gpus": processes}}, "plan")
+    return of_run(planned, judge(job_of(planned), Machine(planned.hardware)))
 
 
 def facts(config: DistillConfig, processes: int | None = None) -> dict[str, Any]:

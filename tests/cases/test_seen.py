@@ -60,6 +60,23 @@ def test_a_user_asks_what_a_run_costs(example: Path, tmp_path: Path, capsys: pyt
     assert "with train.tokens or train.steps also its hours" in capsys.readouterr().out
 
 
+def test_a_user_dry_runs_a_distillation(example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """`distill --dry-run`: hours, GPU-hours and USD of this run in its layout on H100, as `plan` has them"""
+    run = [
+        f"student={example}/model",
+        f"teacher={example}/model",
+        "train={steps: 4}",
+        "batch={micro: 2, global: 4}",
+        "parallel={expert: 2}",
+    ]
+    data = f"data={{path: {example}/tokens/distill, sequence_length: 64}}"
+    main(["distill", *run, data, f"output={tmp_path}/run", "--dry-run"])
+    found = json.loads(capsys.readouterr().out)["on_h100"]
+    main(["plan", *run, "data.sequence_length=64", "hardware.gpus=2", f"report={tmp_path}/plan.json"])
+    assert found == json.loads((tmp_path / "plan.json").read_text())["run"]
+    assert found["gpu_hours"] == pytest.approx(2 * found["hours"])
+
+
 def test_a_user_evaluates_what_has_no_room(example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
     """`eval` of models larger than the memory: refused before one is loaded, with both sizes; nothing written"""
     monkeypatch.setattr(evaluate, "free_bytes", lambda _device: 1_000_000)

@@ -11,7 +11,7 @@ from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, Fp8Con
 from megatron_moe2dense.trainer.data.config import TrainDataConfig
 from megatron_moe2dense.trainer.losses import Loss, losses
 
-_NODE = 8  # SXM parts come so many to a node
+NODE = 8  # SXM parts come so many to a node
 
 
 class HardwareConfig(Config):
@@ -29,13 +29,13 @@ class HardwareConfig(Config):
 
     @model_validator(mode="after")
     def _whole_nodes(self) -> HardwareConfig:
-        if self.gpus > _NODE and (self.nodes > 1 or self.gpus % _NODE):
-            raise ValueError(f"gpus: {self.gpus}, but a node has at most {_NODE}: give nodes of {_NODE}, or their total with nodes: 1")
+        if self.gpus > NODE and (self.nodes > 1 or self.gpus % NODE):
+            raise ValueError(f"gpus: {self.gpus}, but a node has at most {NODE}: give nodes of {NODE}, or their total with nodes: 1")
         return self
 
     def on_node(self) -> int:
         """GPUs of a node."""
-        return min(self.gpus, _NODE)
+        return min(self.gpus, NODE)
 
     def nodes_in_all(self) -> int:
         """However they were given."""

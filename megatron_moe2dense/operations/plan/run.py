@@ -117,13 +117,13 @@ def _facts(config: PlanConfig, verdicts: list[Verdict], left_out: Mapping[str, i
         "layouts": [_row(verdict, Machine(config.hardware)) for verdict in verdicts[: config.suggestions]],
         "left_out": dict(left_out),
         "best": _details(verdicts[0]),
-        "run": _of_run(config, verdicts[0]),
+        "run": of_run(config, verdicts[0]),
         "reads": [name for name in (config.student, config.teacher) if name is not None],
         "writes": [config.report] if config.report else [],
     }
 
 
-def _of_run(config: PlanConfig, verdict: Verdict) -> dict[str, Any]:
+def of_run(config: PlanConfig, verdict: Verdict) -> dict[str, Any]:
     """Steps, hours and cost of this run, where its length is given, and bytes of a checkpoint of it: weights in the compute type and
     what the optimizer holds, float32."""
     job, machine = verdict.job, Machine(config.hardware)
@@ -139,7 +139,7 @@ def _of_run(config: PlanConfig, verdict: Verdict) -> dict[str, Any]:
     return {"steps": steps, "tokens": steps * a_step, **spent, **facts}
 
 
-def _said_of_run(found: Mapping[str, Any]) -> str:
+def _saidof_run(found: Mapping[str, Any]) -> str:
     sizes = f"a checkpoint {_gb(found['checkpoint_bytes'])} GB (at most, with AdamW's moments), the export {_gb(found['export_bytes'])} GB"
     if "hours" not in found:
         return f"this run: {sizes}; with train.tokens or train.steps also its hours and cost"
@@ -197,7 +197,7 @@ def _readable(config: PlanConfig, verdicts: list[Verdict], left_out: Mapping[str
         "",
         render(header, [_cells(row) for row in rows]),
         "",
-        _said_of_run(_of_run(config, best)),
+        _saidof_run(of_run(config, best)),
         "",
         _to_paste(best.job),
         "",
