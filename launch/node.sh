@@ -13,9 +13,10 @@
 #   PYTHON         python
 # shellcheck disable=SC2329  # functions that traps call
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)  # paths of the user's are from where they stand
 # shellcheck source=launch/resumable.sh
-source launch/resumable.sh
+source "$launch/resumable.sh"
+export PYTHONPATH=${launch%/*}${PYTHONPATH:+:$PYTHONPATH}
 
 python=${PYTHON:-python}
 nodes=${NODES:-1}
@@ -61,7 +62,7 @@ if ((nodes > 1)); then
     # The meeting point is no part of an agent, so that any of these can be lost.
     rendezvous+=(--rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-conf is_host=0)
     if ((node_rank == 0)); then
-        "$python" launch/rendezvous.py "${RDZV_ENDPOINT##*:}" &
+        "$python" "$launch/rendezvous.py" "${RDZV_ENDPOINT##*:}" &
         trap 'kill '$!' 2> /dev/null || true' EXIT
     fi
     [[ -z ${LOCAL_ADDR:-} ]] || rendezvous+=(--local-addr "$LOCAL_ADDR")

@@ -10,9 +10,9 @@
 #   also the variables of launch/node.sh
 # shellcheck disable=SC2329  # functions that traps call
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)  # paths of the user's are from where they stand
 # shellcheck source=launch/resumable.sh
-source launch/resumable.sh
+source "$launch/resumable.sh"
 
 : "${SLURM_JOB_ID:?this script runs inside a Slurm allocation}" "${SLURM_JOB_NODELIST:?}"
 export NODES=${SLURM_JOB_NUM_NODES:-1} RDZV_ID=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
@@ -25,6 +25,7 @@ fi
 container=()
 if [[ -n ${CONTAINER_IMAGE:-} ]]; then
     container=(--container-image "$CONTAINER_IMAGE")
+    launch=launch
     [[ -z ${CONTAINER_MOUNTS:-} ]] || container+=(--container-mounts "$CONTAINER_MOUNTS")
 elif [[ -n ${CONTAINER_MOUNTS:-} ]]; then
     echo "launch/srun.sh: CONTAINER_MOUNTS without CONTAINER_IMAGE would have no effect" >&2
@@ -63,7 +64,7 @@ resources=(--mem 0)
 # shellcheck disable=SC2016  # on the node
 srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --kill-on-bad-exit=1 "${resources[@]}" "${container[@]}" \
     --output "$LOG_DIR/node_%n.txt" --open-mode append \
-    bash -c 'NODE_RANK=$SLURM_NODEID exec launch/node.sh "$@"' node "$@" &
+    bash -c 'NODE_RANK=$SLURM_NODEID exec "$0/node.sh" "$@"' "$launch" "$@" &
 pid=$!
 status=0
 await "$pid" || status=$?

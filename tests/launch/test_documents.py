@@ -31,11 +31,7 @@ def commands(document: Path) -> list[str]:
 
 ALL = [(document.name, line) for document in DOCUMENTS for line in commands(document)]
 LAUNCHED = sorted(
-    {
-        line
-        for _, line in ALL
-        if "launch/" in line and "docker" not in line and "--wrap" not in line and not re.search(r"reproduce|/run\.sh", line)
-    }
+    {line for _, line in ALL if "launch/" in line and not re.search(r"docker|--wrap|--dependency|--parsable|reproduce|/run\.sh", line)}
 )
 RESOLVED = sorted({line for _, line in ALL if re.match(r"(moe2dense|torchrun)\b", line)})
 

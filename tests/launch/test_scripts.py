@@ -23,17 +23,19 @@ NODE = ROOT / "launch/node.sh"
 DISTILL = ("sbatch", "--nodes", "1", ROOT / "launch/distill.slurm")
 
 
-def begin(folder: Path, command: tuple[Any, ...], outcomes: tuple[str, ...] = ("exit 0",), **more: str) -> subprocess.Popen[str]:
+def begin(
+    folder: Path, command: tuple[Any, ...], outcomes: tuple[str, ...] = ("exit 0",), cwd: Path = ROOT, **more: str
+) -> subprocess.Popen[str]:
     """Start a script; `outcomes` are what torchrun does each time."""
     environment = variables(folder, PYTHON=str(ROOT / "tests/launch/stub_python"), REAL_PYTHON=sys.executable, **more)
     (folder / "spool/outcomes").write_text("\n".join(outcomes))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([str(item) for item in command], cwd=ROOT, env=environment, text=True, **pipes)
+    return subprocess.Popen([str(item) for item in command], cwd=cwd, env=environment, text=True, **pipes)
 
 
-def run(folder: Path, command: tuple[Any, ...], outcomes: tuple[str, ...] = ("exit 0",), **more: str) -> tuple[int, str]:
+def run(folder: Path, command: tuple[Any, ...], outcomes: tuple[str, ...] = ("exit 0",), cwd: Path = ROOT, **more: str) -> tuple[int, str]:
     """Exit status, and what was said on stderr."""
-    job = begin(folder, command, outcomes, **more)
+    job = begin(folder, command, outcomes, cwd, **more)
     errors = job.communicate(timeout=100)[1]
     return job.returncode, errors
 
@@ -42,7 +44,7 @@ def started(folder: Path, what: str = "torch.distributed.run") -> list[dict[str,
     """The notes of every start."""
     notes = folder / "spool/started"
     rows = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
-    return [row for row in rows if what in row["arguments"]]
+    return [row for row in rows if any(argument.endswith(what) for argument in row["arguments"])]
 
 
 def of_srun(folder: Path) -> dict[str, Any]:
@@ -81,6 +83,30 @@ def test_arguments_reach_every_node_as_they_were_given(script: str, tmp_path: Pa
     [store] = started(tmp_path, "launch/rendezvous.py")
     assert store["NODE_RANK"] == "0"
     assert not requeued(tmp_path)
+
+
+def test_paths_are_from_where_the_user_stands(tmp_path: Path):
+    """Submitted or started in another folder than the checkout: its files are meant, and the logs are there."""
+    stands = tmp_path / "somewhere"
+    stands.mkdir()
+    variables(tmp_path)
+    finish(tmp_path)
+    for command in ((*DISTILL, "a.yaml"), (ROOT / "launch/distill_torchrun.sh", "a.yaml")):
+        status, errors = run(tmp_path, command, cwd=stands, LOG_DIR="logs")
+        assert status == 0, errors
+        assert started(tmp_path)[-1]["cwd"] == str(stands)
+        assert (stands / "logs").is_dir()
+        shutil.rmtree(stands / "logs")
+
+
+def test_commands_without_gpus_are_jobs_too(tmp_path: Path):
+    """launch/cpu.slurm COMMAND, after another job where --dependency says so; its exit status is the command's."""
+    command = ("sbatch", "--parsable", "--dependency=afterok:7", ROOT / "launch/cpu.slurm", "convert", "a b.yaml", "keep=8")
+    for outcome, expected in (("exit 0", 0), ("exit 2", 2)):
+        status, _ = run(tmp_path, command, (outcome,), cwd=tmp_path, SLURM_CPUS_PER_TASK="16")
+        assert status == expected
+        row = started(tmp_path, "convert")[-1]
+        assert (row["arguments"], row["cwd"]) == (["-m", "megatron_moe2dense", "convert", "a b.yaml", "keep=8"], str(tmp_path))
 
 
 def test_the_environment_overrides_every_default(tmp_path: Path):
