@@ -73,7 +73,16 @@ class Disk:
         try:
             return {name: tuple(tensor.shape) for name, tensor in self._run(target, entry, self._meta).items()}
         except (RuntimeError, ValueError, KeyError, IndexError):
-            return {target: None}
+            return dict.fromkeys(self._made_with(target))
+
+    def _made_with(self, name: str) -> tuple[str, ...]:
+        """A tensor in memory, and those that one conversion makes together with it."""
+        for converter in self._converters:
+            for own in converter.target_patterns:
+                others = (name.replace(own, other) for other in converter.target_patterns if own in name and other != own)
+                if beside := [other for other in others if other in self._stock.shapes]:
+                    return name, *beside
+        return (name,)
 
     def _place(self, name: str) -> tuple[str, WeightConverter | None, str]:
         """Name in memory (the first, where there are several), what converts it, and its pattern there."""
@@ -126,7 +135,7 @@ class Disk:
     def saved(self, name: str) -> dict[str, Shape]:
         """Names on disk, and shapes, as which the class saves a tensor, and those that it is saved together with."""
         entry = self._entries.get(self._of.get(name, ""))
-        names = (name,) if entry is None else tuple(entry.gives)
+        names = self._made_with(name) if entry is None else tuple(entry.gives)
         found = revert(self._stock, {each: torch.empty(self._stock.shapes[each], device="meta") for each in names})
         return {each: tuple(tensor.shape) for each, tensor in found.items()}
 
