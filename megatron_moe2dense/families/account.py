@@ -17,6 +17,7 @@ from megatron_moe2dense.families.disk import Disk
 from megatron_moe2dense.families.stock import Shape, Stock
 
 _PLAIN = ("BF16", "F16", "F32", "F64")
+_INTEGERS = ("I64", "I32", "I16", "I8", "U8")
 # Ends of names that stand beside quantised numbers: FP8 and compressed-tensors, AWQ and GPTQ, bitsandbytes, ModelOpt.
 _OF_QUANTISED = re.compile(
     r"(weight_scale(_inv|_2)?|input_scale|weight_(packed|shape|zero_point|g_idx)|qweight|qzeros|g_idx|\.scales|(nested_)?absmax"
@@ -46,6 +47,7 @@ class Account:
         """
         values = Values(index)
         account = cls(index, stock, values, Disk(stock, values.shapes))
+        account._require_integers()
         account._require_plain()
         account._require_once()
         account._require_shapes()
@@ -114,6 +116,15 @@ class Account:
     @cached_property
     def _unknown(self) -> set[str]:
         return set(self.disk.unknown)
+
+    def _require_integers(self) -> None:
+        """Nothing but whole numbers where the class looks something up with them."""
+        for stored in (stored for name in self.stock.integers for stored in self.disk.names_of(name)):
+            dtype = self.index.tensors[stored].dtype
+            if dtype not in _INTEGERS:
+                raise UserError(
+                    f"{self.index.directory}: {stored} is {dtype}", f"one of {', '.join(_INTEGERS)}", "download the checkpoint again"
+                )
 
     def _require_once(self) -> None:
         """No tensor of the class under two names, of which stock transformers would take one and say nothing of the other."""

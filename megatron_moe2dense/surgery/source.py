@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,7 +142,7 @@ class MoeSource:
         return self.values.reader(reader, finite)
 
     def ffn(self, read: ReadTensor, layer: int, place: FfnPlace, expert: int | None = None) -> Ffn:
-        """One FFN of a layer, in the dtype it is stored in (MXFP4: bfloat16)."""
+        """One FFN of a layer, in the dtype it is stored in (MXFP4: bfloat16); of several dtypes the one that holds all their values."""
         shapes = self.stock.layer_shapes[layer]
 
         def tensor(name: str) -> torch.Tensor:
@@ -154,7 +154,18 @@ class MoeSource:
                 return self.disk.tensor(whole, read, slice(expert * width, (expert + 1) * width))
             return self.disk.tensor(whole, read, slice(expert, expert + 1))[0]
 
-        return place.read(tensor)
+        return place.read(tensor).to(self._dtype_of(layer, place))
+
+    def _dtype_of(self, layer: int, place: FfnPlace) -> torch.dtype:
+        """Of all tensors of an FFN, or of a stack of experts: what is made of some experts has to have the type that was foretold."""
+        if (layer, place.path) not in self._dtypes:
+            names = (each for name in place.names for each in self.disk.names_of(self.stock.in_model(layer, name)))
+            self._dtypes[layer, place.path] = reduce(torch.promote_types, map(self.values.dtype, names))
+        return self._dtypes[layer, place.path]
+
+    @cached_property
+    def _dtypes(self) -> dict[tuple[int, str], torch.dtype]:
+        return {}
 
     def expert(self, read: ReadTensor, layer: int, expert: int) -> Ffn:
         """One expert of a MoE layer."""

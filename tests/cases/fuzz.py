@@ -293,15 +293,18 @@ def table(outcomes: Sequence[Outcome], by: Callable[[Outcome], str]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print what is wrong as it is found, then the tables."""
+    """Print what is wrong as it is found, once where it is alike, then the tables."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     every = next((int(each.removeprefix("every=")) for each in arguments if each.startswith("every=")), 1)
     outcomes: list[Outcome] = []
+    printed: set[tuple[str, ...]] = set()
     for name in [each for each in arguments if not each.startswith("every=")] or SUBJECTS:
         for outcome in outcomes_of(name, (by_headers, by_commands), every):
             outcomes.append(outcome)
-            if outcome.kind in WRONG:
+            alike = (outcome.subject, outcome.what, outcome.kind, role(outcome.said))
+            if outcome.kind in WRONG and alike not in printed:
+                printed.add(alike)
                 print(json.dumps(vars(outcome)), flush=True)
         print(name, len(outcomes), flush=True)
     for by in (lambda each: each.subject, lambda each: each.what, lambda each: each.fault):
