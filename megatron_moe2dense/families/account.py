@@ -141,7 +141,15 @@ class Account:
         for name, shape in self.stock.shapes.items():
             if self.disk.names_of(name) and self.disk.shape(name) != shape:
                 self._refuse(name, shape)
-        self.index.require(stored for name in self.disk.missing for stored in self._expected(name, self.stock.shapes[name]))
+        missing = self.disk.missing
+        self.index.require(stored for name in missing for stored in self._expected(name, self.stock.shapes[name]))
+        if missing:  # what should hold it is there, and was taken for another: one that decides how names are read is absent
+            self.index.require(self.disk.saved(*self.stock.shapes))
+            raise UserError(
+                f"{self.index.directory}: nothing that is {missing[0]} of {type(self.stock.model).__name__} ({len(missing)} such tensors)",
+                "every tensor that config.json calls for",
+                "save the checkpoint with transformers' save_pretrained first",
+            )
 
     def _refuse(self, name: str, shape: Shape) -> None:
         """UserError for what does not become a tensor of the class: the first part that is absent, of another shape or too many."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,11 +33,6 @@ class Ffn:
     gate_bias_F: torch.Tensor | None = None
     up_bias_F: torch.Tensor | None = None
     down_bias_D: torch.Tensor | None = None
-
-    def to(self, dtype: torch.dtype) -> Ffn:
-        """The same in one type."""
-        parts = (getattr(self, field.name) for field in fields(self))
-        return Ffn(*(None if part is None else part.to(dtype) for part in parts))
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,7 @@ def _meta_tensors(source: MoeSource) -> ReadTensor:
 
     def read(name: str, rows: slice | None) -> torch.Tensor:
         shape = source.values.shapes[name]
-        dtype = source.values.dtype(name)
-        return torch.empty(shape if rows is None else (rows.stop - rows.start, *shape[1:]), dtype=dtype, device="meta")
+        return torch.empty(shape if rows is None else (rows.stop - rows.start, *shape[1:]), dtype=source.dtype(name), device="meta")
 
     return read
 

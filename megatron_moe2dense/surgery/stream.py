@@ -99,7 +99,7 @@ class StreamedModel:
         self._stock = Stock.read(source.index.directory, compute.dtype)
         values = Values(source.index) if self._moe is None else self._moe.values
         self._disk = Disk(self._stock, values.shapes) if self._moe is None else self._moe.disk
-        self._tensor = values.reader(reader)
+        self._tensor = values.reader(reader) if self._moe is None else self._moe.reader(reader)
         self._in_float32 = self._routers_in_float32()
         self._base: Any = self._stock.base
         self._layers = list(self._stock.layers)
