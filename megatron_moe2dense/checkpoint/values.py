@@ -8,7 +8,7 @@ import torch
 
 from megatron_moe2dense.checkpoint import mxfp4
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
-from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from megatron_moe2dense.common.errors import UserError
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
@@ -43,6 +43,10 @@ class Values:
     def stored(self, name: str) -> tuple[str, ...]:
         """The tensors in the files that hold it."""
         return self.encoded.get(name, (name,))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """In which it is read."""
+        return torch.bfloat16 if name in self.encoded else TORCH_DTYPES[self.index.tensors[name].dtype]
 
     def reader(self, reader: CheckpointReader, finite: bool = True) -> Callable[[str, slice | None], torch.Tensor]:
         """Reads a tensor, or rows of its first axis. finite: a NaN or infinite value is a UserError."""

@@ -17,6 +17,7 @@ from megatron_moe2dense.families.disk import Disk
 from megatron_moe2dense.families.stock import Shape, Stock
 
 _PLAIN = ("BF16", "F16", "F32", "F64")
+_INTEGERS = ("I64", "I32", "I16", "I8", "U8")
 # Ends of names that stand beside quantised numbers: FP8 and compressed-tensors, AWQ and GPTQ, bitsandbytes, ModelOpt.
 _OF_QUANTISED = re.compile(
     r"(weight_scale(_inv|_2)?|input_scale|weight_(packed|shape|zero_point|g_idx)|qweight|qzeros|g_idx|\.scales|(nested_)?absmax"
@@ -46,6 +47,7 @@ class Account:
         """
         values = Values(index)
         account = cls(index, stock, values, Disk(stock, values.shapes))
+        account._require_integers()
         account._require_plain()
         account._require_once()
         account._require_shapes()
@@ -115,6 +117,15 @@ class Account:
     def _unknown(self) -> set[str]:
         return set(self.disk.unknown)
 
+    def _require_integers(self) -> None:
+        """Nothing but whole numbers where the class looks something up with them."""
+        for stored in (stored for name in self.stock.integers for stored in self.disk.names_of(name)):
+            dtype = self.index.tensors[stored].dtype
+            if dtype not in _INTEGERS:
+                raise UserError(
+                    f"{self.index.directory}: {stored} is {dtype}", f"one of {', '.join(_INTEGERS)}", "download the checkpoint again"
+                )
+
     def _require_once(self) -> None:
         """No tensor of the class under two names, of which stock transformers would take one and say nothing of the other."""
         for name in self.stock.shapes:
@@ -130,7 +141,15 @@ class Account:
         for name, shape in self.stock.shapes.items():
             if self.disk.names_of(name) and self.disk.shape(name) != shape:
                 self._refuse(name, shape)
-        self.index.require(stored for name in self.disk.missing for stored in self._expected(name, self.stock.shapes[name]))
+        missing = self.disk.missing
+        self.index.require(stored for name in missing for stored in self._expected(name, self.stock.shapes[name]))
+        if missing:  # what should hold it is there, and was taken for another: one that decides how names are read is absent
+            self.index.require(self.disk.saved(*self.stock.shapes))
+            raise UserError(
+                f"{self.index.directory}: nothing that is {missing[0]} of {type(self.stock.model).__name__} ({len(missing)} such tensors)",
+                "every tensor that config.json calls for",
+                "save the checkpoint with transformers' save_pretrained first",
+            )
 
     def _refuse(self, name: str, shape: Shape) -> None:
         """UserError for what does not become a tensor of the class: the first part that is absent, of another shape or too many."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    GroupWeightRename,
     PrefixChange,
     WeightConverter,
     WeightRenaming,
@@ -72,8 +72,17 @@ class Disk:
     def _given(self, target: str, entry: _Entry) -> dict[str, Shape | None]:
         try:
             return {name: tuple(tensor.shape) for name, tensor in self._run(target, entry, self._meta).items()}
-        except (RuntimeError, ValueError, KeyError, IndexError):
-            return {target: None}
+        except (RuntimeError, ValueError, KeyError, IndexError, AttributeError):
+            return dict.fromkeys(self._made_with(target))
+
+    def _made_with(self, name: str) -> tuple[str, ...]:
+        """A tensor in memory, and those that one conversion makes together with it."""
+        for converter in self._converters:
+            for own in converter.target_patterns:
+                others = (name.replace(own, other) for other in converter.target_patterns if own in name and other != own)
+                if beside := [other for other in others if other in self._stock.shapes]:
+                    return name, *beside
+        return (name,)
 
     def _place(self, name: str) -> tuple[str, WeightConverter | None, str]:
         """Name in memory (the first, where there are several), what converts it, and its pattern there."""
@@ -123,12 +132,12 @@ class Disk:
         target = self._of[name]
         return self._run(target, self._entries[target], read, rows)[name]
 
-    def saved(self, name: str) -> dict[str, Shape]:
-        """Names on disk, and shapes, as which the class saves a tensor, and those that it is saved together with."""
-        entry = self._entries.get(self._of.get(name, ""))
-        names = (name,) if entry is None else tuple(entry.gives)
-        found = revert(self._stock, {each: torch.empty(self._stock.shapes[each], device="meta") for each in names})
-        return {each: tuple(tensor.shape) for each, tensor in found.items()}
+    def saved(self, *names: str) -> dict[str, Shape]:
+        """Names on disk, and shapes, as which the class saves tensors, and those that they are saved together with."""
+        entries = ((name, self._entries.get(self._of.get(name, ""))) for name in names)
+        whole = [each for name, entry in entries for each in (self._made_with(name) if entry is None else entry.gives)]
+        found = revert(self._stock, {each: torch.empty(self._stock.shapes[each], device="meta") for each in whole})
+        return {name: tuple(tensor.shape) for name, tensor in found.items()}
 
     def shape(self, name: str) -> Shape | None:
         """What the files make of a tensor of the class; None where they make none of it."""
@@ -156,6 +165,18 @@ def _mapping(stock: Stock) -> tuple[list[WeightRenaming], list[WeightConverter]]
     return renamings, [each for each in transforms if isinstance(each, WeightConverter)]
 
 
+def _reverse_mapping(stock: Stock) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """From names in memory to names on disk. Transformers 5.23: a GroupWeightRename (Kimi K2.5's) does nothing before it has met the first
+    name of its group, so it is shown all names of the class in the order in which they are saved."""
+    transforms = [each for each in get_model_conversion_mapping(stock.model, add_legacy=False) if not isinstance(each, PrefixChange)]
+    reverse = [each.reverse_transform() for each in transforms[::-1]]
+    renamings = [each for each in reverse if isinstance(each, WeightRenaming)]
+    if any(isinstance(each, GroupWeightRename) for each in renamings):
+        for name in sorted(stock.shapes, key=dot_natural_key):
+            apply_renamings(name, renamings)
+    return renamings, [each for each in reverse if isinstance(each, WeightConverter)]
+
+
 def _tied(stock: Stock) -> set[str]:
     """Tensors that a checkpoint may leave out, as they are another's."""
     return set(stock.model.all_tied_weights_keys)
@@ -163,10 +184,7 @@ def _tied(stock: Stock) -> set[str]:
 
 def revert(stock: Stock, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of a class in the names and forms that it saves them in."""
-    transforms = [each for each in get_model_conversion_mapping(stock.model, add_legacy=False) if not isinstance(each, PrefixChange)]
-    reverse = [each.reverse_transform() for each in transforms[::-1]]
-    renamings = [each for each in reverse if isinstance(each, WeightRenaming)]
-    converters = [each for each in reverse if isinstance(each, WeightConverter)]
+    renamings, converters = _reverse_mapping(stock)
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     running: dict[str, WeightConverter] = {}
     found: dict[str, torch.Tensor] = {}
@@ -184,8 +202,5 @@ def revert(stock: Stock, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
 
 def plain_names(stock: Stock, names: Iterable[str]) -> dict[str, str]:
     """Names on disk of tensors of a class that it saves as they are; those it converts are left out."""
-    transforms = [each for each in get_model_conversion_mapping(stock.model, add_legacy=False) if not isinstance(each, PrefixChange)]
-    reverse = [each.reverse_transform() for each in transforms[::-1]]
-    renamings: Any = [each for each in reverse if isinstance(each, WeightRenaming)]
-    converters: Any = [each for each in reverse if isinstance(each, WeightConverter)]
+    renamings, converters = _reverse_mapping(stock)
     return {name: apply_renamings(name, renamings) for name in names if apply_converters(name, converters)[1] is None}

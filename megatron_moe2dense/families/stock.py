@@ -120,9 +120,9 @@ class Stock:
         return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
 
     @cached_property
-    def integers(self) -> set[str]:
-        """Names of the tensors that are no floating-point numbers."""
-        return {name for name, tensor in self.model.state_dict().items() if not tensor.is_floating_point()}
+    def integers(self) -> dict[str, torch.dtype]:
+        """Names and types of the tensors that are no floating-point numbers."""
+        return {name: tensor.dtype for name, tensor in self.model.state_dict().items() if not tensor.is_floating_point()}
 
     @cached_property
     def layer_shapes(self) -> list[dict[str, Shape]]:

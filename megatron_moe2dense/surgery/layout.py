@@ -158,8 +158,7 @@ def _meta_tensors(source: MoeSource) -> ReadTensor:
 
     def read(name: str, rows: slice | None) -> torch.Tensor:
         shape = source.values.shapes[name]
-        dtype = torch.bfloat16 if name in source.values.encoded else TORCH_DTYPES[source.index.tensors[name].dtype]
-        return torch.empty(shape if rows is None else (rows.stop - rows.start, *shape[1:]), dtype=dtype, device="meta")
+        return torch.empty(shape if rows is None else (rows.stop - rows.start, *shape[1:]), dtype=source.dtype(name), device="meta")
 
     return read
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,8 +138,26 @@ class MoeSource:
         return {} if self.routed_factor == 1.0 else {ROUTED_FACTOR: self.routed_factor}
 
     def reader(self, reader: CheckpointReader, finite: bool = True) -> ReadTensor:
-        """Reads the files' tensors as numbers."""
-        return self.values.reader(reader, finite)
+        """Reads the files' tensors as numbers; those of an FFN, or of all experts of a layer, in one type."""
+        as_stored = self.values.reader(reader, finite)
+        return lambda name, rows: as_stored(name, rows).to(self.dtype(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """In which a tensor of the files is read."""
+        return self._widened.get(name) or self.values.dtype(name)
+
+    @cached_property
+    def _widened(self) -> dict[str, torch.dtype]:
+        """Of FFNs whose tensors have several types: the one that holds all their values. Whichever experts a plan keeps, it is the same."""
+        found = {}
+        for layer in range(len(self.stock.layers)):
+            place = self.stock.moe.get(layer)
+            for ffn in (*self.stock.ffns(layer).values(), *(() if place is None else (place.experts, *place.shared))):
+                on_disk = [each for name in ffn.names for each in self.disk.names_of(self.stock.in_model(layer, name))]
+                types = {self.values.dtype(name) for name in on_disk}
+                if len(types) > 1:
+                    found |= dict.fromkeys(on_disk, reduce(torch.promote_types, types))
+        return found
 
     def ffn(self, read: ReadTensor, layer: int, place: FfnPlace, expert: int | None = None) -> Ffn:
         """One FFN of a layer, in the dtype it is stored in (MXFP4: bfloat16)."""

@@ -99,7 +99,7 @@ class StreamedModel:
         self._stock = Stock.read(source.index.directory, compute.dtype)
         values = Values(source.index) if self._moe is None else self._moe.values
         self._disk = Disk(self._stock, values.shapes) if self._moe is None else self._moe.disk
-        self._tensor = values.reader(reader)
+        self._tensor = values.reader(reader) if self._moe is None else self._moe.reader(reader)
         self._in_float32 = self._routers_in_float32()
         self._base: Any = self._stock.base
         self._layers = list(self._stock.layers)
@@ -265,11 +265,12 @@ class StreamedModel:
         for name in names:
             whole = prefix + name
             if self._disk.names_of(whole):
-                tensor = self._disk.tensor(whole, self._tensor)
-                found[name] = tensor.to(self._compute.device, self._type_of(whole) if tensor.is_floating_point() else tensor.dtype)
+                found[name] = self._disk.tensor(whole, self._tensor).to(self._compute.device, self._type_of(whole))
         return found
 
     def _type_of(self, name: str) -> torch.dtype:
+        if name in self._stock.integers:
+            return self._stock.integers[name]
         return torch.float32 if name.startswith(self._in_float32) else self._stock.keeps(name, self._compute.dtype)
 
     def _load(self, module: nn.Module, state: dict[str, torch.Tensor]) -> None:

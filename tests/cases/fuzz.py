@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,7 +31,7 @@ from megatron_moe2dense.common.table import render
 from megatron_moe2dense.families import FAMILIES
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.stock import Stock
-from megatron_moe2dense.families.table import EXCEPTIONS
+from megatron_moe2dense.surgery.source import MoeSource
 from tests.cases import fuzz_commands as commands
 from tests.families.every import IMAGE_AND_TEXT, as_in_memory, moe_types, stock_class, tiny_checkpoint, wrapper_types
 from tests.helpers.tiny_models import as_mxfp4, tiny
@@ -111,6 +112,9 @@ class Outcome:
     said: str = ""
 
 
+Try = Callable[[], Outcome | None]  # None where the fault can not be made
+
+
 def role(name: str) -> str:
     """What a tensor is: its name without numbers."""
     return re.sub(r"\d+", "*", name)
@@ -162,7 +166,7 @@ class Subject:
     def _unlike_stock(self, folder: Path) -> str:
         """What of a checkpoint is read otherwise than stock transformers does; "" where nothing is."""
         kind = self.index.config["model_type"]
-        cls = stock_class(kind) if kind in (*moe_types(), *IMAGE_AND_TEXT) else AutoModelForCausalLM
+        cls: Any = stock_class(kind) if kind in (*moe_types(), *IMAGE_AND_TEXT) else AutoModelForCausalLM
         try:
             model, report = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
         except (RuntimeError, ValueError) as error:
@@ -199,8 +203,18 @@ class Subject:
         return commands.result(commands.ALL[command], self.place, model)
 
     @cached_property
+    def commands(self) -> list[str]:
+        """Those that take the sound checkpoint."""
+        trained = self.name in TRAINED
+        try:
+            _ = MoeSource.open(self.sound).form
+        except UserError:  # dense, or without a dense form
+            return list(commands.DENSE) if trained else ["eval"]
+        return list({**commands.SURGERY, **(commands.STREAMED | commands.TRAINER if trained else {})})
+
+    @cached_property
     def place(self) -> commands.Place:
-        return commands.prepared(self.folder, self.sound, bool(self.stock.moe))
+        return commands.prepared(self.folder, self.sound, "calibrate" in self.commands)
 
     def _outcome(self, what: str, fault: str, name: str, found: Callable[[Tensors], str]) -> Outcome | None:
         tensors = FAULTS[fault](self.tensors, name)
@@ -237,13 +251,22 @@ SUBJECTS: dict[str, Callable[[Path], object]] = {
 }
 
 
-def of_subject(name: str, every: int) -> Iterator[Outcome]:
-    """One in `every`, by chance, of: each tensor and fault by headers; faults of one tensor of each role by each command that takes it."""
+def by_headers(subject: Subject) -> list[Try]:
+    """Every tensor and fault."""
+    return [partial(subject.check, fault, tensor) for tensor in subject.tensors for fault in FAULTS]
+
+
+def by_commands(subject: Subject) -> list[Try]:
+    """Faults of one tensor of each role, by each command that takes the checkpoint."""
+    pairs = list(_for_commands(subject))
+    return [partial(subject.run, command, fault, tensor) for command in subject.commands for fault, tensor in pairs]
+
+
+def outcomes_of(name: str, ways: Sequence[Callable[[Subject], list[Try]]], every: int) -> Iterator[Outcome]:
+    """Of one in `every`, by chance."""
     with TemporaryDirectory() as folder:
         subject = Subject(name, SUBJECTS[name], Path(folder))
-        tries = [partial(subject.check, fault, tensor) for tensor in subject.tensors for fault in FAULTS]
-        pairs = list(_for_commands(subject))
-        tries += [partial(subject.run, command, fault, tensor) for command in taking(subject) for fault, tensor in pairs]
+        tries = [each for way in ways for each in way(subject)]
         for each in Random(name).sample(tries, -(-len(tries) // every)):
             outcome = each()
             if outcome is not None:
@@ -259,16 +282,6 @@ def _for_commands(subject: Subject) -> Iterator[tuple[str, str]]:
             yield fault, tensor
 
 
-def taking(subject: Subject) -> list[str]:
-    """Commands that take this checkpoint."""
-    trained = subject.name in TRAINED
-    if not subject.stock.moe:
-        return list(commands.DENSE)
-    if (subject.stock.name in EXCEPTIONS and EXCEPTIONS[subject.stock.name].refused) or subject.stock.wrapped:
-        return ["inspect", "eval"]
-    return list({**commands.SURGERY, **(commands.STREAMED | commands.TRAINER if trained else {})})
-
-
 def table(outcomes: Sequence[Outcome], by: Callable[[Outcome], str]) -> str:
     """Counts, one row for each of what `by` tells, and all of them."""
     kinds: dict[str, list[str]] = {}
@@ -280,15 +293,18 @@ def table(outcomes: Sequence[Outcome], by: Callable[[Outcome], str]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print what is wrong as it is found, then the tables."""
+    """Print what is wrong as it is found, once where it is alike, then the tables."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     every = next((int(each.removeprefix("every=")) for each in arguments if each.startswith("every=")), 1)
     outcomes: list[Outcome] = []
+    printed: set[tuple[str, ...]] = set()
     for name in [each for each in arguments if not each.startswith("every=")] or SUBJECTS:
-        for outcome in of_subject(name, every):
+        for outcome in outcomes_of(name, (by_headers, by_commands), every):
             outcomes.append(outcome)
-            if outcome.kind in WRONG:
+            alike = (outcome.subject, outcome.what, outcome.kind, role(outcome.said))
+            if outcome.kind in WRONG and alike not in printed:
+                printed.add(alike)
                 print(json.dumps(vars(outcome)), flush=True)
         print(name, len(outcomes), flush=True)
     for by in (lambda each: each.subject, lambda each: each.what, lambda each: each.fault):

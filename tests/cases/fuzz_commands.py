@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
@@ -173,5 +174,5 @@ def differences(found: Result, expected: Result) -> Iterator[str]:
     """Names of what is not equal."""
     for name in found.keys() | expected.keys():
         ours, theirs = found.get(name), expected.get(name)
-        if not (ours.equal(theirs) if hasattr(ours, "equal") and hasattr(theirs, "equal") else ours == theirs):
+        if not (ours.equal(theirs) if torch.is_tensor(ours) and torch.is_tensor(theirs) else ours == theirs):
             yield name

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cases.fuzz import SUBJECTS, WRONG, of_subject
+from tests.cases.fuzz import SUBJECTS, WRONG, by_commands, by_headers, outcomes_of
 
-EVERY = 500
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_a_tensor_is_not_as_it_should_be(name: str):
     """a tensor absent, of another shape or type, NaN, or there twice: what stock transformers gives, or exit 2 and the tensor's name"""
-    assert [outcome for outcome in of_subject(name, EVERY) if outcome.kind in WRONG] == []
+    assert [outcome for outcome in outcomes_of(name, [by_headers], every=250) if outcome.kind in WRONG] == []
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3, trained", "gpt_oss, MXFP4", "qwen3, trained"])
+def test_every_command_asks(name: str):
+    """such a tensor and any command that takes the checkpoint: the same"""
+    assert [outcome for outcome in outcomes_of(name, [by_commands], every=60) if outcome.kind in WRONG] == []

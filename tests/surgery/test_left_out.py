@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_moe2dense.cli import main
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.surgery.source import MoeSource
 from tests.families.every import tiny_checkpoint
 from tests.helpers.tiny_models import tiny_qwen3_moe, write_tokens
@@ -138,3 +141,32 @@ def test_an_expert_too_many_is_refused(more: tuple[str, ...], tmp_path: Path, us
     said = user_error("inspect", str(moe))
     assert f"{start}.8." in said
     assert "such tensors)" in said
+
+
+@pytest.mark.parametrize("absent", [r"experts\.3\.down_proj", r"experts\.\d+\.down_proj", r"experts\."])
+def test_what_several_tensors_of_the_class_are_made_of_is_named_when_it_is_absent(absent: str, tmp_path: Path):
+    """Its experts for text and for images are one list in the files."""
+    moe = tiny_checkpoint(tmp_path / "moe", "ernie4_5_vl_moe")
+    tensors = load_file(moe / "model.safetensors")
+    left = {name: tensor for name, tensor in tensors.items() if not re.search(rf"layers\.2\.mlp\.{absent}", name)}
+    save_file(left, moe / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"no tensor 'model\.layers\.2\.mlp\.experts\.") as refused:
+        Account.open(moe)
+    assert re.search(absent, refused.value.found)
+
+
+@pytest.mark.parametrize("absent", [r"mlp\.fc0\.bias", r"mlp\.fc1\.bias", r"norm0\.weight", r"norm1\.weight", r"norm0\."])
+def test_a_tensor_by_which_the_names_of_others_are_read_is_named_when_it_is_absent(absent: str, tmp_path: Path):
+    """Kimi K2.5's fc0 and fc1, norm0 and norm1 have numbers one higher in memory; without any norm0, transformers takes norm1 for norm1."""
+    moe = tiny_checkpoint(tmp_path / "moe", "kimi_k25")
+    tensors = {name: tensor for name, tensor in load_file(moe / "model.safetensors").items() if not re.search(absent, name)}
+    save_file(tensors, moe / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"no tensor 'vision_tower\.encoder\.blocks\.0\.{absent}"):
+        Account.open(moe)
+
+
+def test_an_unknown_tensor_that_looks_like_a_stack_of_experts_is_refused_by_name(tmp_path: Path):
+    name = "model.language_model.layers.2.mlp.experts.gate_up_proj"
+    moe = tiny_checkpoint(tmp_path / "moe", "qwen3_vl_moe")
+    with pytest.raises(UserError, match=f"module.{name}, which"):
+        Account.open(with_tensors(moe, **{f"module.{name}": load_file(moe / "model.safetensors")[name].clone()}))
