@@ -24,6 +24,7 @@ def samples(raw: dict[str, Any]) -> list[Samples]:
 
     config = build(DistillConfig, raw, "the test")
     with runtime.session(config.device) as device, groups.initialized(config.parallel, config.train.seed) as place:
+        distill.claim_output(config)
         trainer, _ = distill.build(config, place, device)
         size, found = config.batch.global_, []
         for step in range(config.steps()):
