@@ -130,8 +130,8 @@ class Differences:
 
 def write_inputs(root: Path) -> None:
     """Models of different depth, and text a fifth of which is masked, unevenly."""
-    # of a seed with which no token's second and third expert are closer than 8e-5 at any step (stock.train asserts it)
-    tiny_qwen3_moe(root / "teacher", seed=4, num_hidden_layers=6)
+    # of seeds with which no token's second and third expert are closer than 1e-4 at any step (stock.train asserts 5e-5)
+    tiny_qwen3_moe(root / "teacher", seed=3, num_hidden_layers=6)
     tiny_qwen3(root / "student", seed=2)
     tiny_qwen3(root / "tied student", seed=3, tie_word_embeddings=True)
     generator = np.random.default_rng(0)
