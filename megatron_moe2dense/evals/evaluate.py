@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
-from megatron_moe2dense.checkpoint.mxfp4 import stored_values
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
@@ -89,10 +88,10 @@ def dry_run(config: EvalConfig) -> dict[str, Any]:
     windows = _windows(config, indices)
     nll_tokens, kl_tokens = (0 if block is None else int(block.size) for block in (windows.nll_NS, windows.kl_NS))
     flops = sum(2 * _active_parameters(account) * (nll_tokens + kl_tokens) for account in todo)
-    memory = max((_parameters(account.index) for account in todo), default=0) * _BYTES[config.dtype]
+    memory = max((account.values.total for account in todo), default=0) * _BYTES[config.dtype]
     if teacher and config.perplexity:
         flops += 2 * _active_parameters(teacher) * (kl_tokens or nll_tokens) * len(todo)
-        memory += _parameters(teacher.index) * _BYTES[config.dtype]
+        memory += teacher.values.total * _BYTES[config.dtype]
     if config.perplexity:
         rows = max(config.perplexity.batch_tokens, config.perplexity.data.sequence_length)
         memory += (1 + bool(teacher)) * rows * max(vocab_size(index) for index in indices.values()) * _BYTES[config.dtype]
@@ -241,13 +240,9 @@ def _batch_windows(config: EvalConfig, windows_NS: np.ndarray) -> int:
     return max(1, config.perplexity.batch_tokens // windows_NS.shape[1])
 
 
-def _parameters(index: CheckpointIndex) -> int:
-    return sum(stored_values(info) for info in index.tensors.values())
-
-
 def _active_parameters(account: Account) -> int:
     """Parameters a token goes through: of E routed experts only the A selected ones."""
-    stock, total = account.stock, _parameters(account.index)
+    stock, total = account.stock, account.values.total
     if not stock.moe:
         return total
     active = probe(stock, stock.moe[max(stock.moe)]).active
