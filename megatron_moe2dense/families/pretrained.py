@@ -13,6 +13,7 @@ from transformers import AutoConfig, GenerationConfig
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.checkpoint.values import Values
+from megatron_moe2dense.common.outputs import read_json
 from megatron_moe2dense.families.disk import ReadTensor
 from megatron_moe2dense.families.stock import model_class
 
@@ -52,8 +53,8 @@ def _source(index: CheckpointIndex, config: Any) -> Iterator[dict[str, Any]]:
         if hasattr(each, "quantization_config"):
             del each.quantization_config
     generation = {}
-    if (index.directory / "generation_config.json").exists():
-        generation = {"generation_config": GenerationConfig.from_pretrained(index.directory, local_files_only=True)}
+    if (place := index.directory / "generation_config.json").exists():
+        generation = {"generation_config": GenerationConfig.from_dict(read_json(place, "a generation config"))}
     with CheckpointReader(index) as reader:
         read = values.reader(reader, finite=False)
         tensors = {name: _Lazy(read, name) for name in values.shapes}
