@@ -10,11 +10,11 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize
-from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
 from tests.checkpoint.encoded import MODULE, assert_exactly, values
+from tests.helpers.compressed import observed, scheme_of
 
 # By what it is: format, and QuantizationArgs of the weights.
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -44,32 +44,6 @@ def weight(seed: int = 0, rows: int = ROWS) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     found = torch.randn(rows, COLUMNS, generator=generator) * torch.rand(rows, 1, generator=generator).exp()
     return (found + 0.3) * torch.logspace(-2, 0, COLUMNS)
-
-
-def scheme_of(options: dict[str, Any], form: str) -> QuantizationScheme:
-    kind = {"scale_dtype": torch.uint8} if form.startswith("mx") else {"scale_dtype": torch.float8_e4m3fn} if "nvfp4" in form else {}
-    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**options, **kind), format=form)
-
-
-def observed(whole: torch.Tensor, args: QuantizationArgs) -> dict[str, torch.Tensor]:
-    """Scales and zero points by the library, of the least and greatest numbers of each block."""
-    rows, columns = whole.shape
-    strategy = str(getattr(args.strategy, "value", args.strategy))
-    height, width = {
-        "tensor": (rows, columns),
-        "channel": (1, columns),
-        "block": tuple(args.block_structure or ()),
-    }.get(strategy, (1, args.group_size))
-    grid = (-(-rows // height), -(-columns // width))
-    padded = torch.nn.functional.pad(whole, (0, grid[1] * width - columns, 0, grid[0] * height - rows))
-    blocks = padded.view(grid[0], height, grid[1], width)
-    low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
-    found: dict[str, torch.Tensor] = {}
-    if strategy == "tensor_group":
-        found["weight_global_scale"] = generate_gparam(whole.min()[None], whole.max()[None])
-    scale, zero = calculate_qparams(low, high, args, found.get("weight_global_scale"))
-    scale = 2.0 ** (scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
-    return {**found, "weight_scale": scale.reshape(-1) if strategy == "tensor" else scale, "weight_zero_point": zero}
 
 
 @pytest.mark.parametrize("name", SCHEMES)

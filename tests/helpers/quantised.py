@@ -27,7 +27,7 @@ class _Quantizer:
 
 def fp8_blocks(name: str, weight: torch.Tensor, block: tuple[int, int] = (16, 16)) -> Tensors:
     """By transformers: E4M3 and a float32 scale a block."""
-    found = Fp8Quantize(_Quantizer(block)).convert({name: [weight.float()]})
+    found = cast(Any, Fp8Quantize(_Quantizer(block))).convert({name: [weight.float()]})
     return {key: cast(torch.Tensor, value[0] if isinstance(value, list) else value).contiguous() for key, value in found.items()}
 
 
