@@ -97,7 +97,7 @@ class Account:
         """Nothing that needs scales or tables to be numbers and has no reader; a packed weight is named before what stands beside it."""
         encoded = {part for found in self.values.encoded.values() for part in found.parts}
         left_out, method = set(self.left_out), Settings.of(self.index).method
-        plain = "weights in bfloat16, float16 or float32, or quantised in a way that docs/families.md lists, as config.json says"
+        plain = "weights in bfloat16, float16 or float32, or quantised in a way that docs/method.md lists"
         found = [
             name
             for name, info in self.index.tensors.items()

@@ -122,3 +122,14 @@ def test_inspect_counts_the_same_parameters_and_fewer_bytes(pair: tuple[Path, Pa
     for name in ("parameters", "active_parameters", "dense", "left_out"):
         assert facts[0][name] == facts[1][name]
     assert facts[0]["bytes"]["experts"] < 0.52 * facts[1]["bytes"]["experts"]
+
+
+def test_prune_dense_cuts_the_dequantised_weights(pairs: dict[str, tuple[Path, Path]], example: Path, tmp_path: Path):
+    packed = as_fp8(dense_of(pairs["fp8"][0], example, tmp_path), tmp_path / "packed", (32, 32))
+    found = []
+    for source in (packed, from_fp8(packed, tmp_path / "plain")):
+        output = tmp_path / f"pruned {source.name}"
+        main(["prune-dense", f"source={source}", f"output={output}", "target.intermediate_size=96", *data(example)])
+        assert "quantization_config" not in json.loads((output / "config.json").read_text())
+        found.append(load_file(output / "model.safetensors"))
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
