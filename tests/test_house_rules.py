@@ -36,12 +36,11 @@ ARROWS = {
     "__init__": set(),
 }
 # What of the families looks at stock classes: imported when a checkpoint is opened, not before.
-OPENED = {f"families/{name}.py" for name in ("stock", "ffn", "disk", "probe", "candidates", "dense", "alike", "account")}
+OPENED = {f"families/{name}.py" for name in ("stock", "ffn", "disk", "probe", "candidates", "dense", "alike", "account", "pretrained")}
 # Libraries that belong to some parts: which parts or files may import them.
 LIBRARIES = {
     "megatron": {"trainer"},
-    # trainer/verification/stock.py alone: the teacher's forward is compared with transformers' before step 0
-    "transformers": {"surgery", "evals", "trainer/verification/stock.py", *OPENED},
+    "transformers": {"surgery", "evals", *OPENED},
     "torch": {"checkpoint", "surgery", "trainer", "operations", "evals", "sweep", *OPENED},
     "matplotlib": {"plots"},
     "lm_eval": {"evals"},

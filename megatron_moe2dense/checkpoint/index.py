@@ -15,7 +15,7 @@ from megatron_moe2dense.common.errors import UserError, did_you_mean
 from megatron_moe2dense.common.outputs import read_json
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
-DTYPE_BYTES["BOOL"] = 1
+DTYPE_BYTES |= {"BOOL": 1, "F8_E8M0": 1}
 _SAMPLES, _SAMPLE_BYTES = 64, 1024
 _HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 

@@ -22,6 +22,7 @@ TORCH_DTYPES = {
     "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.uint8,  # exponents; torch has a type of its own for them from 2.7 on
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,

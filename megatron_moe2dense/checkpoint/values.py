@@ -1,17 +1,21 @@
-"""A checkpoint's tensors as numbers, by the name and shape of what they encode: MXFP4 blocks and scales under one name."""
+"""A checkpoint's tensors as numbers, by the name and shape of what they encode: quantised weights with their scales under one name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
+from math import prod
 
 import torch
 
-from megatron_moe2dense.checkpoint import mxfp4
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES, CheckpointReader
+from megatron_moe2dense.checkpoint.schemes import encoded_in
+from megatron_moe2dense.checkpoint.schemes.encoded import Encoded, is_exponents, require_numbers
 from megatron_moe2dense.common.errors import UserError
 
-_BLOCKS, _SCALES = "_blocks", "_scales"
+# What quantised weights become; float16 beside them too (files of AWQ and GPTQ), so that a checkpoint has one type.
+DECODED = torch.bfloat16
 
 
 class Values:
@@ -22,40 +26,55 @@ class Values:
     """
 
     def __init__(self, index: CheckpointIndex):
-        """UserError for blocks or scales that stand alone, or that are no MXFP4."""
+        """UserError for MXFP4 blocks or scales that stand alone or do not fit, and for a tensor that stands there twice."""
         self.index = index
-        names = index.tensors
-        _require_both(index)
-        self.encoded = {
-            name.removesuffix(_BLOCKS): (name, name.removesuffix(_BLOCKS) + _SCALES)
-            for name in names
-            if name.endswith(_BLOCKS) and name.removesuffix(_BLOCKS) + _SCALES in names
-        }
-        parts = {part for pair in self.encoded.values() for part in pair}
-        self.shapes = {name: info.shape for name, info in names.items() if name not in parts}
-        for name, (blocks, scales) in self.encoded.items():
-            mxfp4.require_pair(names[blocks], names[scales])
-            if name in names:
-                raise UserError(f"{index.directory}: {name} and {blocks}", "every tensor once", "save the checkpoint without one of them")
-            *count, rows, groups, packed = names[blocks].shape
-            self.shapes[name] = (*count, groups * packed * 2, rows)  # stored [outputs, inputs], the class holds [inputs, outputs]
+        self.encoded: dict[str, Encoded] = encoded_in(index)
+        self._of_part = {part: name for name, encoded in self.encoded.items() for part in encoded.parts}
+        for name, encoded in self.encoded.items():
+            if name in index.tensors and name not in encoded.parts:
+                found = f"{index.directory}: {name} and {encoded.parts[0]}"
+                raise UserError(found, "every tensor once", "save the checkpoint without one of them")
+        self.shapes = {name: info.shape for name, info in index.tensors.items() if name not in self._of_part}
+        self.shapes |= {name: encoded.shape for name, encoded in self.encoded.items()}
 
     def stored(self, name: str) -> tuple[str, ...]:
-        """The tensors in the files that hold it."""
-        return self.encoded.get(name, (name,))
+        """The tensors in the files that hold it; the first of them stands for it where each is counted once."""
+        return self.encoded[name].parts if name in self.encoded else (name,)
+
+    def held(self, stored: str) -> str | None:
+        """What a tensor in the files holds: the name of the numbers; None for scales and whatever else stands beside them."""
+        name = self._of_part.get(stored, stored)
+        return name if self.stored(name)[0] == stored else None
+
+    def parameters(self, stored: str) -> int:
+        """Numbers that a tensor in the files holds: none in scales."""
+        name = self.held(stored)
+        return 0 if name is None else prod(self.shapes[name])
+
+    @cached_property
+    def total(self) -> int:
+        """Parameters of the checkpoint."""
+        return sum(prod(shape) for shape in self.shapes.values())
 
     def dtype(self, name: str) -> torch.dtype:
-        """In which it is read."""
-        return torch.bfloat16 if name in self.encoded else TORCH_DTYPES[self.index.tensors[name].dtype]
+        """The type in which the numbers are read."""
+        if name in self.encoded:
+            return DECODED
+        stored = TORCH_DTYPES[self.index.tensors[name].dtype]
+        return DECODED if self.encoded and stored == torch.float16 else stored
+
+    def is_stored(self, name: str) -> bool:
+        """Whether the bytes in the files are those of the numbers, as `dtype` has them."""
+        return name not in self.encoded and TORCH_DTYPES[self.index.tensors[name].dtype] == self.dtype(name)
 
     def reader(self, reader: CheckpointReader, finite: bool = True) -> Callable[[str, slice | None], torch.Tensor]:
-        """Reads a tensor, or rows of its first axis. finite: a NaN or infinite value is a UserError."""
+        """Reads a tensor, or rows of its first axis. finite: a NaN or infinite value is a UserError; in decoded numbers it always is."""
 
         def raw(name: str, rows: slice | None) -> torch.Tensor:
             if rows is None:
                 return reader.finite(name) if finite else reader.tensor(name)
             found = reader.rows(name, 0, rows.start, rows.stop)
-            if finite and found.is_floating_point() and not torch.isfinite(found).all():
+            if finite and found.is_floating_point() and not _are_finite(found):
                 raise UserError(
                     f"{self.index.tensors[name].file}: {name} has NaN or infinite values in entry {rows.start}",
                     "finite weights",
@@ -65,19 +84,30 @@ class Values:
 
         def read(name: str, rows: slice | None) -> torch.Tensor:
             if name not in self.encoded:
-                return raw(name, rows)
-            blocks, scales = (raw(part, rows) for part in self.encoded[name])
-            return mxfp4.decode(blocks, scales, name).transpose(-1, -2)
+                return raw(name, rows).to(self.dtype(name))
+            encoded = self.encoded[name]
+            found = encoded.decode(raw, rows).to(DECODED)
+            if not torch.isfinite(found).all():
+                raise UserError(f"{name}: {encoded.scheme} values beyond {DECODED}", "weights of a trained model", "download it again")
+            return found
 
         return read
 
+    def part(self, reader: CheckpointReader, name: str, axis: int, share: tuple[int, int]) -> torch.Tensor:
+        """Only `start, stop` of a share along an axis (0 or 1), read alone where the files allow it."""
+        start, stop = share
+        if name not in self.encoded:
+            return reader.rows(name, axis, start, stop).to(self.dtype(name))
+        read = self.reader(reader, finite=False)
+        return read(name, slice(start, stop)) if axis == 0 else read(name, None).narrow(axis, start, stop - start)
 
-def _require_both(index: CheckpointIndex) -> None:
-    """UserError for blocks without scales, or scales without blocks, of a tensor that does not stand there itself."""
-    names = index.tensors
-    for name in (name for name, info in names.items() if info.dtype == mxfp4.STORED):
-        for ending, other in ((_BLOCKS, _SCALES), (_SCALES, _BLOCKS)):
-            stem = name.removesuffix(ending)
-            if name.endswith(ending) and stem not in names and stem + other not in names:
-                found = f"{index.directory}: {name} without {stem + other}"
-                raise UserError(found, "blocks and scales of MXFP4", "download the checkpoint again")
+    def check(self, reader: CheckpointReader, stored: str) -> None:
+        """Look at a tensor in the files without keeping it: UserError when a value is NaN or infinite."""
+        if stored in self._of_part and self.held(stored) is None and is_exponents(self.index.tensors[stored]):
+            require_numbers(reader.tensor(stored).view(torch.uint8), stored)
+        else:
+            reader.check(stored)
+
+
+def _are_finite(found: torch.Tensor) -> bool:
+    return bool(torch.isfinite(found.float() if found.element_size() == 1 else found).all())

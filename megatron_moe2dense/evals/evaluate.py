@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
-from megatron_moe2dense.checkpoint.mxfp4 import stored_values
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
@@ -77,7 +76,7 @@ def run(config: EvalConfig) -> None:
     windows = _windows(config, indices)
     done = _done(config, indices)
     tasks = load_tasks(config.harness) if config.harness else None
-    _require_room(indices, teacher_index, device, _BYTES[dtype] if config.device_map is None else 0)
+    _require_room(accounts, of_teacher, device, _BYTES[dtype] if config.device_map is None else 0)
     teacher = Loaded("teacher", load_model(teacher_index, device, dtype, config.device_map)) if teacher_index else None
     for label, index in indices.items():
         if label in done:
@@ -91,14 +90,14 @@ def run(config: EvalConfig) -> None:
     print(_table(records.read(Path(config.output))))
 
 
-def _require_room(indices: Mapping[str, CheckpointIndex], teacher: CheckpointIndex | None, device: torch.device, width: int) -> None:
+def _require_room(accounts: Mapping[str, Account], teacher: Account | None, device: torch.device, width: int) -> None:
     """UserError before anything is loaded when the weights of the largest model and the teacher, of so many bytes a number, have no room on
     the device."""
-    beside = _parameters(teacher) * width if teacher is not None else 0
+    beside = teacher.values.total * width if teacher is not None else 0
     free = free_bytes(device)
-    for label, index in indices.items():
-        same = teacher is not None and teacher.directory.resolve() == index.directory.resolve()
-        needed = (0 if same else _parameters(index) * width) + beside
+    for label, account in accounts.items():
+        same = teacher is not None and teacher.index.directory.resolve() == account.index.directory.resolve()
+        needed = (0 if same else account.values.total * width) + beside
         if needed > free:
             raise UserError(
                 f"{label}: {needed / 1e9:.1f} GB of weights{' with the teacher' if beside else ''}, {free / 1e9:.1f} GB free on {device}",
@@ -117,10 +116,10 @@ def dry_run(config: EvalConfig) -> dict[str, Any]:
     windows = _windows(config, indices)
     nll_tokens, kl_tokens = (0 if block is None else int(block.size) for block in (windows.nll_NS, windows.kl_NS))
     flops = sum(2 * _active_parameters(account) * (nll_tokens + kl_tokens) for account in todo)
-    memory = max((_parameters(account.index) for account in todo), default=0) * width
+    memory = max((account.values.total for account in todo), default=0) * width
     if teacher and config.perplexity:
         flops += 2 * _active_parameters(teacher) * (kl_tokens or nll_tokens) * len(todo)
-        memory += _parameters(teacher.index) * width
+        memory += teacher.values.total * width
     if config.perplexity:
         rows = max(config.perplexity.batch_tokens, config.perplexity.data.sequence_length)
         memory += (1 + bool(teacher)) * rows * max(vocab_size(index) for index in indices.values()) * width
@@ -269,13 +268,9 @@ def _batch_windows(config: EvalConfig, windows_NS: np.ndarray) -> int:
     return max(1, config.perplexity.batch_tokens // windows_NS.shape[1])
 
 
-def _parameters(index: CheckpointIndex) -> int:
-    return sum(stored_values(info) for info in index.tensors.values())
-
-
 def _active_parameters(account: Account) -> int:
     """Parameters a token goes through: of E routed experts only the A selected ones."""
-    stock, total = account.stock, _parameters(account.index)
+    stock, total = account.stock, account.values.total
     if not stock.moe:
         return total
     active = probe(stock, stock.moe[max(stock.moe)]).active

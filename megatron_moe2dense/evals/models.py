@@ -12,6 +12,7 @@ from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.account import Account
+from megatron_moe2dense.families.pretrained import load_pretrained
 from megatron_moe2dense.families.stock import Stock, model_class
 
 
@@ -66,14 +67,13 @@ def require_accelerate() -> None:
         ) from None
 
 
-def _causal_class(index: CheckpointIndex) -> Any:
-    """What loads the checkpoint; UserError for a model that predicts no next token."""
+def _require_causal(index: CheckpointIndex) -> None:
+    """UserError for a model that predicts no next token."""
     config = AutoConfig.from_pretrained(index.directory, local_files_only=True, trust_remote_code=False)
     cls = model_class(config)
     wraps = config.get_text_config(decoder=True) is not config and not config.is_encoder_decoder
     if not wraps and not cls.__name__.endswith("ForCausalLM"):
         raise UserError(f"{index.directory}/config.json: {cls.__name__}", "a causal language model", "point to the language model alone")
-    return cls
 
 
 def _require_finite(model: PreTrainedModel, index: CheckpointIndex, dtype: str) -> None:
@@ -98,23 +98,15 @@ def load_model(index: CheckpointIndex, device: torch.device, dtype: str, device_
     Raises:
         UserError: transformers does not know the architecture, or a tensor is missing, left over, of another shape, NaN or infinite.
     """
-    spread = {} if device_map is None else {"device_map": device_map}
+    spread: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     try:
-        cls = _causal_class(index)
-        loaded: Any = cls.from_pretrained(
-            index.directory,
-            local_files_only=True,
-            trust_remote_code=False,
-            dtype=getattr(torch, dtype),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, all at once
-            **spread,
-        )
+        _require_causal(index)
+        # mismatched sizes are reported below, all at once
+        model, info = load_pretrained(index, dtype=getattr(torch, dtype), ignore_mismatched_sizes=True, **spread)
     except (ValueError, OSError, RuntimeError) as error:
         raise UserError(
             f"{index.directory}: {error}", "a checkpoint that stock transformers loads", "check config.json and weights"
         ) from error
-    model, info = loaded
     faults = {kind: sorted(str(name) for name in info.get(kind) or ()) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     faults["error_msgs"] = [str(message) for message in info.get("error_msgs") or ()]
     if any(faults.values()):

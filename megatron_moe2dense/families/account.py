@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex, TensorInfo
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.checkpoint.schemes.settings import Settings
 from megatron_moe2dense.checkpoint.values import Values
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.disk import Disk
@@ -18,9 +19,14 @@ from megatron_moe2dense.families.stock import Shape, Stock
 
 _PLAIN = ("BF16", "F16", "F32", "F64")
 _INTEGERS = ("I64", "I32", "I16", "I8", "U8")
+# What reads or mends weights that this reader does not decode, by quant_method.
+_DO = {
+    "bitsandbytes": "use the original weights; or load it with transformers, call model.dequantize() and save_pretrained",
+}
+_DO_ELSE = "use the original weights, or dequantise the checkpoint with the library that wrote it"
 # Ends of names that stand beside quantised numbers: FP8 and compressed-tensors, AWQ and GPTQ, bitsandbytes, ModelOpt.
 _OF_QUANTISED = re.compile(
-    r"(weight_scale(_inv|_2)?|input_scale|weight_(packed|shape|zero_point|g_idx)|qweight|qzeros|g_idx|\.scales|(nested_)?absmax"
+    r"(weight_(global_)?scale(_inv|_2)?|input_(global_)?scale|weight_(packed|shape|zero_point|g_idx)|qweight|qzeros|g_idx|\.scales|(nested_)?absmax"
     r"|(nested_)?quant_map|quant_state\.\w+|\.SCB|activation_scale(_inv)?)$"
 )
 # Of those, the numbers themselves: AWQ and GPTQ, compressed-tensors, and what keeps the name of a weight.
@@ -74,7 +80,11 @@ class Account:
         transformers keeps both. Reads them as far as they are equal."""
         pairs = [(self.disk.names_of(name), self.disk.names_of(of)) for name, of in self.stock.model.all_tied_weights_keys.items()]
         with CheckpointReader(self.index) as reader:
-            return [own[0] for own, of in pairs if own and of and not reader.equal(own[0], of[0])]
+            return [own[0] for own, of in pairs if own and of and not self._equal(reader, own[0], of[0])]
+
+    def _equal(self, reader: CheckpointReader, name: str, other: str) -> bool:
+        mine, its = self.values.stored(name), self.values.stored(other)
+        return len(mine) == len(its) and all(reader.equal(*pair) for pair in zip(mine, its, strict=True))
 
     def left_out_facts(self) -> dict[str, Any]:
         """How many tensors are left out, and which: experts' numbers as *."""
@@ -87,10 +97,10 @@ class Account:
         return bool(head) and number.isdigit() and int(number) >= len(self.stock.layers)
 
     def _require_plain(self) -> None:
-        """Nothing that needs scales or tables to be numbers, but for MXFP4; the first packed weight is named, not what stands beside it."""
-        encoded, left_out = {part for parts in self.values.encoded.values() for part in parts}, set(self.left_out)
-        method = (self.index.config.get("quantization_config") or {}).get("quant_method")
-        plain = "weights in bfloat16, float16 or float32 (or GPT-OSS's MXFP4)"
+        """Nothing that needs scales or tables to be numbers and has no reader; a packed weight is named before what stands beside it."""
+        encoded = {part for found in self.values.encoded.values() for part in found.parts}
+        left_out, method = set(self.left_out), Settings.of(self.index).method
+        plain = "weights in bfloat16, float16 or float32, or quantised in a way that docs/method.md lists"
         found = [
             name
             for name, info in self.index.tensors.items()
@@ -99,11 +109,11 @@ class Account:
         for name in sorted(found, key=lambda name: _PACKED.search(name) is None)[:1]:
             kind = f"{self.index.tensors[name].dtype}{'' if method is None else f', {method}'}"
             more = f"; {len(found)} such tensors" if len(found) > 1 else ""
-            raise UserError(f"{self.index.directory}: {name} is quantised ({kind}{more})", plain, "dequantise the checkpoint first")
-        if method not in (None, "mxfp4"):
+            raise UserError(f"{self.index.directory}: {name} is quantised ({kind}{more})", plain, _DO.get(method or "", _DO_ELSE))
+        if method not in (None, "mxfp4") and not encoded:
             raise UserError(
                 f"{self.index.directory}/config.json: quantization_config of {method}, and weights that are not quantised",
-                plain + ", and no quantization_config beside them",
+                "quantised weights, or no quantization_config beside others",
                 "remove quantization_config from config.json if the weights were dequantised",
             )
 
@@ -156,7 +166,7 @@ class Account:
         wanted = self._expected(name, shape)
         for stored, expected in wanted.items():
             if stored in self.values.encoded:
-                self.index.require(self.values.encoded[stored])
+                self._require_decoded(stored, expected)
             else:
                 self.index.require_shape(stored, expected)
         more = [stored for stored in self.disk.names_of(name) if stored not in wanted]
@@ -165,6 +175,15 @@ class Account:
             f"{name} of {type(self.stock.model).__name__} as {list(shape)}, from {len(wanted)} tensors such as {next(iter(wanted))}",
             "check that config.json and the weights are of the same model",
         )
+
+    def _require_decoded(self, name: str, shape: Shape) -> None:
+        encoded = self.values.encoded[name]
+        if encoded.shape != shape:
+            raise UserError(
+                f"{self.index.directory}: {encoded.parts[0]} ({encoded.scheme}) decodes to {list(encoded.shape)}",
+                f"{list(shape)} by config.json",
+                "check that config.json and the weights are of the same model",
+            )
 
     def _expected(self, name: str, shape: Shape) -> dict[str, Shape]:
         """What the files should have for a tensor of the class: under the class's name, or as the class saves it."""

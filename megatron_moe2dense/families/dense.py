@@ -63,6 +63,9 @@ class Dense:
         MoE's, for the type of its numbers."""
         whole = self.stock.model.config
         written = {name: value for name, value in whole.to_diff_dict().items() if name not in _OF_SOURCE_FILES}
+        inner = written.get("text_config")
+        if isinstance(inner, dict):
+            written["text_config"] = {name: value for name, value in inner.items() if name not in _OF_SOURCE_FILES}
         written["architectures"] = [type(self.stock.model).__name__]
         dtype = source.get("dtype", source.get("torch_dtype"))
         return {**written, "model_type": whole.model_type, **({} if dtype is None else {"dtype": dtype})}

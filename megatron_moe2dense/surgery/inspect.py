@@ -10,7 +10,6 @@ from typing import Any
 
 from megatron_moe2dense.checkpoint.assets import tokenizer_of
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
-from megatron_moe2dense.checkpoint.mxfp4 import stored_values
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.table import render
 from megatron_moe2dense.families.account import Account
@@ -105,7 +104,7 @@ def _parts(account: Account, source: MoeSource | None) -> tuple[dict[str, int], 
     in_blocks = dict.fromkeys(account.left_out, _LEFT_OUT) | ({} if source is None else _block_parts(source))
     for name, info in account.index.tensors.items():
         part = in_blocks.get(name) or next((part for text, part in _PARTS.items() if text in name), "other")
-        parameters[part] += stored_values(info)
+        parameters[part] += account.values.parameters(name)
         nbytes[part] += info.nbytes
     return dict(parameters), dict(nbytes)
 

@@ -8,7 +8,6 @@ from functools import cache
 
 import torch
 
-from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES
 from megatron_moe2dense.checkpoint.shards import TensorSpec
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.dense import Dense
@@ -26,7 +25,7 @@ from megatron_moe2dense.surgery.types import LayerPlan, NeuronPlan
 class Step:
     """A part of the checkpoint that is written together: a layer, or (None) what belongs to no layer.
 
-    copied: tensors taken over byte for byte, by the name that they have in the source. made: tensors of the dense FFN.
+    copied: tensors taken over as they are, or decoded, by the name that they have in the source. made: tensors of the dense FFN.
     """
 
     layer: int | None
@@ -63,8 +62,8 @@ def _dense_steps(source: MoeSource, groups: int) -> tuple[Step, ...]:
     gone = {name for layer in dense.slots for name in replaced(source, layer)} | {*source.account.left_out}
     of_layer: dict[int | None, dict[str, TensorSpec]] = {None: {}, **{layer: {} for layer in layers}}
     for name, new in _copied(source, dense, gone).items():
-        info = source.index.tensors[name]
-        of_layer[_layer_of(source, name)][name] = TensorSpec(new, info.dtype, info.shape)
+        like = torch.empty(source.values.shapes[name], dtype=source.dtype(name), device="meta")
+        of_layer[_layer_of(source, name)][name] = TensorSpec.of(new, like)
     steps = [Step(None, of_layer[None], ()), *(Step(layer, of_layer[layer], made[layer]) for layer in layers)]
     _require_taken(source, dense.stock, steps)
     return tuple(steps)
@@ -81,7 +80,7 @@ def dense_steps(source: MoeSource, groups: int) -> list[Step]:
 
 def require_read_alike(source: MoeSource, groups: int) -> None:
     """UserError when the dense checkpoint's config.json, read by itself, is another class than the one that the tensors are made for."""
-    content = dense_of(source, groups).config(source.index.config)
+    content = dense_of(source, groups).config(source.config)
     _require_taken(source, Stock.of(content, "the dense result's config.json"), dense_steps(source, groups))
 
 
@@ -95,9 +94,9 @@ def _made(source: MoeSource, dense: Dense, layer: int, groups: int) -> tuple[Ten
 
 
 def _dtype(source: MoeSource, layer: int) -> torch.dtype:
-    """The type in which a layer's first tensor is stored."""
-    name = next(iter(source.stored(layer, list(source.stock.layer_shapes[layer]))))
-    return TORCH_DTYPES[source.index.tensors[name].dtype]
+    """The type in which a layer's first tensor is read."""
+    names = (name for each in source.stock.layer_shapes[layer] for name in source.disk.names_of(source.stock.in_model(layer, each)))
+    return source.values.dtype(next(names))
 
 
 def _layer_of(source: MoeSource, name: str) -> int | None:
@@ -111,8 +110,8 @@ def _layer_of(source: MoeSource, name: str) -> int | None:
 def _copied(source: MoeSource, dense: Dense, gone: set[str]) -> dict[str, str]:
     """Names in the source and in the result of all tensors that are neither made nor left out: the source's own where the dense class
     takes it for the same thing, else that under which the class saves it."""
-    names = [name for name in source.index.tensors if name not in gone]
-    taken = Disk(dense.stock, {name: source.index.tensors[name].shape for name in names})
+    names = [name for name in source.values.shapes if not gone.intersection(source.values.stored(name))]
+    taken = Disk(dense.stock, {name: source.values.shapes[name] for name in names})
     found = {}
     for name in names:
         target, pattern = source.disk.where(name)
@@ -158,7 +157,8 @@ def _meta_tensors(source: MoeSource) -> ReadTensor:
 
     def read(name: str, rows: slice | None) -> torch.Tensor:
         shape = source.values.shapes[name]
-        return torch.empty(shape if rows is None else (rows.stop - rows.start, *shape[1:]), dtype=source.dtype(name), device="meta")
+        size = shape if rows is None else (rows.stop - rows.start, *shape[1:])
+        return torch.empty(size, dtype=source.dtype(name), device="meta")
 
     return read
 

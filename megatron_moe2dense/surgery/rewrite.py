@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_moe2dense.checkpoint import mxfp4
 from megatron_moe2dense.checkpoint.assets import copy_assets
 from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from megatron_moe2dense.checkpoint.shards import SHARD_BYTES, ShardWriter, shards_of
@@ -112,15 +111,15 @@ def _check(source: MoeSource, reader: CheckpointReader, pool: ThreadPoolExecutor
 
 
 def _check_tensor(source: MoeSource, reader: CheckpointReader, name: str) -> None:
-    if any(name == scales for _, scales in source.values.encoded.values()):
-        mxfp4.require_numbers(reader.tensor(name), name)
-    else:
-        reader.check(name)
+    source.values.check(reader, name)
 
 
 def _write_step(source: MoeSource, reader: CheckpointReader, output: DenseOutput, writer: ShardWriter, number: int) -> None:
     step, plans = output.steps[number], {layer.layer: layer for layer in output.plan.layers}
     for name, spec in step.copied.items():
+        if not source.values.is_stored(name):
+            writer.write(spec.name, source.reader(reader)(name, None).contiguous())
+            continue
         for offset, data in reader.chunks(name, _CHUNK, finite=True):
             writer.write_bytes(spec.name, offset, data)
     dense = dense_of(source, output.plan.groups)
@@ -137,7 +136,7 @@ def _write_step(source: MoeSource, reader: CheckpointReader, output: DenseOutput
 
 
 def _write_rest(source: MoeSource, output: DenseOutput) -> None:
-    write_json(output.directory / "config.json", dense_of(source, output.plan.groups).config(source.index.config))
+    write_json(output.directory / "config.json", dense_of(source, output.plan.groups).config(source.config))
     copy_assets(source.index.directory, output.directory, processors=source.stock.wrapped and not source.form.alone)
     output.plan.write(output.directory / PLAN_FILE)
     if output.fits is not None:

@@ -12,7 +12,7 @@ import torch
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
-from megatron_moe2dense.checkpoint.values import Values
+from megatron_moe2dense.checkpoint.values import DECODED, Values
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.dense import DenseForm, has_experts, require_known
@@ -58,6 +58,11 @@ class MoeSource:
     def index(self) -> CheckpointIndex:
         """The opened files."""
         return self.account.index
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its config.json, with the type of its numbers as they are read."""
+        return {**self.index.config, **({"dtype": str(DECODED).removeprefix("torch.")} if self.values.encoded else {})}
 
     @property
     def stock(self) -> Stock:
@@ -160,7 +165,7 @@ class MoeSource:
         return found
 
     def ffn(self, read: ReadTensor, layer: int, place: FfnPlace, expert: int | None = None) -> Ffn:
-        """One FFN of a layer, in the dtype it is stored in (MXFP4: bfloat16)."""
+        """One FFN of a layer, in the dtype it is stored in (quantised: bfloat16)."""
         shapes = self.stock.layer_shapes[layer]
 
         def tensor(name: str) -> torch.Tensor:

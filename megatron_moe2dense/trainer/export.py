@@ -87,6 +87,7 @@ def _dtype(config: ExportConfig, content: dict[str, Any]) -> torch.dtype:
 
 
 def _with_dtype(content: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """config.json as it was, naming the type the weights now have."""
+    """config.json as it was, naming the type the weights now have; they are not quantised, whatever they came from."""
     name = "torch_dtype" if "torch_dtype" in content and "dtype" not in content else "dtype"
+    content = {key: value for key, value in content.items() if key != "quantization_config"}
     return {**content, name: str(dtype).removeprefix("torch.")}

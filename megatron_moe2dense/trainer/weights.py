@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.checkpoint.values import Values
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import WeightRule
 from megatron_moe2dense.families.account import Account
@@ -94,7 +95,7 @@ def _local(reader: CheckpointReader, entry: Entry, spec: ModelSpec, groups: Grou
     parts, _ = share
     if rule.split is None or splits_heads(rule.kind, spec.dims, parts) or not _is_stored_as_it_is(account, entry):
         return local_slices(_whole(account, account.values.reader(reader, finite=False), entry), entry, spec, groups)
-    slices = [_slice(reader, name, rule, share) for name in files_of(account, entry)]
+    slices = [_slice(reader, account.values, name, rule, share) for each in entry.names for name in account.disk.names_of(each)]
     return join(rule.kind, slices, spec.dims.kv_heads // parts)
 
 
@@ -127,10 +128,10 @@ def _is_stored_as_it_is(account: Account, entry: Entry) -> bool:
     return same and all(account.disk.is_plain(name) for name in entry.names)
 
 
-def _slice(reader: CheckpointReader, name: str, rule: WeightRule, share: tuple[int, int]) -> Tensor:
+def _slice(reader: CheckpointReader, values: Values, name: str, rule: WeightRule, share: tuple[int, int]) -> Tensor:
     assert rule.split is not None, "others are read whole"
-    start, stop, step = _range(reader.index.tensors[name].shape[rule.split], rule, share)
-    return _padded(reader.rows(name, rule.split, start, stop), rule, step)
+    start, stop, step = _range(values.shapes[name][rule.split], rule, share)
+    return _padded(values.part(reader, name, rule.split, (start, stop)), rule, step)
 
 
 def _padded(rows: Tensor, rule: WeightRule, count: int) -> Tensor:

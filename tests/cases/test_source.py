@@ -57,7 +57,7 @@ def test_a_dense_model_with_a_tensor_that_nobody_knows(tmp_path: Path, user_erro
 
 
 def test_a_quantised_model_is_named_by_its_packed_weight(tmp_path: Path, user_error: Refused):
-    """AWQ or GPTQ weights: the message names a packed weight, how many there are and the method"""
+    """GPTQ weights in Marlin's order, bitsandbytes: the message names a packed weight, how many there are, the method and what to do"""
     name = "model.layers.1.self_attn.q_proj"
     packed = {
         f"{name}.g_idx": torch.zeros(64, dtype=torch.int32),
@@ -66,8 +66,19 @@ def test_a_quantised_model_is_named_by_its_packed_weight(tmp_path: Path, user_er
         f"{name}.scales": torch.zeros(1, 64, dtype=torch.float16),
     }
     moe = changed(tiny_qwen3_moe(tmp_path / "moe"), packed, f"{name}.weight")
-    with_config(moe, quantization_config={"quant_method": "gptq", "bits": 4})
+    with_config(moe, quantization_config={"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"})
     assert f"{name}.qweight is quantised (I32, gptq; 4 such tensors)" in user_error("inspect", str(moe))
+    four_bits = {
+        f"{name}.weight": torch.zeros(2048, 1, dtype=torch.uint8),
+        f"{name}.weight.absmax": torch.ones(64),
+        f"{name}.weight.quant_map": torch.ones(16),
+        f"{name}.weight.quant_state.bitsandbytes__nf4": torch.zeros(8, dtype=torch.uint8),
+    }
+    other = changed(tiny_qwen3_moe(tmp_path / "bitsandbytes"), four_bits, f"{name}.weight")
+    with_config(other, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    said = user_error("inspect", str(other))
+    assert f"{name}.weight is quantised (U8, bitsandbytes; 4 such tensors)" in said
+    assert "call model.dequantize() and save_pretrained" in said
 
 
 def test_a_left_over_quantization_config(tmp_path: Path, user_error: Refused):

@@ -39,8 +39,8 @@ random models with the features of the type switched on. Published models have n
 How to read the table:
 
 - *models*: some that are published, by name; nothing of them was downloaded. `moe2dense inspect DIRECTORY` says what becomes of yours.
-  Weights are read in bfloat16, float16 or float32, and GPT-OSS's in MXFP4: what is published in FP8 has to be dequantised first. *Inside*
-  another type: the language model is a [part of it](#inside-models-for-images-and-sound).
+  Weights are read in bfloat16, float16 or float32, and [quantised](method.md#quantised-sources) in FP8, INT4 and more. *Inside* another
+  type: the language model is a [part of it](#inside-models-for-images-and-sound).
 - *form*: how the dense class holds the FFN. *Dense sibling*: a class without experts that is otherwise the same. *Itself, all layers
   dense*: the MoE's class, by its own switch for dense layers. *Itself, one expert* (or *two*): its class with an expert whose gate is
   constant; it serves like a MoE with nothing to choose (so does a `nemotron_h` with `moe_latent_size`: with two experts, between its

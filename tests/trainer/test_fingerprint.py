@@ -20,6 +20,7 @@ from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.verification import fingerprint
 from megatron_moe2dense.trainer.verification.fingerprint import Fingerprint, bit_sum
 from tests.helpers.forks import launch
+from tests.helpers.quantised import as_fp8
 from tests.helpers.tiny_models import as_mxfp4, tiny, tiny_qwen3, tiny_qwen3_moe
 from tests.trainer.cases import loaded
 
@@ -127,6 +128,7 @@ def test_a_fingerprint_is_the_same_in_every_layout(tmp_path: Path, place: Place)
         (tiny_qwen3_moe(tmp_path / "moe", vocab_size=200, max_shard_size="200KB"), layouts),
         (tiny_qwen3(tmp_path / "tied", "bfloat16", tie_word_embeddings=True), layouts),
         (as_mxfp4(tiny("gpt_oss", tmp_path / "plain", intermediate_size=64), tmp_path / "packed")[1], whole_experts),
+        (as_fp8(tiny_qwen3_moe(tmp_path / "of fp8", "bfloat16"), tmp_path / "fp8"), layouts),
         (tiny("gpt_oss", tmp_path / "stacked"), whole_experts),
         (tiny("gpt_oss", tmp_path / "one expert", **one), layouts),
         (tiny("olmoe", tmp_path / "norms over heads", save_original_format=False), layouts),

@@ -21,6 +21,7 @@ from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from megatron_moe2dense.trainer.runtime import Runtime
 from tests.helpers.distributed import ROOT
 from tests.helpers.forks import launch
+from tests.helpers.quantised import as_fp8, from_fp8
 from tests.helpers.tiny_models import as_mxfp4, tiny, tiny_qwen3, tiny_qwen3_moe, without_routing
 
 pytestmark = pytest.mark.slow
@@ -163,3 +164,13 @@ def test_ranks_hold_the_parts_of_the_same_weights(name: str, layout: str, in_lay
     for key, tensor in whole.items():
         assert not tensor.isnan().any()
         assert torch.equal(found[key], tensor), key
+
+
+def test_fp8_blocks_and_their_values_are_the_same_model(tmp_path: Path, place: tuple[Groups, Runtime]):
+    for family in ("qwen3_moe", "deepseek_v3"):  # shared experts and latent attention too
+        packed = as_fp8(tiny(family, tmp_path / family, dtype="bfloat16"), tmp_path / f"{family}_fp8")
+        plain = from_fp8(packed, tmp_path / f"{family}_of_fp8")
+        of_plain, of_packed = (dict(weights.unload(*load(directory, place, torch.bfloat16))) for directory in (plain, packed))
+        assert of_plain.keys() == of_packed.keys()
+        assert all(torch.equal(tensor, of_packed[name]) for name, tensor in of_plain.items())
+        assert_same_logits(packed, plain, place)

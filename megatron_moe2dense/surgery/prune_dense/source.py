@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.checkpoint.values import DECODED
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES, Dims, FamilySpec, family_of
 from megatron_moe2dense.families.account import Account
@@ -112,7 +113,7 @@ class DenseSource:
 
     def present(self, layer: int | None) -> Iterator[AxesOf]:
         """The tensors that the checkpoint really holds of a layer, or of none."""
-        return (tensor for name, tensor in self.tensors.items() if tensor.layer == layer and name in self.index.tensors)
+        return (tensor for name, tensor in self.tensors.items() if tensor.layer == layer and name in self.account.values.shapes)
 
     def sizes(self, tensor: AxesOf, shape: Shape) -> tuple[int, ...]:
         """The shape of a tensor in a model of `shape`."""
@@ -138,7 +139,9 @@ class DenseSource:
         Args:
             layers: numbers of the source's layers that stay.
         """
-        config = self.index.config
+        config = {key: value for key, value in self.index.config.items() if key != "quantization_config"}
+        if self.account.values.encoded:
+            config["dtype"] = str(DECODED).removeprefix("torch.")
         types = self.account.stock.config.layer_types if "layer_types" in config or config.get("use_sliding_window") else None
         kinds = {} if types is None else {"layer_types": [types[layer] for layer in layers]}
         # with head_dim, which hidden_size no longer tells

@@ -1,5 +1,5 @@
 """Slices of every tensor of a dense checkpoint, written layer by layer in pieces of a few MB; a killed run goes on at the first layer
-that is not on disk. Values are copied, never computed with."""
+that is not on disk. Values are copied, or decoded, never computed with."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from megatron_moe2dense.checkpoint.assets import copy_assets
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.checkpoint.shards import ShardWriter, TensorSpec, shards_of
+from megatron_moe2dense.checkpoint.values import Values
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import write_json, write_text
 from megatron_moe2dense.common.progress import progress
@@ -44,7 +45,8 @@ def steps_of(source: DenseSource, shape: Shape) -> list[list[tuple[AxesOf, Tenso
 
     def spec(tensor: AxesOf) -> tuple[AxesOf, TensorSpec]:
         name = tensor.name(tensor.layer)
-        return tensor, TensorSpec(name, source.index.tensors[name].dtype, source.sizes(tensor, shape))
+        like = torch.empty(source.sizes(tensor, shape), dtype=source.account.values.dtype(name), device="meta")
+        return tensor, TensorSpec.of(name, like)
 
     return [[spec(tensor) for tensor in source.present(layer)] for layer in (None, *range(shape.num_hidden_layers))]
 
@@ -63,7 +65,7 @@ def write_pruned(source: DenseSource, kept: Kept, shape: Shape, working: Path, s
     with CheckpointReader(source.index) as reader, ShardWriter(working, shards, _QUEUE) as writer:
         for number in progress(range(written.done, len(steps)), "write", "part", len(steps), done=written.done, each=True):
             for part in _slices(source, kept, steps[number]):
-                _copy(reader, writer, part)
+                _copy(source.account.values, reader, writer, part)
             writer.mark(written.reached(number + 1))
         writer.finish()
     layers = [layer.number for layer in kept.layers]
@@ -96,13 +98,14 @@ def _picked(axis: str, kept: Kept, layer: KeptLayer | None, head_dim: int) -> np
     return (heads[:, None] * head_dim + np.arange(head_dim)).ravel()
 
 
-def _copy(reader: CheckpointReader, writer: ShardWriter, part: Slice) -> None:
-    """Read the tensor in pieces of whole rows, and queue what is picked of each."""
-    info = reader.index.tensors[part.source]
+def _copy(values: Values, reader: CheckpointReader, writer: ShardWriter, part: Slice) -> None:
+    """Read the tensor in pieces of whole rows (a quantised one at once), and queue what is picked of each."""
+    info = reader.index.tensors[values.stored(part.source)[0]]
+    count = values.shapes[part.source][0]
     rows, columns = (*part.picked, None)[:2]
-    at_once, offset = max(1, _CHUNK * info.shape[0] // max(1, info.nbytes)), 0
-    for start in range(0, info.shape[0], at_once):
-        piece = reader.rows(part.source, 0, start, start + at_once)
+    at_once, offset = count if part.source in values.encoded else max(1, _CHUNK * count // max(1, info.nbytes)), 0
+    for start in range(0, count, at_once):
+        piece = values.part(reader, part.source, 0, (start, min(start + at_once, count)))
         if rows is not None:
             piece = piece[torch.from_numpy(rows[(rows >= start) & (rows < start + at_once)] - start)]
         if columns is not None:

@@ -86,7 +86,7 @@ def verify(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups) -> Fi
             "the weights of the files in the model",
             "nothing was trained; a family's weight mapping may be wrong (docs/adding.md), or the files change while they are read",
         )
-    matrices = {name for name in names if len(index.tensors[name].shape) > 1} - _exponents(values)
+    matrices = {name for name in names if (held := values.held(name)) is not None and len(values.shapes[held]) > 1}
     zeros = tuple(name for name, value in zip(names, in_files_N, strict=True) if value == 0 and name in matrices)
     content = [(name, index.tensors[name].shape, value) for name, value in zip(names, in_files_N, strict=True)]
     return Fingerprint(hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32], zeros)
@@ -112,8 +112,7 @@ def _of_model(
 
 def _of_files(values: Values, dtypes: Mapping[str, torch.dtype], device: torch.device) -> list[int]:
     """Sum of every tensor after conversion to its dtype; each rank reads tensors of its share of the bytes."""
-    index, encoded = values.index, {blocks: name for name, (blocks, _) in values.encoded.items()}
-    exponents = _exponents(values)
+    index = values.index
     sums_N = torch.zeros(len(dtypes), dtype=torch.int64, device=device)
     rank, share, passed = dist.get_rank(), index.nbytes / dist.get_world_size(), 0
     with CheckpointReader(index) as reader:
@@ -121,30 +120,25 @@ def _of_files(values: Values, dtypes: Mapping[str, torch.dtype], device: torch.d
             info = index.tensors[name]
             mine = int((passed + info.nbytes / 2) / share) == rank
             passed += info.nbytes
-            if mine and name in encoded:
-                sums_N[number] += _of_encoded(values, reader, encoded[name], dtype)
-            elif mine and name not in exponents:
-                sums_N[number] += _of_file(reader, name, dtype)
+            held = values.held(name)
+            if not mine or held is None:
+                continue
+            sums_N[number] += (_of_encoded if held in values.encoded else _of_file)(values, reader, held, dtype)
     dist.all_reduce(sums_N)
     return sums_N.tolist()
 
 
-def _of_file(reader: CheckpointReader, name: str, dtype: torch.dtype) -> int:
+def _of_file(values: Values, reader: CheckpointReader, name: str, dtype: torch.dtype) -> int:
     """Sum of one tensor."""
-    stored = TORCH_DTYPES[reader.index.tensors[name].dtype]
-    return _wrapped(sum(bit_sum(torch.from_numpy(raw).view(stored).to(dtype)) for _, raw in reader.chunks(name, _READ)))
+    stored, read = TORCH_DTYPES[reader.index.tensors[name].dtype], values.dtype(name)
+    return _wrapped(sum(bit_sum(torch.from_numpy(raw).view(stored).to(read).to(dtype)) for _, raw in reader.chunks(name, _READ)))
 
 
 def _of_encoded(values: Values, reader: CheckpointReader, name: str, dtype: torch.dtype) -> int:
-    """Sum of encoded values; they count where their blocks are."""
-    read = values.reader(reader, finite=False)
-    experts = range(values.shapes[name][0])
-    return _wrapped(sum(bit_sum(read(name, slice(expert, expert + 1)).to(dtype)) for expert in experts))
-
-
-def _exponents(values: Values) -> set[str]:
-    """The tensors of MXFP4 exponents, which count nowhere."""
-    return {scales for _, scales in values.encoded.values()}
+    """Sum of decoded values, of one expert at a time; they count where their codes are."""
+    read, shape = values.reader(reader, finite=False), values.shapes[name]
+    parts = [slice(expert, expert + 1) for expert in range(shape[0])] if len(shape) > 2 else [None]
+    return _wrapped(sum(bit_sum(read(name, part).to(dtype)) for part in parts))
 
 
 def _wrapped(value: int) -> int:

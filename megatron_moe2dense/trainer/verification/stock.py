@@ -8,11 +8,11 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
-from megatron_moe2dense.checkpoint.mxfp4 import stored_values
+from megatron_moe2dense.checkpoint.values import Values
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.families.pretrained import load_pretrained
 
 # Beside the weights: one shard that is being read, and activations.
 _MARGIN = 1.25
@@ -20,8 +20,7 @@ _MARGIN = 1.25
 
 def host_bytes(index: CheckpointIndex, dtype: torch.dtype) -> int:
     """Bytes of host memory that the stock model takes, with its margin."""
-    values = sum(stored_values(info) for info in index.tensors.values())
-    return int(values * dtype.itemsize * _MARGIN)
+    return int(Values(index).total * dtype.itemsize * _MARGIN)
 
 
 def free_host_bytes() -> int:
@@ -41,16 +40,13 @@ def logits(directory: Path, dtype: torch.dtype, tokens_S: Tensor, active: int | 
     """
     options: dict[str, Any] = {} if active is None else {"num_experts_per_tok": active}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False, dtype=dtype, output_loading_info=True, **options
-        )
+        model, info = load_pretrained(CheckpointIndex.open(directory), dtype=dtype, **options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise UserError(
             f"{directory}: {error}",
             "a checkpoint that stock transformers loads",
             "check config.json and weights, or set teacher_check.stock_forward=never",
         ) from error
-    model, info = loaded
     if info["missing_keys"]:
         raise UserError(
             f"{directory}: stock transformers misses {sorted(info['missing_keys'])[0]}",
