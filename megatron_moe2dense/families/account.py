@@ -154,7 +154,7 @@ class Account:
         missing = self.disk.missing
         self.index.require(stored for name in missing for stored in self._expected(name, self.stock.shapes[name]))
         if missing:  # what should hold it is there, and was taken for another: one that decides how names are read is absent
-            self.index.require(self.disk.saved(*self.stock.shapes))
+            self.index.require(self.disk.saved(*(self.stock.shapes.keys() - self.stock.model.all_tied_weights_keys.keys())))
             raise UserError(
                 f"{self.index.directory}: nothing that is {missing[0]} of {type(self.stock.model).__name__} ({len(missing)} such tensors)",
                 "every tensor that config.json calls for",

@@ -269,7 +269,8 @@ class DenseForm:
             given = next((value for end, value in self.exception.values.items() if name.endswith(end)), None)
             if given is None and not name.startswith(inside) and not name.endswith(".bias"):
                 raise ValueError(f"layer {layer} lacks {name}")
-            found[name] = torch.zeros(shape) if given is None else torch.tensor(given).reshape(shape)
+            value = torch.zeros(shape) if given is None else torch.tensor(given).reshape(shape)
+            found[name] = value.to(stock.integers.get(stock.in_model(layer, name), torch.float32))
         return found
 
     @cache  # noqa: B019 - one form a source

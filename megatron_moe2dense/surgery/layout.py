@@ -232,7 +232,8 @@ def stored_added(dense: Dense, layer: int, like: torch.Tensor) -> dict[str, torc
 
 def _added(dense: Dense, layer: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
     inside = dense.stock.in_model(layer, "")
-    return {name: value.to(like) for name, value in dense.added.items() if name.startswith(inside)}
+    added = {name: value for name, value in dense.added.items() if name.startswith(inside)}
+    return {name: value.to(like) if value.is_floating_point() else value.to(like.device) for name, value in added.items()}
 
 
 def making_bytes(source: MoeSource, plan: ConversionPlan) -> int:

@@ -100,7 +100,7 @@ class StreamedModel:
         values = Values(source.index) if self._moe is None else self._moe.values
         self._disk = Disk(self._stock, values.shapes) if self._moe is None else self._moe.disk
         self._tensor = values.reader(reader) if self._moe is None else self._moe.reader(reader)
-        self._in_float32 = self._routers_in_float32()
+        self._in_float32, self._integers = self._routers_in_float32(), self._stock.integers  # asked while the layers are in their place
         self._base: Any = self._stock.base
         self._layers = list(self._stock.layers)
         self._recorders = [_Recorder(layer) for layer in self._layers]
@@ -269,8 +269,8 @@ class StreamedModel:
         return found
 
     def _type_of(self, name: str) -> torch.dtype:
-        if name in self._stock.integers:
-            return self._stock.integers[name]
+        if name in self._integers:
+            return self._integers[name]
         return torch.float32 if name.startswith(self._in_float32) else self._stock.keeps(name, self._compute.dtype)
 
     def _load(self, module: nn.Module, state: dict[str, torch.Tensor]) -> None:
