@@ -29,26 +29,22 @@ def load_pretrained(index: CheckpointIndex, **options: Any) -> tuple[Any, dict[s
     """
     of_config = {name: options.pop(name) for name in list(options) if name == "num_experts_per_tok"}
     config = AutoConfig.from_pretrained(index.directory, local_files_only=True, trust_remote_code=False, **of_config)
-    with _source(index, config) as where:
-        model, info = _class_of(config).from_pretrained(
+    with _source(index, config) as (cls, where):
+        model, info = cls.from_pretrained(
             **where, config=config, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
         )
     return model, info
 
 
-def _class_of(config: Any) -> Any:
-    """A class that takes tensors in the place of a directory: the auto classes do not."""
-    cls = model_class(config)
-    return cls._model_mapping[type(config)] if hasattr(cls, "_model_mapping") else cls
-
-
 @contextmanager
-def _source(index: CheckpointIndex, config: Any) -> Iterator[dict[str, Any]]:
-    """What from_pretrained reads: the directory itself where nothing in it is quantised."""
-    values = Values(index)
+def _source(index: CheckpointIndex, config: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The class, and what its from_pretrained reads: the directory itself where nothing in it is quantised."""
+    values, cls = Values(index), model_class(config)
     if not values.encoded:
-        yield {"pretrained_model_name_or_path": index.directory}
+        yield cls, {"pretrained_model_name_or_path": index.directory}
         return
+    if hasattr(cls, "_model_mapping"):  # auto classes take no tensors in the place of a directory
+        cls = cls._model_mapping[type(config)]
     for each in (config, config.get_text_config()):
         if hasattr(each, "quantization_config"):
             del each.quantization_config
@@ -58,7 +54,7 @@ def _source(index: CheckpointIndex, config: Any) -> Iterator[dict[str, Any]]:
     with CheckpointReader(index) as reader:
         read = values.reader(reader, finite=False)
         tensors = {name: _Lazy(read, name) for name in values.shapes}
-        yield {"pretrained_model_name_or_path": None, "state_dict": tensors, **generation}
+        yield cls, {"pretrained_model_name_or_path": None, "state_dict": tensors, **generation}
 
 
 class _Lazy:
