@@ -164,4 +164,4 @@ def test_eval_of_a_nan_weight(tmp_path: Path, user_error: Refused):
         f"perplexity.data.path={tokens}",
         "perplexity.data.sequence_length=16",
     )
-    assert "model.norm.weight has NaN or infinite values in float32" in said
+    assert "model.norm.weight has 1 NaN or infinite of 64 values" in said

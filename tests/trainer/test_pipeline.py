@@ -18,12 +18,11 @@ from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime, startup
 from megatron_moe2dense.trainer.config import DistillConfig, ParallelConfig
-from megatron_moe2dense.trainer.data.samples import reading_of, require_validation
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.layout import Layout, answers, refuse
 from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from megatron_moe2dense.trainer.runtime import Runtime
-from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
+from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +96,6 @@ def test_batches_that_do_not_divide_over_the_layout_are_refused(parallel: dict[s
     place = config.parallel, config.batch, config.data.sequence_length, startup.processes(config.parallel)
     with pytest.raises(UserError, match=message):
         refuse(answers(Layout(None, None, None, *place).questions()))
-
-
-def test_held_out_text_comes_out_as_whole_rounds_of_the_pipeline(tmp_path: Path):
-    text = write_tokens(tmp_path / "text", 16 * 8 + 1)
-    config = of_run({"pipeline": 2, "virtual_pipeline": 2}, data={"validation_sequences": 5})
-    with pytest.raises(UserError, match=r"data.validation_sequences=5 with parallel.virtual_pipeline=2"):
-        require_validation(config, text, reading_of(config, 256), 1)
 
 
 def test_gradients_are_reduced_during_the_backward_pass_only_where_the_loss_trains_the_head():
