@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
+from transformers import AutoModelForCausalLM
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
-from megatron_moe2dense.trainer import runtime
+from megatron_moe2dense.trainer import runtime, weights
 from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from megatron_moe2dense.trainer.runtime.experts import PlainExperts
@@ -39,3 +40,22 @@ def test_without_gradients_the_outputs_are_those_of_megatrons_own_pass(family: s
             found, bias = experts(rows, counts, weights)
     assert bias is None
     torch.testing.assert_close(found, expected, rtol=0 if dtype == torch.bfloat16 else 1e-6, atol=0 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_gradients_are_those_of_stock_transformers(family: str, tmp_path: Path):
+    """Of a MoE that is trained, with biases in its experts and without."""
+    directory = tiny(family, tmp_path / "model")
+    tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    stock = AutoModelForCausalLM.from_pretrained(directory)
+    stock(input_ids=tokens).logits.square().mean().backward()
+    with runtime.session("cpu") as device, process_groups.initialized(ParallelConfig(), seed=0) as groups:
+        spec = models.ModelSpec.open(directory, torch.float32)
+        chunks = models.build(spec, groups, device, PipelineLayout((spec.dims.layers,), 1))
+        weights.load(chunks, spec, groups)
+        model = chunks[0].eval()
+        shard = model.parallel_logits(model(tokens, torch.arange(24).expand(2, -1), None), spec.dims.vocab_size)
+        shard.logits(slice(None)).square().mean().backward()
+    found: Any = model.embedding.word_embeddings.weight.grad
+    expected: Any = stock.get_input_embeddings().weight.grad
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))

@@ -8,6 +8,8 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
+from megatron_moe2dense.trainer.runtime.upstream import own_outputs
+
 
 class PlainExperts(SequentialMLP):
     """Megatron's sequential experts, whose forward pass without gradients skips what only training and tensor parallelism need.
@@ -20,6 +22,8 @@ class PlainExperts(SequentialMLP):
         config = self.config
         swiglu = config.gated_linear_unit and config.activation_func is torch.nn.functional.silu and not config.add_bias_linear
         clamped = getattr(config, "activation_func_clamp_value", None) is not None
+        if config.add_bias_linear:
+            own_outputs(expert.linear_fc2 for expert in self.local_experts)  # type: ignore[attr-defined]
         self._plain = swiglu and not clamped and not config.moe_apply_probs_on_input and self.tp_group.size() == 1
 
     def forward(self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor) -> tuple[Tensor, None]:

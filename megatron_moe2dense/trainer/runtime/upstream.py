@@ -11,7 +11,7 @@ import inspect
 import pickle
 import queue
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,16 @@ def use_experts(mlp: Any, experts: type) -> Any:
     else:
         mlp.submodules.experts.module = experts
     return mlp
+
+
+def own_outputs(layers: Iterable[torch.nn.Module]) -> None:
+    """Layers whose outputs may be added to. Experts with biases (GPT-OSS's) add theirs to the output of fc2 in place, which torch refuses
+    with gradients where a reduction over one rank has handed its input on. 0.16 to 0.19.
+
+    https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.0/megatron/core/transformer/mlp.py
+    """
+    for layer in layers:
+        layer.register_forward_hook(lambda _layer, _arguments, output: (output[0].clone(), *output[1:]))
 
 
 def write_common(checkpoint: Path) -> None:
