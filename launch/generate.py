@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 
 def main(directory: str, prompt: str) -> None:
     """Print a greedy continuation of 40 tokens."""
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
