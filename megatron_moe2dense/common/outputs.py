@@ -4,6 +4,7 @@ Each directory holds `moe2dense.json`: status, stage, resolved config, its hash,
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -144,6 +145,12 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Keys of two configs that differ, as `a.b: old -> new`."""
     old, new = (dict(_leaves(_of_content(content), "")) for content in (before, now))
     return [f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}" for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def odd_fields(cls: Any, content: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What a file says that a dataclass has no field for, and the fields that it does not have; in alphabetical order."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    return sorted(content.keys() - known), sorted(known - content.keys())
 
 
 def _leaves(content: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

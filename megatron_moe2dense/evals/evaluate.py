@@ -83,11 +83,15 @@ def run(config: EvalConfig) -> None:
             logger.info("%s: already in %s", label, config.output)
             continue
         # The teacher among the models is not loaded twice.
-        known = teacher is not None and teacher_index is not None and teacher_index.directory.resolve() == index.directory.resolve()
+        known = teacher_index is not None and _is_same(teacher_index, index)
         model = teacher.model if known and teacher is not None else load_model(index, device, dtype, config.device_map)
         records.append(Path(config.output), _record(config, Loaded(label, model), index, Context(teacher, tasks, windows)))
         del model
     print(_table(records.read(Path(config.output))))
+
+
+def _is_same(one: CheckpointIndex, other: CheckpointIndex) -> bool:
+    return one.directory.resolve() == other.directory.resolve()
 
 
 def _require_room(accounts: Mapping[str, Account], teacher: Account | None, device: torch.device, width: int) -> None:
@@ -96,9 +100,9 @@ def _require_room(accounts: Mapping[str, Account], teacher: Account | None, devi
     beside = teacher.values.total * width if teacher is not None else 0
     free = free_bytes(device)
     for label, account in accounts.items():
-        same = teacher is not None and teacher.index.directory.resolve() == account.index.directory.resolve()
-        needed = (0 if same else account.values.total * width) + beside
-        if needed > free:
+        known = teacher is not None and _is_same(teacher.index, account.index)
+        needed = (0 if known else account.values.total * width) + beside
+        if free is not None and needed > free:
             raise UserError(
                 f"{label}: {needed / 1e9:.1f} GB of weights{' with the teacher' if beside else ''}, {free / 1e9:.1f} GB free on {device}",
                 "room for them",

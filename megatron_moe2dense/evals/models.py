@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import psutil
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.machine import free_memory
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.pretrained import load_pretrained
 from megatron_moe2dense.families.stock import Stock, model_class
@@ -52,9 +52,9 @@ def chosen_dtype(name: str, device: str) -> str:
     return name if name != "auto" else "float32" if kind == "cpu" else "bfloat16"
 
 
-def free_bytes(device: torch.device) -> int:
-    """Of the device's memory."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+def free_bytes(device: torch.device) -> int | None:
+    """Of the device's memory; None where nobody says."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
 def require_accelerate() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_moe2dense.checkpoint.index import CheckpointIndex, TensorInfo
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.checkpoint.schemes.settings import Settings
-from megatron_moe2dense.checkpoint.values import Values
+from megatron_moe2dense.checkpoint.values import DECODED, Values
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.disk import Disk
 from megatron_moe2dense.families.stock import Shape, Stock
@@ -85,6 +85,12 @@ class Account:
     def _equal(self, reader: CheckpointReader, name: str, other: str) -> bool:
         mine, its = self.values.stored(name), self.values.stored(other)
         return len(mine) == len(its) and all(reader.equal(*pair) for pair in zip(mine, its, strict=True))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json with the type of the numbers as they are read, which are not quantised any more."""
+        plain = {name: value for name, value in self.index.config.items() if name != "quantization_config"}
+        return {**plain, **({"dtype": str(DECODED).removeprefix("torch.")} if self.values.encoded else {})}
 
     def left_out_facts(self) -> dict[str, Any]:
         """How many tensors are left out, and which: experts' numbers as *."""

@@ -96,7 +96,7 @@ def _data(config: InitConfig) -> DataConfig:
 
 def _layout(config: InitConfig, source: MoeSource, keep: int, sizes: Sizes) -> Verdict:
     """The fastest that fits, of a student that is not there yet but for its config."""
-    dense = dense_of(source, keep).config(source.config)
+    dense = dense_of(source, keep).config(source.account.config)
     with tempfile.TemporaryDirectory() as folder:
         student = Path(folder) / "config.json"
         student.write_text(json.dumps(dense), encoding="utf-8")

@@ -63,8 +63,7 @@ def facts(config: DistillConfig, processes: int | None = None) -> dict[str, Any]
         if name == "student" and config.optim.muon is not None:  # one moment in place of two, of the layers' matrices
             dims = spec.dims
             found["memory_bytes"][name] -= 4 * (total - dims.vocab_size * dims.hidden_size * (1 if dims.tied_embeddings else 2))
-    student = found["student"]["parameters"]
-    found["checkpoint_bytes"] = student * ((2 if half else 4) + 12)  # at most: and float32 weights and Adam's moments
+    found["checkpoint_bytes"] = memory.checkpoint_bytes(found["student"]["parameters"], 2 if half else 4)
     found["memory_per_process"] = _memory_per_process(config, specs, processes)
     files = [source.path for source in config.data.sources()]
     found["reads"] = [path for path in (*files, config.data.validation, config.student, config.teacher, config.teacher_cache) if path]

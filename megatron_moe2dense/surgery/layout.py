@@ -80,7 +80,7 @@ def dense_steps(source: MoeSource, groups: int) -> list[Step]:
 
 def require_read_alike(source: MoeSource, groups: int) -> None:
     """UserError when the dense checkpoint's config.json, read by itself, is another class than the one that the tensors are made for."""
-    content = dense_of(source, groups).config(source.config)
+    content = dense_of(source, groups).config(source.account.config)
     _require_taken(source, Stock.of(content, "the dense result's config.json"), dense_steps(source, groups))
 
 

@@ -105,13 +105,8 @@ def _queue_bytes(source: MoeSource, outputs: Sequence[DenseOutput], memory_budge
 
 def _check(source: MoeSource, reader: CheckpointReader, pool: ThreadPoolExecutor, layer: int) -> list[Future[None]]:
     """Look at every weight that is not just copied, also of experts that are not kept: their MoE is the teacher of the next stage."""
-    return (
-        [pool.submit(_check_tensor, source, reader, name) for name in replaced(source, layer)] if layer in range(source.dims.layers) else []
-    )
-
-
-def _check_tensor(source: MoeSource, reader: CheckpointReader, name: str) -> None:
-    source.values.check(reader, name)
+    names = replaced(source, layer) if layer in range(source.dims.layers) else ()
+    return [pool.submit(source.values.check, reader, name) for name in names]
 
 
 def _write_step(source: MoeSource, reader: CheckpointReader, output: DenseOutput, writer: ShardWriter, number: int) -> None:
@@ -136,7 +131,7 @@ def _write_step(source: MoeSource, reader: CheckpointReader, output: DenseOutput
 
 
 def _write_rest(source: MoeSource, output: DenseOutput) -> None:
-    write_json(output.directory / "config.json", dense_of(source, output.plan.groups).config(source.config))
+    write_json(output.directory / "config.json", dense_of(source, output.plan.groups).config(source.account.config))
     copy_assets(source.index.directory, output.directory, processors=source.stock.wrapped and not source.form.alone)
     output.plan.write(output.directory / PLAN_FILE)
     if output.fits is not None:

@@ -12,7 +12,7 @@ import torch
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
-from megatron_moe2dense.checkpoint.values import DECODED, Values
+from megatron_moe2dense.checkpoint.values import Values
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.dense import DenseForm, has_experts, require_known
@@ -58,11 +58,6 @@ class MoeSource:
     def index(self) -> CheckpointIndex:
         """The opened files."""
         return self.account.index
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Its config.json, with the type of its numbers as they are read."""
-        return {**self.index.config, **({"dtype": str(DECODED).removeprefix("torch.")} if self.values.encoded else {})}
 
     @property
     def stock(self) -> Stock:

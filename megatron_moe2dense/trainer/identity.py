@@ -30,8 +30,12 @@ _KEPT = ("plan_hash", "teacher", "data", "identity", "run_id", "lengths")
 Claim = Literal["new", "resumed", "extended"]
 
 
-def identity(config: DistillConfig) -> dict[str, Any]:
-    """What decides the numbers of a run, models and text by their fingerprints; UserError where they can not be read."""
+def identity(config: DistillConfig, text: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What decides the numbers of a run, models and text by their fingerprints; UserError where they can not be read.
+
+    Args:
+        text: `texts` of this config, where they are known.
+    """
     content = {name: value for name, value in _dump(config).items() if name not in _MAY_CHANGE}
     if config.fp8 is None:  # runs begun before there was this key are the same runs
         del content["fp8"]
@@ -39,7 +43,7 @@ def identity(config: DistillConfig) -> dict[str, Any]:
         del content["optim"]["muon"]
     if config.moe is None:  # otherwise each micro-batch balances its own tokens
         del content["batch"]["micro"]
-    text = texts(config.data, config.train.seed)
+    text = text or texts(config.data, config.train.seed)
     content["student"] = _student(config)
     content["teacher"] = CheckpointIndex.open(config.teacher).fingerprint() if config.has_live_teacher() and config.teacher else None
     content["teacher_cache"] = _cache(config.teacher_cache)
@@ -114,13 +118,13 @@ def _begun(found: dict[str, Any], output: Path) -> dict[str, Any]:
 
 def claim(config: DistillConfig) -> Claim:
     """Take the output: what is in the way of a new run goes. Errors as of `claimable`."""
-    output, found = Path(config.output), claimable(config)
+    output, found, text = Path(config.output), claimable(config), texts(config.data, config.train.seed)
     if found == "new":
         if output.exists():
             shutil.rmtree(output)
         made_by = Path(config.student) / MANIFEST
         plan_hash = read_json(made_by, "the student's manifest").get("plan_hash") if made_by.exists() else None
-        first = {"plan_hash": plan_hash, "teacher": None, "data": texts(config.data, config.train.seed)}
+        first = {"plan_hash": plan_hash, "teacher": None, "data": text}
         first |= {"run_id": uuid.uuid4().hex[:16], "lengths": [config.steps()]}
     else:
         before = recorded(config)
@@ -128,7 +132,7 @@ def claim(config: DistillConfig) -> Claim:
         first = {"lengths": lengths if found == "resumed" else [*lengths, config.steps()]}
         if "run_id" not in before:
             first["run_id"] = before["config_hash"]
-    write(config, "unfinished", identity=identity(config), **first)
+    write(config, "unfinished", identity=identity(config, text), **first)
     return found
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.outputs import odd_fields
 
 # A spike is told from the median of so many last finite losses, and only once there are the fewest.
 _WINDOW, _FEWEST = 64, 8
@@ -31,12 +32,13 @@ class TrainState:
     @classmethod
     def restored(cls, progress: dict[str, Any], where: str) -> TrainState:
         """From a checkpoint; UserError when it has other fields than this version, naming them."""
-        known = {field.name for field in fields(cls)}
-        unknown, absent = sorted(progress.keys() - known), sorted(known - progress.keys())
+        unknown, absent = odd_fields(cls, progress)
         if unknown or absent:
             named = "; ".join([*(f"unknown field {name}" for name in unknown), *(f"no field {name}" for name in absent)])
             raise UserError(
-                f"{where}: {named}", f"the progress of a run: {', '.join(sorted(known))}", "go on with the version that wrote it"
+                f"{where}: {named}",
+                f"the progress of a run: {', '.join(sorted(field.name for field in fields(cls)))}",
+                "go on with the version that wrote it",
             )
         return cls(**progress)
 

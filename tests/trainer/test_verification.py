@@ -22,7 +22,7 @@ from megatron_moe2dense.families.ffn import FfnPlace
 from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.trainer import distill, identity
 from megatron_moe2dense.trainer.config import DistillConfig
-from megatron_moe2dense.trainer.verification import stock
+from megatron_moe2dense.trainer.verification import stock, verify
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 
 pytestmark = pytest.mark.slow
@@ -160,7 +160,7 @@ def test_a_tensor_that_transformers_misses_is_refused(root: Path, tmp_path: Path
 
 
 def test_a_teacher_too_large_for_host_memory_is_compared_only_on_request(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stock, "free_host_bytes", lambda: 1000)
+    monkeypatch.setattr(verify, "free_memory", lambda: 1000)
     assert run(root, tmp_path / "auto")["stock_kl"] is None
     assert run(root, tmp_path / "always", {**RANDOM, "stock_forward": "always"})["stock_kl"] < 1e-6
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_moe2dense.common.machine import free_memory
 from megatron_moe2dense.operations.doctor.packages import Finding, version
 
 _QUERY = "name,memory.total,memory.free,compute_cap,driver_version"
@@ -42,15 +43,6 @@ def _gpu(line: str) -> Gpu:
     name, total, free, capability, driver = (part.strip() for part in line.split(","))
     major, minor = capability.split(".")
     return Gpu(name, int(total) * _MIB, int(free) * _MIB, (int(major), int(minor)), driver)
-
-
-def free_memory() -> int | None:
-    """Bytes of host memory that new processes may take; None where the kernel does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def free_disk(path: Path) -> int:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.machine import free_memory
 from megatron_moe2dense.operations import dry_run
-from megatron_moe2dense.operations.doctor.machine import Gpu, free_disk, free_memory
+from megatron_moe2dense.operations.doctor.machine import Gpu, free_disk
 from megatron_moe2dense.operations.doctor.packages import Finding
 from megatron_moe2dense.trainer import startup
 from megatron_moe2dense.trainer.config import DistillConfig

@@ -15,6 +15,11 @@ ALLOWANCE = 2 * 1024**3
 _FLOAT = 4
 
 
+def checkpoint_bytes(parameters: int, element: int) -> int:
+    """Of a checkpoint of the trainer, at most: weights in the compute type, of so many bytes, float32 ones and AdamW's two moments."""
+    return parameters * (element + 3 * _FLOAT)
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one GPU.

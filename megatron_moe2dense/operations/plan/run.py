@@ -18,6 +18,7 @@ from megatron_moe2dense.operations.plan import communication, timing
 from megatron_moe2dense.operations.plan.config import PlanConfig
 from megatron_moe2dense.operations.plan.hardware import Machine
 from megatron_moe2dense.operations.plan.job import Job
+from megatron_moe2dense.operations.plan.memory import checkpoint_bytes
 from megatron_moe2dense.operations.plan.search import Verdict, judge, search
 from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
 from megatron_moe2dense.trainer.flops import training_flops
@@ -124,11 +125,10 @@ def _facts(config: PlanConfig, verdicts: list[Verdict], left_out: Mapping[str, i
 
 
 def of_run(config: PlanConfig, verdict: Verdict) -> dict[str, Any]:
-    """Steps, hours and cost of this run, where its length is given, and bytes of a checkpoint of it: weights in the compute type and
-    what the optimizer holds, float32."""
+    """Steps, hours and cost of this run, where its length is given, and bytes of a checkpoint and of the export."""
     job, machine = verdict.job, Machine(config.hardware)
-    total, moments = count_parameters(job.student)[0], 12  # float32 master weights and two moments
-    facts: dict[str, Any] = {"checkpoint_bytes": total * (job.element + moments), "export_bytes": total * job.element}
+    total = count_parameters(job.student)[0]
+    facts: dict[str, Any] = {"checkpoint_bytes": checkpoint_bytes(total, job.element), "export_bytes": total * job.element}
     length = config.train
     if length is None or (length.steps is None and length.tokens is None):
         return facts
@@ -139,7 +139,7 @@ def of_run(config: PlanConfig, verdict: Verdict) -> dict[str, Any]:
     return {"steps": steps, "tokens": steps * a_step, **spent, **facts}
 
 
-def _saidof_run(found: Mapping[str, Any]) -> str:
+def _said_of_run(found: Mapping[str, Any]) -> str:
     sizes = f"a checkpoint {_gb(found['checkpoint_bytes'])} GB (at most, with AdamW's moments), the export {_gb(found['export_bytes'])} GB"
     if "hours" not in found:
         return f"this run: {sizes}; with train.tokens or train.steps also its hours and cost"
@@ -197,7 +197,7 @@ def _readable(config: PlanConfig, verdicts: list[Verdict], left_out: Mapping[str
         "",
         render(header, [_cells(row) for row in rows]),
         "",
-        _saidof_run(of_run(config, best)),
+        _said_of_run(of_run(config, best)),
         "",
         _to_paste(best.job),
         "",

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
-from megatron_moe2dense.checkpoint.values import DECODED
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES, Dims, FamilySpec, family_of
 from megatron_moe2dense.families.account import Account
@@ -139,9 +138,7 @@ class DenseSource:
         Args:
             layers: numbers of the source's layers that stay.
         """
-        config = {key: value for key, value in self.index.config.items() if key != "quantization_config"}
-        if self.account.values.encoded:
-            config["dtype"] = str(DECODED).removeprefix("torch.")
+        config = self.account.config
         types = self.account.stock.config.layer_types if "layer_types" in config or config.get("use_sliding_window") else None
         kinds = {} if types is None else {"layer_types": [types[layer] for layer in layers]}
         # with head_dim, which hidden_size no longer tells

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.common.outputs import disk_errors, read_manifest
+from megatron_moe2dense.common.outputs import disk_errors, odd_fields, read_manifest
 from megatron_moe2dense.trainer.losses.targets import TopKTarget
 
 FORMAT, STAGE = 1, "cache-teacher"
@@ -65,12 +65,11 @@ class CacheFacts:
         if facts.get("format") != FORMAT:
             found = f"{where}: teacher cache of format {facts.get('format')}"
             raise UserError(found, f"format {FORMAT}", "write it again with this version")
-        known = {field.name for field in fields(cls)}
-        if set(facts) != known:
-            odd = ", ".join(sorted(known ^ set(facts)))
-            raise UserError(
-                f"{where}: {odd} of a teacher cache", f"the fields {', '.join(sorted(known))}", "write it again with this version"
-            )
+        unknown, absent = odd_fields(cls, facts)
+        if unknown or absent:
+            known = ", ".join(sorted(field.name for field in fields(cls)))
+            odd = ", ".join(sorted([*unknown, *absent]))
+            raise UserError(f"{where}: {odd} of a teacher cache", f"the fields {known}", "write it again with this version")
         return cls(**facts)
 
 

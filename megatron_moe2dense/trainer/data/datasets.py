@@ -164,8 +164,7 @@ def _require(path: str, found: int, needed: int, reading: Reading) -> None:
 
 
 def one_pass(prefix: str, reading: Reading, number: int = 0) -> GPTDataset:
-    """A pass over one token file, in an order of its own by its number; UserError as of `require_file`."""
-    require_file(prefix, reading)
+    """A pass over one token file that `require_file` has looked at, in an order of its own by its number."""
     length = reading.data.sequence_length
     # GPTDataset asks its tokenizer for identity and special tokens alone. Padding is masked by SampleStream: Megatron would show the
     # model token 0 in its place, and count the prediction made at the last padding token.

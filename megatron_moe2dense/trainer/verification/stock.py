@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -21,11 +20,6 @@ _MARGIN = 1.25
 def host_bytes(index: CheckpointIndex, dtype: torch.dtype) -> int:
     """Bytes of host memory that the stock model takes, with its margin."""
     return int(Values(index).total * dtype.itemsize * _MARGIN)
-
-
-def free_host_bytes() -> int:
-    """Memory of this machine that can be had without swapping."""
-    return psutil.virtual_memory().available
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
+from megatron_moe2dense.common.machine import free_memory
 from megatron_moe2dense.trainer.agreement import raise_on_all_ranks
 from megatron_moe2dense.trainer.config import DistillConfig, TeacherCheckConfig
 from megatron_moe2dense.trainer.data.samples import Batch
@@ -183,8 +184,8 @@ def _stock_logits(teacher: LiveTeacher, check: TeacherCheckConfig, given: tuple[
 def _fits(directory: Path, dtype: torch.dtype, check: TeacherCheckConfig) -> bool:
     from megatron_moe2dense.trainer.verification import stock
 
-    needed, free = stock.host_bytes(CheckpointIndex.open(directory), dtype), stock.free_host_bytes()
-    if check.stock_forward == "auto" and needed > free:
+    needed, free = stock.host_bytes(CheckpointIndex.open(directory), dtype), free_memory()
+    if check.stock_forward == "auto" and free is not None and needed > free:
         logger.warning(
             "teacher: not compared with stock transformers, which takes %.1f GB of host memory, %.1f are free", needed / 1e9, free / 1e9
         )
