@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
+
+from tests.helpers.forks import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def on_path(folder: Path) -> dict[str, str]:
     """An environment in which `moe2dense` and `torchrun` are those of this interpreter and this checkout."""
-    folder.mkdir(exist_ok=True)
-    modules = {"moe2dense": "megatron_moe2dense", "torchrun": "torch.distributed.run"}
-    for name, module in modules.items():
-        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
-        (folder / name).chmod(0o755)
+    forks().commands(folder)
     one_machine = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     return {**os.environ, **one_machine, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 

@@ -4,6 +4,7 @@ that the imports of each would cost.
 - `launch(2, "tests.trainer.cases:distill_all", arguments)` calls a function on every rank of a gloo group; rank 0's result.
 - `job = forks().start(arguments, processes=2, fault=...)` runs a moe2dense command. A fault, `(function of tests.trainer.faults,
   arguments)`, is called in every rank before it.
+- `forks().commands(folder)` puts `moe2dense` and `torchrun` for scripts into a folder.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import importlib
 import json
 import os
 import pickle
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -75,8 +78,13 @@ class Forks:
     def __init__(self) -> None:
         self._jobs: list[Job] = []
         self._folder = tempfile.TemporaryDirectory()
-        command = [sys.executable, "-m", "tests.helpers.forks"]
-        self._server = subprocess.Popen(command, env=environment(), cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._address = f"{self._folder.name}/socket"
+        with socket.socket(socket.AF_UNIX) as programs:
+            programs.bind(self._address)
+            programs.listen()
+            command = [sys.executable, "-m", "tests.helpers.forks", str(programs.fileno())]
+            streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self._server = subprocess.Popen(command, env=environment(), cwd=ROOT, pass_fds=[programs.fileno()], **streams)
 
     def close(self) -> None:
         """End it, and all ranks that are left."""
@@ -107,6 +115,14 @@ class Forks:
         assert not any(codes), job.said()[-6000:]
         return pickle.loads((folder / "result").read_bytes())
 
+    def commands(self, folder: Path) -> None:
+        """`moe2dense`, and `torchrun [--standalone] --nproc-per-node N -m megatron_moe2dense`, as programs of a script: the script's own
+        environment, folder and output, its ranks forked; they exit with the first code that is not 0."""
+        folder.mkdir(exist_ok=True)
+        for name in ("moe2dense", "torchrun"):
+            (folder / name).write_text(f"#!{sys.executable} -SE\n{_PROGRAM.format(address=self._address, name=name)}")
+            (folder / name).chmod(0o755)
+
     def _start(self, what: dict[str, Any]) -> Job:
         output = Path(tempfile.mkdtemp(dir=self._folder.name))
         job = Job(self, self.ask({**what, "port": free_port(), "output": str(output)}), output)
@@ -118,6 +134,25 @@ class Forks:
         job = self.start(arguments, processes)
         codes = job.wait()
         assert not any(codes), job.said()[-6000:]
+
+
+_PROGRAM = """
+import json, os, socket, sys
+arguments, processes = sys.argv[1:], 1
+if "{name}" == "torchrun":
+    if arguments[0] == "--standalone":
+        del arguments[0]
+    option, processes, *module = arguments[:4]
+    assert (option, module) == ("--nproc-per-node", ["-m", "megatron_moe2dense"]), arguments
+    arguments = arguments[4:]
+server = socket.socket(socket.AF_UNIX)
+server.connect("{address}")
+asked = dict(arguments=arguments, processes=int(processes), group="{name}" == "torchrun", folder=os.getcwd(), environment=dict(os.environ))
+text = json.dumps(asked).encode()
+socket.send_fds(server, [len(text).to_bytes(8, "big")], [1, 2])
+server.sendall(text)
+sys.exit(int(server.recv(16) or 1))
+"""
 
 
 @functools.cache
@@ -136,13 +171,19 @@ def launch(processes: int, target: str, *arguments: Any) -> Any:
 def _rank(job: dict[str, Any], rank: int) -> None:
     """The life of a forked rank."""
     os.setsid()
-    output = os.open(Path(job["output"]) / str(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
+    if "streams" in job:
+        outputs_of_rank = job["streams"]
+        os.chdir(job["folder"])
+        os.environ.clear()
+        os.environ.update(job["environment"])
+    else:
+        outputs_of_rank = [os.open(Path(job["output"]) / str(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)] * 2
+    for stream, output in zip((1, 2), outputs_of_rank, strict=True):
         os.dup2(output, stream)
     if job["group"]:
         size, address = str(job["processes"]), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
         os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, **address})
-    if job["fault"] is not None:
+    if job.get("fault") is not None:
         name, arguments = job["fault"]
         getattr(importlib.import_module("tests.trainer.faults"), name)(rank, *arguments)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
@@ -197,7 +238,7 @@ _IMPORTED_LATE = (
 )
 
 
-def _serve() -> None:
+def _serve(programs: socket.socket) -> None:
     commands = (f"megatron_moe2dense.{command.run.partition(':')[0]}" for command in cli.COMMANDS.values())
     for name in (*commands, *_IMPORTED_LATE):
         importlib.import_module(name)
@@ -205,18 +246,58 @@ def _serve() -> None:
     gc.freeze()  # ranks need not look through all imports for cycles, nor copy them as they do
     answers = os.fdopen(os.dup(1), "w")
     ended: dict[int, int] = {}
-    for line in sys.stdin:
-        question = json.loads(line)
-        if "codes" not in question:
-            print(json.dumps([_fork(question, rank) for rank in range(question["processes"])]), file=answers, flush=True)
-            continue
-        for child in question["codes"]:
-            if child not in ended:
-                found, status = os.waitpid(child, os.WNOHANG)
-                if found:
-                    ended[child] = os.waitstatus_to_exitcode(status)
-        print(json.dumps([ended.get(child) for child in question["codes"]]), file=answers, flush=True)
+    running: dict[socket.socket, list[int]] = {}
+    while True:
+        readable, _, _ = select.select([0, programs], [], [], 0.02 if running else None)
+        if programs in readable:
+            program, job = _asked(programs)
+            running[program] = [_fork(job, rank) for rank in range(job["processes"])]
+            for stream in job["streams"]:
+                os.close(stream)
+        for program, children in list(running.items()):
+            codes = _codes(children, ended)
+            if any(codes) or None not in codes:
+                program.sendall(str(next(filter(None, codes), 0)).encode())
+                program.close()
+                del running[program]
+        if 0 in readable:
+            line = _line()
+            if not line:
+                return
+            question = json.loads(line)
+            if "codes" in question:
+                answer: list[Any] = _codes(question["codes"], ended)
+            else:
+                answer = [_fork(question, rank) for rank in range(question["processes"])]
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+def _asked(programs: socket.socket) -> tuple[socket.socket, dict[str, Any]]:
+    program, _ = programs.accept()
+    size, streams, _, _ = socket.recv_fds(program, 8, 2)
+    text = program.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
+    return program, {**json.loads(text), "streams": streams, "port": free_port()}
+
+
+def _line() -> str:
+    """Of stdin, read byte by byte: `select` does not see what a buffer holds."""
+    found = b""
+    while not found.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            return ""
+        found += byte
+    return found.decode()
+
+
+def _codes(children: list[int], ended: dict[int, int]) -> list[int | None]:
+    for child in children:
+        if child not in ended:
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                ended[child] = os.waitstatus_to_exitcode(status)
+    return [ended.get(child) for child in children]
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(socket.socket(fileno=int(sys.argv[1])))
