@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import hashlib
 import json
 import os
 import platform
@@ -19,20 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import megatron_moe2dense
+from megatron_moe2dense.common.content import config_hash, identity
 from megatron_moe2dense.common.errors import UserError
 
 MANIFEST = "moe2dense.json"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 Status = Literal["unfinished", "finished"]
-
-
-def config_hash(config: dict[str, Any]) -> str:
-    """A short hash of a resolved config; `overwrite` and `memory_budget` say nothing about the content and are left out."""
-    return hashlib.sha256(json.dumps(_of_content(config), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _of_content(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in ("overwrite", "memory_budget")}
 
 
 @functools.cache
@@ -142,8 +133,8 @@ def read_manifest(directory: Path, stage: str) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Keys of two configs that differ, as `a.b: old -> new`."""
-    old, new = (dict(_leaves(_of_content(content), "")) for content in (before, now))
+    """Keys of two identities that differ, as `a.b: old -> new`."""
+    old, new = (dict(_leaves(content, "")) for content in (before, now))
     return [f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}" for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
@@ -172,27 +163,28 @@ def _short(value: Any) -> str:
     return json.dumps(value)
 
 
-def claim(output: Path, working: Path, config: dict[str, Any], overwrite: bool) -> bool:
-    """Decide what happens to what is already there. Returns True when an unfinished run of the same config is resumed.
+def claim(output: Path, working: Path, own: dict[str, Any], overwrite: bool) -> bool:
+    """Decide what happens to what is already there. Returns True when an unfinished run of the same identity is resumed.
 
     Args:
         output: the final directory. working: where an unfinished run works (`<output>.tmp`, or `output` itself).
+        own: the identity of this run (`common.content`).
 
     Raises:
         UserError: a finished output, foreign files, or an unfinished run of another config is in the way.
     """
     manifest, foreign = _unfinished(working, working != output), _holds_foreign_files(working)
-    found = manifest and manifest["config_hash"]
+    before = manifest and (manifest.get("identity") or identity(manifest["config"]))  # earlier versions wrote the config alone
+    found = None if before is None else config_hash(before)
     if output.exists() and not overwrite and not (working == output and found is not None):
         what = "is a finished output" if (output / MANIFEST).exists() else "exists"
         raise UserError(f"{output} {what}", "a path that does not exist yet", "choose another output or add overwrite=true")
-    if found == config_hash(config):
+    if found == config_hash(own):
         return True
-    if found is not None and not overwrite:
-        changed = "; ".join(differences(manifest.get("identity", manifest.get("config", {})), config)) if manifest else ""
+    if before is not None and not overwrite:
         raise UserError(
-            f"{working} is an unfinished run of another config ({changed or found})",
-            f"an unfinished run of this config ({config_hash(config)}), or nothing",
+            f"{working} is an unfinished run of another config ({'; '.join(differences(before, own))})",
+            "an unfinished run of this config, or nothing",
             "finish it with its own config, choose another output, or add overwrite=true, which deletes it",
         )
     if foreign and not overwrite:
@@ -234,8 +226,9 @@ def output_directory(output: Path, stage: str, config: dict[str, Any], **facts: 
     `facts` go to the manifest.
     """
     overwrite = bool(config.get("overwrite", False))
-    working = output.with_name(output.name + ".tmp")
-    claim(output, working, config, overwrite)
+    working, own = output.with_name(output.name + ".tmp"), identity(config)
+    claim(output, working, own, overwrite)
+    facts = {"config_hash": config_hash(own), "identity": own, **facts}
     with disk_errors(output):
         working.mkdir(parents=True, exist_ok=True)
         write_manifest(working, "unfinished", stage, config, **facts)

@@ -14,9 +14,10 @@ import torch
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common import records
+from megatron_moe2dense.common.content import identity
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
-from megatron_moe2dense.common.outputs import MANIFEST, config_hash, read_json, versions
+from megatron_moe2dense.common.outputs import MANIFEST, differences, read_json, versions
 from megatron_moe2dense.common.table import render
 from megatron_moe2dense.evals.config import EvalConfig
 from megatron_moe2dense.evals.generation import speeds
@@ -186,19 +187,20 @@ def _filled(config: TokensConfig | None, prompts_NS: np.ndarray | None) -> np.nd
 
 def _done(config: EvalConfig, indices: dict[str, CheckpointIndex], keep: bool = False) -> set[str]:
     """Labels an unfinished run of this config has measured already; clears what may be replaced, unless `keep`."""
-    path, mine = Path(config.output), config_hash(config.model_dump(mode="json"))
+    path = Path(config.output)
     if not path.exists():
         return set()
     if config.overwrite:
         if not keep:
             path.unlink()
         return set()
-    rows = records.read(path)
+    rows, own = records.read(path), _identity(config)
     for row in rows:
         label = row.get("model")
-        if config_hash(row.get("config", {})) != mine or label not in indices:
+        changed = differences(row.get("identity") or _identity(EvalConfig(**row["config"])), own) if "config" in row else ["config"]
+        if changed or label not in indices:
             raise UserError(
-                f"{path} holds rows of another evaluation (model {label!r})",
+                f"{path} holds rows of another evaluation (model {label!r}; {'; '.join(changed)})",
                 "a path that does not exist yet, or an unfinished run of this config",
                 "choose another output or add overwrite=true",
             )
@@ -210,6 +212,11 @@ def _done(config: EvalConfig, indices: dict[str, CheckpointIndex], keep: bool = 
     if not keep:
         records.rewrite(path, rows)  # a last line cut off by a killed run must not swallow the next row
     return done
+
+
+def _identity(config: EvalConfig) -> dict[str, Any]:
+    """What decides the numbers of all models; which model a row is of, its fingerprint says."""
+    return {**identity(config.model_dump(mode="json")), "models": list(config.directories())}
 
 
 def _record(config: EvalConfig, subject: Loaded, index: CheckpointIndex, context: Context) -> dict[str, Any]:
@@ -232,6 +239,7 @@ def _record(config: EvalConfig, subject: Loaded, index: CheckpointIndex, context
         "fingerprint": index.fingerprint(),
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "config": config.model_dump(mode="json"),
+        "identity": _identity(config),
         "settings": settings,
         "metrics": metrics,
         "tokens": tokens,

@@ -81,7 +81,7 @@ def run(config: CalibrateConfig) -> None:
         compute, names = chosen_compute(config, ranks), chosen_statistics(config.statistics)
         share_BS = ranks.share(windows_BS, compute.batch)
         facts = {"source": source.facts(), "data": data_facts(windows_BS), "compute": compute_facts(compute, ranks)}
-        identity = [facts, names, hashlib.sha256(windows_BS.tobytes()).hexdigest()]
+        identity = [{**facts, "source": source.fingerprint}, names, hashlib.sha256(windows_BS.tobytes()).hexdigest()]
         output = Path(config.output)
         with ranks.output_directory(output, "calibrate", config.model_dump(mode="json"), **facts) as working:
             resume = Resume(working, identity, ranks, config.memory_budget)

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.common.content import config_hash, identity
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.common.outputs import MANIFEST, config_hash, read_manifest
+from megatron_moe2dense.common.outputs import MANIFEST, read_manifest
 from megatron_moe2dense.surgery.config import ConvertConfig
 from megatron_moe2dense.surgery.inspect import left_out_line
 from megatron_moe2dense.surgery.layout import dense_size, dense_width, making_bytes, require_read_alike
@@ -70,8 +71,8 @@ def _is_done(job: ConvertConfig, source: MoeSource, plan: ConversionPlan) -> boo
     if job.overwrite or not path.exists():
         return False
     found = read_manifest(path.parent, "convert")
-    wanted = (config_hash(job.model_dump(mode="json")), source.facts(), plan.hash())
-    return (found["config_hash"], found.get("source"), found.get("plan_hash")) == wanted
+    wanted = (config_hash(identity(job.model_dump(mode="json"))), source.fingerprint, plan.hash())
+    return (found["config_hash"], found["source"]["fingerprint"], found["plan_hash"]) == wanted
 
 
 def resolve_plan(config: ConvertConfig, source: MoeSource, reader: CheckpointReader, ranks: Ranks) -> ConversionPlan:

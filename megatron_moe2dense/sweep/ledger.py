@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe2dense.common import records
+from megatron_moe2dense.common.content import config_hash, identity
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.common.outputs import MANIFEST, config_hash, disk_errors, read_json, write_manifest
+from megatron_moe2dense.common.outputs import MANIFEST, differences, disk_errors, read_json, write_manifest
 from megatron_moe2dense.sweep.config import SweepConfig
 
 RECORDS, SUMMARY = "records.jsonl", "summary.json"
@@ -31,8 +32,9 @@ class Ledger:
     """
 
     def __init__(self, config: SweepConfig, facts: dict[str, Any]):
-        self.directory, self._facts = Path(config.output), facts
-        self._config = identity(config)
+        self.directory = Path(config.output)
+        self._sweep, own = config, of_sweep(config)
+        self._facts = {"config_hash": config_hash(own), "identity": own, **facts}
         require_free(config, facts)
         with disk_errors(self.directory):
             if config.overwrite and self.directory.exists():
@@ -43,7 +45,7 @@ class Ledger:
             with self.locked():
                 require_free(config.model_copy(update={"overwrite": False}), facts)
                 if not (self.directory / MANIFEST).exists():
-                    write_manifest(self.directory, "unfinished", "sweep", self._config, **facts)
+                    write_manifest(self.directory, "unfinished", "sweep", _config(config), **self._facts)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -80,13 +82,17 @@ class Ledger:
 
     def finish(self) -> None:
         """Mark the output as complete; call inside `locked`."""
-        write_manifest(self.directory, "finished", "sweep", self._config, **self._facts)
+        write_manifest(self.directory, "finished", "sweep", _config(self._sweep), **self._facts)
         (self.directory / _LOCKS).unlink(missing_ok=True)
         shutil.rmtree(self.directory / REFITS, ignore_errors=True)  # of processes that were killed
 
 
-def identity(config: SweepConfig) -> dict[str, Any]:
-    """The config of the whole sweep: which part of it a process does is no part of it."""
+def of_sweep(config: SweepConfig) -> dict[str, Any]:
+    """The identity of the whole sweep: which part of it a process does is no part of it."""
+    return identity(_config(config))
+
+
+def _config(config: SweepConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"slice", "overwrite"})
 
 
@@ -110,8 +116,15 @@ def require_free(config: SweepConfig, facts: dict[str, Any]) -> None:
         raise UserError(f"{directory} is output of `{found.get('stage')}`", "a sweep, or a path that does not exist yet", _DO)
     if config.overwrite:
         return
-    theirs = (found["config_hash"], {name: found.get(name) for name in facts})
-    if theirs != (config_hash(identity(config)), facts):
-        raise UserError(f"{directory} is a sweep of another config, model, text or statistics", "an unfinished sweep of these", _DO)
+    before, own = found.get("identity") or identity(found["config"]), of_sweep(config)
+    changed = differences({**before, **_measured(found, facts)}, {**own, **_measured(facts, facts)})
+    if changed:
+        raise UserError(f"{directory} is a sweep of another config ({'; '.join(changed)})", "an unfinished sweep of this one", _DO)
     if found["status"] == "finished":
         raise UserError(f"{directory} is a finished output", "a path that does not exist yet", _DO)
+
+
+def _measured(found: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Of a manifest's facts, what is measured on what, without the path of the source."""
+    told = {name: found.get(name) for name in facts}
+    return {**told, "source": {name: value for name, value in (told["source"] or {}).items() if name != "path"}}

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.config import build
+from megatron_moe2dense.common.content import config_hash
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.common.outputs import MANIFEST, Status, config_hash, differences, read_json, read_own_manifest, write_manifest
+from megatron_moe2dense.common.outputs import MANIFEST, Status, differences, read_json, read_own_manifest, write_manifest
 from megatron_moe2dense.trainer.cache.files import CacheReader
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.data.datasets import texts

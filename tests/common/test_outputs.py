@@ -12,8 +12,9 @@ import textwrap
 import pytest
 
 from megatron_moe2dense.common import outputs
+from megatron_moe2dense.common.content import config_hash
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.common.outputs import MANIFEST, config_hash, output_directory, read_manifest
+from megatron_moe2dense.common.outputs import MANIFEST, output_directory, read_manifest
 
 CONFIG = {"keep": 4, "source": "model", "overwrite": False}
 OTHER = {**CONFIG, "keep": 8}

@@ -35,7 +35,7 @@ def run(config: PruneDenseConfig) -> None:
         compute = chosen_compute(config, ranks)
         share_BS = ranks.share(windows_BS, compute.batch)
         facts = {"source": source.facts(), "data": data_facts(windows_BS), "compute": compute_facts(compute, ranks)}
-        identity = [facts, hashlib.sha256(windows_BS.tobytes()).hexdigest()]
+        identity = [{**facts, "source": source.fingerprint}, hashlib.sha256(windows_BS.tobytes()).hexdigest()]
         output, chosen = Path(config.output), dataclasses.asdict(shape)
         with ranks.output_directory(output, "prune-dense", config.model_dump(mode="json"), **facts, shape=chosen) as working:
             resume = Resume(working, identity, ranks, config.memory_budget)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_moe2dense.common.content import config_hash
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
-from megatron_moe2dense.common.outputs import MANIFEST, claim, config_hash, disk_errors, publish, read_json, write_manifest
+from megatron_moe2dense.common.outputs import MANIFEST, claim, disk_errors, publish, read_json, write_manifest
 from megatron_moe2dense.tokens.indexed import TokenFile
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
