@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_moe2dense.compute.ranks import Ranks
 from megatron_moe2dense.surgery.config import ReconstructConfig
 from megatron_moe2dense.surgery.hidden import HiddenPlace, HiddenStates
-from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.forward import ForwardSelection
 from megatron_moe2dense.surgery.refit.layer import FitReport, LayerFit
 from megatron_moe2dense.surgery.refit.normal import Sums, solve

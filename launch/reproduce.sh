@@ -38,6 +38,9 @@ convert_row() { # row
 }
 
 unless_there "$tokens.json" moe2dense data "$configs/data.yaml" source="$TEXT" tokenizer="$SOURCE" output="$tokens"
+# What eval needs at the end, its tasks' data too, is looked up before hours of GPUs are spent.
+unless_there "$OUT/statistics" moe2dense eval "$configs/eval.yaml" models="[$SOURCE]" output="$OUT/none" kl.teacher="$SOURCE" \
+    perplexity.data.path="${tokens}_validation" --dry-run
 unless_there "$OUT/statistics" "${distributed[@]}" calibrate "$configs/calibrate.yaml" source="$SOURCE" output="$OUT/statistics" \
     data.path="$tokens"
 for row in "${rows[@]}"; do

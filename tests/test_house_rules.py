@@ -18,12 +18,13 @@ FOLDERS = ("tests", "examples", "benchmarks", "docker", "launch", "studies")
 SCRIPTS = sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
 
 # Who may import whom inside the package, besides itself.
-GROUND = {"common", "checkpoint", "tokens", "families"}
+GROUND = {"common", "checkpoint", "tokens", "families", "compute"}
 ARROWS = {
     "common": set(),
     "checkpoint": {"common"},
     "tokens": {"common"},
     "families": {"common", "checkpoint"},
+    "compute": {"common"},
     "surgery": GROUND,
     "trainer": GROUND,
     "evals": GROUND,
@@ -41,7 +42,7 @@ OPENED = {f"families/{name}.py" for name in ("stock", "ffn", "disk", "probe", "c
 LIBRARIES = {
     "megatron": {"trainer"},
     "transformers": {"surgery", "evals", *OPENED},
-    "torch": {"checkpoint", "surgery", "trainer", "operations", "evals", "sweep", *OPENED},
+    "torch": {"checkpoint", "compute", "surgery", "trainer", "operations", "evals", "sweep", *OPENED},
     "matplotlib": {"plots"},
     "lm_eval": {"evals"},
     "wandb": {"trainer"},

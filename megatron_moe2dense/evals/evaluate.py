@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,19 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import MANIFEST, differences, read_json, versions
 from megatron_moe2dense.common.table import render
+from megatron_moe2dense.compute.device import chosen_dtype, open_device
+from megatron_moe2dense.compute.ranks import Ranks, joined
 from megatron_moe2dense.evals.config import EvalConfig
 from megatron_moe2dense.evals.generation import speeds
 from megatron_moe2dense.evals.harness import Tasks, answer, load_tasks, require_tokenizer
 from megatron_moe2dense.evals.models import (
-    chosen_dtype,
     free_bytes,
     load_model,
     max_positions,
-    open_device,
     require_accelerate,
     vocab_size,
 )
-from megatron_moe2dense.evals.perplexity import Loaded, measure
+from megatron_moe2dense.evals.perplexity import Loaded, Measured, measure
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.probe import probe
 from megatron_moe2dense.tokens.config import TokensConfig
@@ -53,22 +52,31 @@ class Windows:
 
 @dataclass(frozen=True)
 class Context:
-    """What all models of a run share: the teacher, the loaded lm-eval tasks, token windows (int64 [N, S])."""
+    """What all models of a run share: its processes, the teacher, the loaded lm-eval tasks, token windows (int64 [N, S])."""
 
+    ranks: Ranks
     teacher: Loaded | None
     tasks: Tasks | None
     windows: Windows
 
 
 def run(config: EvalConfig) -> None:
-    """Evaluate every model that has no row yet, in the order given.
+    """Evaluate every model that has no row yet, in the order given. Under torchrun each process has the models whole, and a share of the
+    windows and of the questions; the first writes.
 
     Raises:
         UserError: an output in the way, a broken or unsuitable model, tokens of another tokenizer, an unknown task.
     """
-    device = open_device(config.device)
+    with joined() as ranks:
+        measure_all(config, ranks)
+
+
+def measure_all(config: EvalConfig, ranks: Ranks) -> None:
+    """What `run` does, as one process of these."""
+    device = open_device(config.device, ranks)
     dtype = chosen_dtype(config.dtype, config.device)
     if config.device_map:
+        _require_one_process(ranks)
         require_accelerate()
     accounts, of_teacher = _opened(config)
     indices, teacher_index = {label: account.index for label, account in accounts.items()}, of_teacher.index if of_teacher else None
@@ -76,8 +84,13 @@ def run(config: EvalConfig) -> None:
         require_tokenizer(index.directory)
     windows = _windows(config, indices)
     done = _done(config, indices)
-    tasks = load_tasks(config.harness) if config.harness else None
-    _require_room(accounts, of_teacher, device, _BYTES[dtype] if config.device_map is None else 0)
+    ranks.wait()  # until all have read what is there
+    if ranks.rank == 0:
+        _clear(config)
+    tasks = load_tasks(config.harness, ranks) if config.harness else None
+    todo = {label: account for label, account in accounts.items() if label not in done}
+    beside = 1 if device.type == "cuda" else ranks.on_node()  # processes that share the device's memory
+    _require_room(todo, of_teacher, device, beside * _BYTES[dtype] if config.device_map is None else 0)
     teacher = Loaded("teacher", load_model(teacher_index, device, dtype, config.device_map)) if teacher_index else None
     for label, index in indices.items():
         if label in done:
@@ -86,9 +99,21 @@ def run(config: EvalConfig) -> None:
         # The teacher among the models is not loaded twice.
         known = teacher_index is not None and _is_same(teacher_index, index)
         model = teacher.model if known and teacher is not None else load_model(index, device, dtype, config.device_map)
-        records.append(Path(config.output), _record(config, Loaded(label, model), index, Context(teacher, tasks, windows)))
+        row = _record(config, Loaded(label, model), index, Context(ranks, teacher, tasks, windows))
+        if ranks.rank == 0:
+            records.append(Path(config.output), row)
         del model
-    print(_table(records.read(Path(config.output))))
+    if ranks.rank == 0:
+        print(_table(records.read(Path(config.output))))
+
+
+def _require_one_process(ranks: Ranks) -> None:
+    if ranks.world > 1:
+        raise UserError(
+            f"device_map in {ranks.world} processes, each of which would spread its models over all GPUs",
+            "one process, or models that fit a GPU each",
+            "start eval without torchrun, or leave device_map out",
+        )
 
 
 def _is_same(one: CheckpointIndex, other: CheckpointIndex) -> bool:
@@ -112,11 +137,12 @@ def _require_room(accounts: Mapping[str, Account], teacher: Account | None, devi
 
 
 def dry_run(config: EvalConfig) -> dict[str, Any]:
-    """What would be read and written: bytes, tokens, forward FLOPs and peak memory (models in `dtype` and their logits)."""
+    """What would be read and written: bytes, tokens, forward FLOPs and peak memory (models in `dtype` and their logits), and the questions
+    of each task, whose data is looked up."""
     accounts, teacher = _opened(config)
     indices = {label: account.index for label, account in accounts.items()}
     width = _BYTES[chosen_dtype(config.dtype, config.device)]
-    done = _done(config, indices, keep=True)
+    done = _done(config, indices)
     todo = [account for label, account in accounts.items() if label not in done]
     windows = _windows(config, indices)
     nll_tokens, kl_tokens = (0 if block is None else int(block.size) for block in (windows.nll_NS, windows.kl_NS))
@@ -128,12 +154,16 @@ def dry_run(config: EvalConfig) -> dict[str, Any]:
     if config.perplexity:
         rows = max(config.perplexity.batch_tokens, config.perplexity.data.sequence_length)
         memory += (1 + bool(teacher)) * rows * max(vocab_size(index) for index in indices.values()) * width
+    tasks = load_tasks(config.harness, Ranks()) if config.harness else None
+    for index in indices.values() if tasks else ():
+        require_tokenizer(index.directory)
     read = {str(index.directory): index.nbytes for index in ([*indices.values(), teacher.index] if teacher else indices.values())}
     return {
         "reads_bytes": read,
         "writes": config.output,
         "models_to_measure": [label for label in indices if label not in done],
         "tokens_per_model": nll_tokens + kl_tokens,
+        "questions": tasks.questions if tasks else {},
         "forward_flops": flops,
         "memory_bytes": memory,
     }
@@ -185,14 +215,10 @@ def _filled(config: TokensConfig | None, prompts_NS: np.ndarray | None) -> np.nd
     return prompts_NS
 
 
-def _done(config: EvalConfig, indices: dict[str, CheckpointIndex], keep: bool = False) -> set[str]:
-    """Labels an unfinished run of this config has measured already; clears what may be replaced, unless `keep`."""
+def _done(config: EvalConfig, indices: dict[str, CheckpointIndex]) -> set[str]:
+    """Labels an unfinished run of this config has measured already."""
     path = Path(config.output)
-    if not path.exists():
-        return set()
-    if config.overwrite:
-        if not keep:
-            path.unlink()
+    if config.overwrite or not path.exists():
         return set()
     rows, own = records.read(path), _identity(config)
     for row in rows:
@@ -209,9 +235,16 @@ def _done(config: EvalConfig, indices: dict[str, CheckpointIndex], keep: bool = 
     done = {row["model"] for row in rows}
     if done == set(indices):
         raise UserError(f"{path} is a finished output", "a path that does not exist yet", "choose another output or add overwrite=true")
-    if not keep:
-        records.rewrite(path, rows)  # a last line cut off by a killed run must not swallow the next row
     return done
+
+
+def _clear(config: EvalConfig) -> None:
+    """Of what is there, keep what stays."""
+    path = Path(config.output)
+    if config.overwrite:
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        records.rewrite(path, records.read(path))  # a last line cut off by a killed run must not swallow the next row
 
 
 def _identity(config: EvalConfig) -> dict[str, Any]:
@@ -222,16 +255,16 @@ def _identity(config: EvalConfig) -> dict[str, Any]:
 def _record(config: EvalConfig, subject: Loaded, index: CheckpointIndex, context: Context) -> dict[str, Any]:
     start = time.perf_counter()
     metrics, tokens = _quality(config, subject, context)
-    settings = _settings(subject)
+    settings = {**_settings(subject), "processes": context.ranks.world}
     if config.harness and context.tasks:
-        found = answer(subject.model, index.directory, config.harness, context.tasks)
+        found = answer(subject.model, index.directory, config.harness, context.tasks, context.ranks)
         accuracy = found.accuracy(config.harness)
         metrics |= {"harness": found.by_task, "accuracy": accuracy}
         metrics["accuracy_metric"] = {task: config.harness.metric(task) for task in accuracy}
         if len(accuracy) > 1:
             metrics["mean_accuracy"] = sum(accuracy.values()) / len(accuracy)
         settings["harness"] = found.settings
-    if config.generation and context.windows.prompts_NS is not None:
+    if config.generation and context.windows.prompts_NS is not None and context.ranks.rank == 0:
         metrics["generation"] = speeds(subject, context.windows.prompts_NS, config.generation)
     return {
         "model": subject.name,
@@ -266,11 +299,17 @@ def _quality(config: EvalConfig, subject: Loaded, context: Context) -> tuple[dic
     teacher, nll_NS, kl_NS = context.teacher, context.windows.nll_NS, context.windows.kl_NS
     if nll_NS is None or config.perplexity is None:
         return {}, 0
-    first = measure(subject, nll_NS, _batch_windows(config, nll_NS), None if kl_NS is not None else teacher, config.perplexity.stride)
+
+    def measured(windows_NS: np.ndarray, teacher: Loaded | None, stride: int | None) -> Measured:
+        batch = _batch_windows(config, windows_NS)
+        own = measure(subject, context.ranks.share(windows_NS, batch), batch, teacher, stride)
+        return own.over(context.ranks)
+
+    first = measured(nll_NS, None if kl_NS is not None else teacher, config.perplexity.stride)
     metrics: dict[str, Any] = {"nll": first.nll, "perplexity": first.perplexity}
     if teacher is None:
         return metrics, first.positions
-    second = first if kl_NS is None else measure(subject, kl_NS, _batch_windows(config, kl_NS), teacher)
+    second = first if kl_NS is None else measured(kl_NS, teacher, None)
     metrics |= {"kl": second.kl, "top1_agreement": second.top1_agreement}
     return metrics, first.positions + (0 if kl_NS is None else second.positions)
 
@@ -282,13 +321,8 @@ def _batch_windows(config: EvalConfig, windows_NS: np.ndarray) -> int:
 
 def _active_parameters(account: Account) -> int:
     """Parameters a token goes through: of E routed experts only the A selected ones."""
-    stock, total = account.stock, account.values.total
-    if not stock.moe:
-        return total
-    active = probe(stock, stock.moe[max(stock.moe)]).active
-    shapes = stock.layer_shapes
-    experts = {n: sum(prod(shapes[n][name]) for name in place.experts.names) for n, place in stock.moe.items()}
-    return total - sum(held * (stock.dims.experts - active) // stock.dims.experts for held in experts.values())
+    stock = account.stock
+    return stock.active_parameters(probe(stock, stock.moe[max(stock.moe)]).active if stock.moe else 0)
 
 
 def _plan_hash(directory: Path) -> str | None:

@@ -12,11 +12,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from huggingface_hub import constants
 from transformers import AutoTokenizer, PreTrainedModel
 
 from megatron_moe2dense.common.errors import UserError, did_you_mean
 from megatron_moe2dense.common.log import logger
+from megatron_moe2dense.compute.ranks import Ranks
 from megatron_moe2dense.evals.config import PRESETS, HarnessConfig
 from megatron_moe2dense.evals.harness_lines import bars_as_lines
 
@@ -25,10 +28,12 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True)
 class Tasks:
-    """Loaded tasks: lm-eval's manager, and its Task and Group objects by number of shots (None: each task's own)."""
+    """Loaded tasks: lm-eval's manager, its Task and Group objects by number of shots (None: each task's own), and how many questions each
+    task asks."""
 
     manager: Any
     by_shots: dict[int | None, list[Any]]
+    questions: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,15 @@ def _make_room_for_data_sets() -> None:
     logger.info("%s can't be written: the data of tasks is kept in %s until the end; HF_HOME names a place that stays", cache, folder)
 
 
-def load_tasks(config: HarnessConfig) -> Tasks:
+def load_tasks(config: HarnessConfig, ranks: Ranks) -> Tasks:
     """Load the tasks and their data, before any model. HF_HUB_OFFLINE and HF_DATASETS_OFFLINE are respected (by `datasets`).
 
     Raises:
-        UserError: an unknown task, data that can't be had, or `shots` for a task that fixes them to 0.
+        UserError: an unknown task, data that can't be had, `shots` for a task that fixes them to 0, or fewer questions than processes.
     """
     manager = task_manager(config)
     by_shots: dict[int | None, list[Any]] = {}
+    questions: dict[str, int] = {}
     for name, shots in config.chosen():
         if name not in manager.task_index and not Path(name).is_file():
             hint = did_you_mean(name, manager.all_tasks) or "lm-eval lists its tasks with `lm_eval ls tasks`"
@@ -101,9 +107,23 @@ def load_tasks(config: HarnessConfig) -> Tasks:
         fixed = [task for task, item in loaded["tasks"].items() if shots and item.get_config("num_fewshot") == 0]
         if fixed:
             raise UserError(f"shots {shots} for {fixed[0]}, which fixes them to 0", "shots with an effect", "leave them out for it")
+        for task, item in loaded["tasks"].items():
+            questions[task] = _asked(task, len(list(item.eval_docs)), config.limit, ranks)
         top = [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
         by_shots.setdefault(shots, []).extend(top)
-    return Tasks(manager, by_shots)
+    return Tasks(manager, by_shots, questions)
+
+
+def _asked(task: str, questions: int, limit: int | None, ranks: Ranks) -> int:
+    """How many questions; UserError for a process that would have nothing to answer: lm-eval's others would wait for it for ever."""
+    asked = questions if limit is None else min(questions, limit)
+    if asked < ranks.world:
+        raise UserError(
+            f"task {task}: {asked} questions for {ranks.world} processes",
+            "at least one for every process",
+            "start fewer processes, or raise harness.limit",
+        )
+    return asked
 
 
 def task_manager(config: HarnessConfig) -> Any:
@@ -125,8 +145,9 @@ def require_tokenizer(directory: Path) -> None:
         )
 
 
-def answer(model: PreTrainedModel, directory: Path, config: HarnessConfig, tasks: Tasks) -> Answers:
-    """Run all tasks on `model` with the tokenizer in `directory`.
+def answer(model: PreTrainedModel, directory: Path, config: HarnessConfig, tasks: Tasks, ranks: Ranks) -> Answers:
+    """Run all tasks on `model` with the tokenizer in `directory`; each process answers a share, and the first knows all (the others find
+    no tasks).
 
     Raises:
         UserError: `add_bos_token=true` for a tokenizer that adds none.
@@ -135,7 +156,7 @@ def answer(model: PreTrainedModel, directory: Path, config: HarnessConfig, tasks
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     rows: dict[str, dict[str, Any]] = {}
     with bars_as_lines():
-        harness_model = lm_eval.models.huggingface.HFLM(
+        harness_model = _shared(lm_eval.models.huggingface.HFLM, ranks)(
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=config.batch_size,
@@ -154,11 +175,33 @@ def answer(model: PreTrainedModel, directory: Path, config: HarnessConfig, tasks
                 log_samples=False,
                 bootstrap_iters=0,
             )
-            assert found is not None, "lm-eval gives results on rank 0, and there is only one"
+            if found is None:  # it gives results on the first rank
+                continue
             for name in (getattr(item, "task_name", None) or item.name for item in items):
                 values = {key.partition(",")[0]: value for key, value in found["results"][name].items() if isinstance(value, (int, float))}
                 rows[name] = {**values, "shots": found["n-shot"].get(name, shots), "version": found["versions"].get(name)}
     return Answers(rows, settings)
+
+
+def _shared(model: Any, ranks: Ranks) -> Any:
+    """lm-eval's model class as one of so many processes that have the model each: it knows of accelerate's alone, which load it."""
+    if ranks.world == 1:
+        return model
+
+    class Shared(model):
+        def __init__(self, **options: Any):
+            super().__init__(**options)
+            self._rank, self._world_size = ranks.rank, ranks.world
+
+        def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+            found = [torch.empty_like(tensor.cpu()) for _ in range(ranks.world)]
+            dist.all_gather(found, tensor.cpu())
+            return torch.stack(found).flatten()
+
+        def barrier(self) -> None:
+            ranks.wait()
+
+    return Shared
 
 
 def _settings(harness_model: Any, config: HarnessConfig, directory: Path) -> dict[str, Any]:

@@ -34,24 +34,6 @@ def max_positions(index: CheckpointIndex) -> int:
     return config.get("max_position_embeddings") or 0
 
 
-def open_device(name: str) -> torch.device:
-    """The torch device of that name (`auto`: cuda where there is one, else cpu); UserError when there is no such device here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise UserError(f"device {name!r}: {str(error).splitlines()[0]}", "a device of this machine", "e.g. device=cpu") from None
-    return device
-
-
-def chosen_dtype(name: str, device: str) -> str:
-    """The type of that name on the device of that name, which may be another machine's (`auto`: bfloat16 on a GPU, float32 on a CPU)."""
-    kind = open_device(device).type if device == "auto" else device.partition(":")[0]
-    return name if name != "auto" else "float32" if kind == "cpu" else "bfloat16"
-
-
 def free_bytes(device: torch.device) -> int | None:
     """Of the device's memory; None where nobody says."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.progress import Progress
+from megatron_moe2dense.compute.ranks import Ranks
 
 # Largest float32 block of log-probabilities [tokens, V] that is alive at once, in elements (128 MiB each).
 _BLOCK = 2**25
@@ -28,6 +29,13 @@ class Measured:
     nll_sum: float
     kl_sum: float | None = None
     agreed: int | None = None
+
+    def over(self, ranks: Ranks) -> Measured:
+        """The sums over all processes of a job."""
+        own = {name: np.array([float(value)]) for name, value in vars(self).items() if value is not None}
+        found = {name: float(value[0]) for name, value in ranks.sum(own).items()}
+        counts = {name: round(found[name]) for name in ("positions", "agreed") if name in found}
+        return Measured(**{**found, **counts})
 
     @property
     def nll(self) -> float:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -163,6 +164,22 @@ class Stock:
             expert_width=0 if place is None else place.experts.sizes(shapes[place.layer])[0],
             shared_width=0 if place is None else sum(shared.sizes(shapes[place.layer])[0] for shared in place.shared),
         )
+
+    @cached_property
+    def parameters(self) -> int:
+        """Of the whole class: tied ones once, buffers not."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def active_parameters(self, active: int) -> int:
+        """Those that a token goes through when each layer runs so many of its routed experts."""
+        shapes = ((place.experts, self.layer_shapes[layer]) for layer, place in self.moe.items())
+        experts = sum(prod(shapes_of_layer[name]) for ffn, shapes_of_layer in shapes for name in ffn.names)
+        return self.parameters - (experts * (self.dims.experts - active) // self.dims.experts if experts else 0)
+
+    @cached_property
+    def buffers(self) -> set[str]:
+        """Names of the tensors of the state dict that are no parameters: a router's correction."""
+        return self.shapes.keys() - {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
 
     def in_model(self, layer: int, name: str) -> str:
         """The name in the model's state dict of a parameter of a layer."""

@@ -54,7 +54,7 @@ def facts(config: DistillConfig, processes: int | None = None) -> dict[str, Any]
         if directory is None:
             continue
         spec = specs[name] = models.ModelSpec.read(directory, getattr(torch, config.dtype))
-        total, active = count_parameters(spec)
+        total, active = spec.stock.parameters, spec.stock.active_parameters(spec.dims.active)
         passes, nbytes = per_pass[name]
         found[name] = {"directory": directory, "family": spec.family.name, "parameters": total, "active_parameters": active}
         experts = config.active_experts() if name == "teacher" else None
@@ -62,7 +62,8 @@ def facts(config: DistillConfig, processes: int | None = None) -> dict[str, Any]
         found["memory_bytes"][name] = nbytes * total
         if name == "student" and config.optim.muon is not None:  # one moment in place of two, of the layers' matrices
             dims = spec.dims
-            found["memory_bytes"][name] -= 4 * (total - dims.vocab_size * dims.hidden_size * (1 if dims.tied_embeddings else 2))
+            tables = dims.vocab_size * dims.hidden_size * (1 if dims.tied_embeddings else 2)
+            found["memory_bytes"][name] -= 4 * (count_parameters(spec)[0] - tables)
     found["checkpoint_bytes"] = memory.checkpoint_bytes(found["student"]["parameters"], 2 if half else 4)
     found["memory_per_process"] = _memory_per_process(config, specs, processes)
     files = [source.path for source in config.data.sources()]

@@ -15,11 +15,12 @@ import torch
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.progress import Progress
+from megatron_moe2dense.compute.device import chosen_dtype, open_device
+from megatron_moe2dense.compute.ranks import Ranks, joined
 from megatron_moe2dense.surgery.config import CalibrateConfig
 from megatron_moe2dense.surgery.experts import Experts
 from megatron_moe2dense.surgery.hidden import HiddenStates
 from megatron_moe2dense.surgery.observe import Observer, chunk_tokens, runs_every_expert
-from megatron_moe2dense.surgery.ranks import Ranks, joined
 from megatron_moe2dense.surgery.resume import Resume
 from megatron_moe2dense.surgery.routing import Routing
 from megatron_moe2dense.surgery.source import MoeSource
@@ -108,7 +109,7 @@ def calibrate(source: MoeSource, windows_BS: np.ndarray, names: tuple[str, ...],
             if hidden.layer > resume.start:
                 done = hidden.layer - 1
                 if done in source.layers:
-                    sums[done] = job.ranks.sum(observer.take())
+                    sums[done] = LayerStats(job.ranks.sum(observer.take().sums))
                 resume.finish_layer(done, sums.get(done), hidden)
                 shown.reached(len(sums))
     return sums
@@ -140,16 +141,8 @@ def require_finite(hidden: HiddenStates, source: StreamSource) -> None:
 
 def chosen_compute(config: PassConfig, ranks: Ranks) -> Compute:
     """Device, dtype and windows of a forward pass; UserError for a device this machine does not have."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    if name == "cuda" and ranks.world > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r}: {reason}", "a torch device of this machine", "use device=cpu, or auto") from None
-    dtype = config.dtype if config.dtype != "auto" else ("float32" if device.type == "cpu" else "bfloat16")
+    device = open_device(config.device, ranks)
+    dtype = chosen_dtype(config.dtype, device.type)
     return Compute(device, getattr(torch, dtype), max(1, config.batch_tokens // config.data.sequence_length))
 
 

@@ -14,11 +14,11 @@ from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.content import config_hash, identity
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import MANIFEST, read_manifest
+from megatron_moe2dense.compute.ranks import Ranks, joined
 from megatron_moe2dense.surgery.config import ConvertConfig
 from megatron_moe2dense.surgery.inspect import left_out_line
 from megatron_moe2dense.surgery.layout import dense_size, dense_width, making_bytes, require_read_alike
 from megatron_moe2dense.surgery.plan import ROUTED_FACTOR, ConversionPlan, Methods, make_plan
-from megatron_moe2dense.surgery.ranks import Ranks, joined
 from megatron_moe2dense.surgery.refit.planned import Place, cost, fit_planned, with_refit
 from megatron_moe2dense.surgery.rewrite import DenseOutput, write_dense
 from megatron_moe2dense.surgery.source import MoeSource

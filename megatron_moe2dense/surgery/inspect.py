@@ -58,7 +58,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "untied": untied,
         "left_out": account.left_out_facts(),
         "tokenizer": tokenizer_of(index.directory),
-        "parameters": {"total": sum(parameters.values()), **parameters},
+        "parameters": {"total": stock.parameters, **parameters},
         "bytes": {"total": index.nbytes, **nbytes},
         "fingerprint": index.fingerprint(),
     }
@@ -66,7 +66,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         if config.keep is not None:
             raise UserError(f"keep={config.keep} for a dense {stock.name} model", "a MoE model", "drop --keep")
         return {**facts, "gpus_for_weights": {"this model": gpus_for_weights(index.nbytes)}}
-    moe = _moe_facts(config, source, parameters)
+    moe = _moe_facts(config, source)
     fits = {"this model": gpus_for_weights(index.nbytes), "dense": gpus_for_weights(moe["dense"]["bytes"])}
     return {**facts, **moe, "gpus_for_weights": fits}
 
@@ -76,15 +76,14 @@ def gpus_for_weights(nbytes: int) -> dict[str, int]:
     return {f"{memory} GB": max(1, math.ceil(nbytes / (memory * 1e9 * _SHARE))) for memory in _GPUS}
 
 
-def _moe_facts(config: InspectConfig, source: MoeSource, parameters: dict[str, int]) -> dict[str, Any]:
+def _moe_facts(config: InspectConfig, source: MoeSource) -> dict[str, Any]:
     dims = source.dims
     keep = config.keep or dims.active
     check_keep(keep, dims.experts)
     dense_parameters, dense_bytes = dense_size(source, keep)
-    idle = parameters["experts"] * (dims.experts - dims.active) // dims.experts
     return {
         "moe_layers": list(source.layers),
-        "active_parameters": sum(parameters.values()) - idle - parameters[_LEFT_OUT],
+        "active_parameters": source.stock.active_parameters(dims.active),
         "dense": {
             "family": dense_of(source, keep).stock.name,
             "form": source.form.kind,
@@ -97,14 +96,16 @@ def _moe_facts(config: InspectConfig, source: MoeSource, parameters: dict[str, i
 
 
 def _parts(account: Account, source: MoeSource | None) -> tuple[dict[str, int], dict[str, int]]:
-    """Parameters and bytes by part: experts, shared experts, attention, embeddings, router, other, and what is left out."""
+    """Parameters and bytes by part: experts, shared experts, attention, embeddings, router, other, and what is left out. Buffers have bytes
+    alone."""
     order = ("experts", "shared experts", "attention", "embeddings", "router", "other", _LEFT_OUT)
     parameters: Counter[str] = Counter(dict.fromkeys(order, 0))
     nbytes: Counter[str] = Counter(dict.fromkeys(order, 0))
     in_blocks = dict.fromkeys(account.left_out, _LEFT_OUT) | ({} if source is None else _block_parts(source))
+    buffers = {stored for name in account.stock.buffers for stored in account.disk.names_of(name)}
     for name, info in account.index.tensors.items():
         part = in_blocks.get(name) or next((part for text, part in _PARTS.items() if text in name), "other")
-        parameters[part] += account.values.parameters(name)
+        parameters[part] += 0 if name in buffers else account.values.parameters(name)
         nbytes[part] += info.nbytes
     return dict(parameters), dict(nbytes)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import read_json, write_json
+from megatron_moe2dense.compute.ranks import Ranks
 from megatron_moe2dense.surgery.hidden import HiddenPlace, HiddenStates
-from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.stats import LayerStats, load_layers, save_stats
 
 _FOLDER, _PROGRESS = "resume", "progress.json"

@@ -17,6 +17,7 @@ import torch
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.progress import progress
+from megatron_moe2dense.compute.ranks import Ranks, joined
 from megatron_moe2dense.surgery.calibrate import Job, TextPass, chosen_compute, compute_facts, data_facts, require_finite
 from megatron_moe2dense.surgery.config import SelectConfig
 from megatron_moe2dense.surgery.convert import require_same_source
@@ -24,7 +25,6 @@ from megatron_moe2dense.surgery.experts import Experts
 from megatron_moe2dense.surgery.neurons import NeuronSelector, selectors
 from megatron_moe2dense.surgery.observe import Observer
 from megatron_moe2dense.surgery.plan import ConversionPlan, input_scale, shared_scale
-from megatron_moe2dense.surgery.ranks import Ranks, joined
 from megatron_moe2dense.surgery.refit.normal import Sums
 from megatron_moe2dense.surgery.resume import Resume
 from megatron_moe2dense.surgery.rewrite import PLAN_FILE

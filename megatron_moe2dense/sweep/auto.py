@@ -22,14 +22,14 @@ from megatron_moe2dense.common.label import label
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import output_directory, read_json, write_json
 from megatron_moe2dense.common.table import render
-from megatron_moe2dense.evals.models import open_device
+from megatron_moe2dense.compute.device import open_device
+from megatron_moe2dense.compute.ranks import Ranks
 from megatron_moe2dense.surgery import select
 from megatron_moe2dense.surgery.config import ReconstructConfig, RefitConfig, SelectConfig
 from megatron_moe2dense.surgery.convert import flat_weights, require_same_source
 from megatron_moe2dense.surgery.layout import dense_size
 from megatron_moe2dense.surgery.neurons import selectors
 from megatron_moe2dense.surgery.plan import ConversionPlan
-from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.fit import adds_plainly
 from megatron_moe2dense.surgery.refit.planned import Place, block
 from megatron_moe2dense.surgery.rewrite import PLAN_FILE
@@ -97,7 +97,8 @@ def _judged_on(config: AutoConfig, source: MoeSource) -> tuple[np.ndarray, Compu
     """The held-out text, how it runs, and in which modes refits go with the model, the best last; UserError for a model that no dense
     layer can be judged in."""
     windows_NS = windows(config.data, source.dims)
-    compute = Compute(open_device(config.device), getattr(torch, config.dtype), max(1, config.batch_tokens // config.data.sequence_length))
+    device = open_device(config.device, Ranks())
+    compute = Compute(device, getattr(torch, config.dtype), max(1, config.batch_tokens // config.data.sequence_length))
     with CheckpointReader(source.index) as reader:
         plainly = adds_plainly(source, reader, compute, windows_NS)
     return windows_NS, compute, ("parallel", "sequential") if plainly else ("parallel",)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
+from megatron_moe2dense.compute.ranks import Ranks
 from megatron_moe2dense.evals.perplexity import Measured
 from megatron_moe2dense.surgery.dense_stream import DenseModel, DenseStream, Head
 from megatron_moe2dense.surgery.plan import ConversionPlan
-from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.planned import Place, fit_planned
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stream import Compute

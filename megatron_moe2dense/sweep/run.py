@@ -17,14 +17,14 @@ from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import versions, write_json
 from megatron_moe2dense.common.progress import Pace, duration
-from megatron_moe2dense.evals.models import open_device
+from megatron_moe2dense.compute.device import open_device
+from megatron_moe2dense.compute.ranks import Ranks
 from megatron_moe2dense.evals.perplexity import Measured
 from megatron_moe2dense.surgery.config import RefitConfig
 from megatron_moe2dense.surgery.convert import flat_weights, require_same_source
 from megatron_moe2dense.surgery.dense_stream import DenseStream
 from megatron_moe2dense.surgery.layout import dense_size
 from megatron_moe2dense.surgery.plan import ConversionPlan
-from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.planned import Place, block
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stats import STATS_FILE, CalibratedStats
@@ -107,7 +107,7 @@ def prepare(config: SweepConfig, source: MoeSource, reader: CheckpointReader) ->
     """The windows and the plans of all points; each layer's experts are read once, where a grouping looks at them."""
     statistics = CalibratedStats.open(config.statistics)
     require_same_source(f"{config.statistics}: statistics", statistics.source, source)
-    device = open_device(config.device)
+    device = open_device(config.device, Ranks())
     if config.refit_data is not None:
         warn_unless_held_out(config.data.path, {"refit_data.path": config.refit_data.path})
     windows_NS = windows(config.data, source.dims)

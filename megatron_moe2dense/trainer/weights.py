@@ -46,11 +46,15 @@ def _rows(entry: Entry) -> slice | None:
 
 def require_one_table(spec: ModelSpec) -> None:
     """UserError for tied embeddings beside a head of its own: stock transformers keeps both, this model has one."""
-    index, embedding, head = spec.opened.index, "model.embed_tokens.weight", "lm_head.weight"
-    if not spec.dims.tied_embeddings or head not in index.tensors or embedding not in index.tensors:
+    index, values, embedding, head = spec.opened.index, spec.opened.values, "model.embed_tokens.weight", "lm_head.weight"
+    if not spec.dims.tied_embeddings or not {head, embedding} <= values.shapes.keys():
         return
     with CheckpointReader(index) as reader:
-        same = reader.equal(head, embedding)
+        if values.is_stored(head) and values.is_stored(embedding):
+            same = reader.equal(head, embedding)
+        else:  # their scales count
+            read = values.reader(reader)
+            same = torch.equal(read(head, None), read(embedding, None))
     if not same:
         raise UserError(
             f"{index.directory}: tie_word_embeddings is true, and {head} differs from {embedding}",

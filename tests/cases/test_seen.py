@@ -14,8 +14,8 @@ import yaml
 from megatron_moe2dense import cli
 from megatron_moe2dense.cli import main
 from megatron_moe2dense.common import records
+from megatron_moe2dense.compute.device import chosen_dtype
 from megatron_moe2dense.evals import evaluate
-from megatron_moe2dense.evals.models import chosen_dtype
 from tests.cases.shell import ROOT
 
 

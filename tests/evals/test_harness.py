@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.compute.ranks import Ranks
 from megatron_moe2dense.evals import evaluate, harness
 from megatron_moe2dense.evals.config import EvalConfig, HarnessConfig
 from megatron_moe2dense.evals.harness import Answers, load_tasks, task_manager
@@ -171,7 +172,7 @@ def test_data_that_can_not_be_reached_is_refused_before_any_model_is_loaded(root
 
 def test_an_unknown_task_is_refused_with_the_nearest_name():
     with pytest.raises(UserError, match="did you mean 'hellaswag'"):
-        load_tasks(HarnessConfig(tasks=["helaswag"]))
+        load_tasks(HarnessConfig(tasks=["helaswag"]), Ranks())
 
 
 def test_a_task_without_data_is_refused(root, tmp_path):
@@ -179,12 +180,12 @@ def test_a_task_without_data_is_refused(root, tmp_path):
     task["dataset_kwargs"]["data_files"]["test"] = str(tmp_path / "absent.jsonl")
     (tmp_path / "broken.yaml").write_text(yaml.safe_dump(task))
     with pytest.raises(UserError, match="a task whose data can be loaded"):
-        load_tasks(HarnessConfig(tasks=[str(tmp_path / "broken.yaml")]))
+        load_tasks(HarnessConfig(tasks=[str(tmp_path / "broken.yaml")]), Ranks())
 
 
 def test_shots_a_task_would_ignore_are_refused(root):
     with pytest.raises(UserError, match="which fixes them to 0"):
-        load_tasks(HarnessConfig(tasks=[str(root / "pick_fixed.yaml")], shots=3))
+        load_tasks(HarnessConfig(tasks=[str(root / "pick_fixed.yaml")], shots=3), Ranks())
 
 
 def test_a_model_without_tokenizer_is_refused(root, tmp_path):
@@ -204,4 +205,12 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(UserError, match=r"megatron_moe2dense\[eval\]"):
-        load_tasks(HarnessConfig(tasks=["hellaswag"]))
+        load_tasks(HarnessConfig(tasks=["hellaswag"]), Ranks())
+
+
+def test_a_dry_run_looks_up_the_questions(root, tmp_path):
+    """Before hours of training: tasks and their data are there, or it is said now."""
+    assert evaluate.dry_run(config(root, tmp_path / "r.jsonl", limit=5))["questions"] == {"pick": 5}
+    with pytest.raises(UserError, match=r"none\.yaml"):
+        evaluate.dry_run(config(root, tmp_path / "r.jsonl", tasks=[str(root / "none.yaml")]))
+    assert not (tmp_path / "r.jsonl").exists()

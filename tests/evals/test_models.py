@@ -10,7 +10,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.evals.models import load_model, open_device, vocab_size
+from megatron_moe2dense.compute.device import open_device
+from megatron_moe2dense.compute.ranks import Ranks
+from megatron_moe2dense.evals.models import load_model, vocab_size
 from tests.families.every import tiny_checkpoint, tiny_model
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe
 
@@ -116,7 +118,7 @@ def test_a_config_without_vocabulary_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["cuda:99", "tpu?"])
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(UserError, match="a device of this machine"):
-        open_device(name)
+        open_device(name, Ranks())
 
 
 def test_a_model_for_images_around_a_language_model_is_one_of_text(tmp_path):

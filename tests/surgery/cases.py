@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from megatron_moe2dense.cli import main
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.compute.ranks import Ranks
 from megatron_moe2dense.surgery.hidden import HiddenPlace, HiddenStates
-from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.layer import LayerFit
 from megatron_moe2dense.surgery.refit.reconstruct import LayerText
 from megatron_moe2dense.surgery.resume import Resume

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_moe2dense.cli import main
+from megatron_moe2dense.compute.ranks import Ranks
 from megatron_moe2dense.surgery.calibrate import Job
 from megatron_moe2dense.surgery.prune_dense.importance import measure
 from megatron_moe2dense.surgery.prune_dense.source import DenseSource
-from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.resume import Resume
 from megatron_moe2dense.surgery.stream import Compute
 from tests.helpers.tiny_models import tiny, write_tokens

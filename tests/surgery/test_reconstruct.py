@@ -15,10 +15,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from megatron_moe2dense.cli import main
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.compute.ranks import Ranks
 from megatron_moe2dense.families.ffn import Ffn
 from megatron_moe2dense.surgery.config import ReconstructConfig
 from megatron_moe2dense.surgery.hidden import HiddenPlace, HiddenStates
-from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.layer import FitReport, LayerFit
 from megatron_moe2dense.surgery.refit.reconstruct import LayerText, Reconstruction
 from tests.helpers.forks import launch

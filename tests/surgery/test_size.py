@@ -125,7 +125,9 @@ def test_the_state_of_other_tokens_is_not_taken_up(moe: Path, tokens: str, tmp_p
     changed = bytearray(Path(prefix + ".bin").read_bytes())
     changed[0] ^= 1
     Path(prefix + ".bin").write_bytes(bytes(changed))
-    main(arguments)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    main([*arguments, "overwrite=true"])
     main(["calibrate", *calibration(moe, prefix, tmp_path / "whole"), BATCHES])
     assert stats_bytes(tmp_path / "stats") == stats_bytes(tmp_path / "whole")
 

@@ -24,7 +24,6 @@ from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
 from megatron_moe2dense.trainer.flops import training_flops
 from megatron_moe2dense.trainer.layout import answers, refuse
 from megatron_moe2dense.trainer.model import ModelSpec
-from megatron_moe2dense.trainer.outline import count_parameters
 
 _LAYOUT = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "recompute")
 _DAY = 86_400
@@ -127,7 +126,7 @@ def _facts(config: PlanConfig, verdicts: list[Verdict], left_out: Mapping[str, i
 def of_run(config: PlanConfig, verdict: Verdict) -> dict[str, Any]:
     """Steps, hours and cost of this run, where its length is given, and bytes of a checkpoint and of the export."""
     job, machine = verdict.job, Machine(config.hardware)
-    total = count_parameters(job.student)[0]
+    total = job.student.stock.parameters
     facts: dict[str, Any] = {"checkpoint_bytes": checkpoint_bytes(total, job.element), "export_bytes": total * job.element}
     length = config.train
     if length is None or (length.steps is None and length.tokens is None):

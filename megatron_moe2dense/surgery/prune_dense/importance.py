@@ -124,13 +124,13 @@ def measure(source: DenseSource, windows_BS: np.ndarray, compute: Compute, job: 
             require_finite(hidden, source)
             if hidden.layer > resume.start:
                 done = hidden.layer - 1
-                sums[done] = job.ranks.sum(importance.take())
+                sums[done] = LayerStats(job.ranks.sum(importance.take().sums))
                 resume.finish_layer(done, sums[done], hidden)
                 shown.reached(hidden.layer)
             if hidden.layer == count:
                 for x_BSD in hidden:
                     importance.observe_norm(model.final_norm(x_BSD))
-                sums[count] = job.ranks.sum(importance.take())
+                sums[count] = LayerStats(job.ranks.sum(importance.take().sums))
     return sums
 
 

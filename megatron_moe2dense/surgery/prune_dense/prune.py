@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_moe2dense.compute.ranks import Ranks, joined
 from megatron_moe2dense.surgery.calibrate import Job, chosen_compute, compute_facts, data_facts
 from megatron_moe2dense.surgery.inspect import left_out_line
 from megatron_moe2dense.surgery.prune_dense.config import PruneDenseConfig
@@ -16,7 +17,6 @@ from megatron_moe2dense.surgery.prune_dense.importance import choose, measure
 from megatron_moe2dense.surgery.prune_dense.shape import target_shape
 from megatron_moe2dense.surgery.prune_dense.source import DenseSource, Shape
 from megatron_moe2dense.surgery.prune_dense.write import steps_of, write_pruned
-from megatron_moe2dense.surgery.ranks import Ranks, joined
 from megatron_moe2dense.surgery.resume import Resume
 from megatron_moe2dense.tokens.indexed import windows
 

@@ -18,6 +18,7 @@ import torch
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.progress import progress
+from megatron_moe2dense.compute.ranks import Ranks
 from megatron_moe2dense.families.ffn import Ffn, Gating
 from megatron_moe2dense.surgery.calibrate import require_finite
 from megatron_moe2dense.surgery.config import RefitConfig
@@ -26,7 +27,6 @@ from megatron_moe2dense.surgery.hidden import HiddenPlace, HiddenStates
 from megatron_moe2dense.surgery.layout import seam_ffn
 from megatron_moe2dense.surgery.observe import Observer
 from megatron_moe2dense.surgery.plan import ConversionPlan
-from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.layer import FitReport, LayerFit, LayerSums
 from megatron_moe2dense.surgery.refit.reconstruct import LayerText, Reconstruction
 from megatron_moe2dense.surgery.refit.store import FittedLayers

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from megatron_moe2dense.common.log import logger
+from megatron_moe2dense.compute.ranks import Ranks
 from megatron_moe2dense.families.ffn import Ffn, Gating
 from megatron_moe2dense.surgery.dense_block import neurons
-from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.normal import Solution, Sums, best_ridge, solve
 
 RIDGES = tuple(10.0**power for power in range(-7, 0))

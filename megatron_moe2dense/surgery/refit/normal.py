@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_moe2dense.surgery.ranks import Ranks
-from megatron_moe2dense.surgery.stats import LayerStats
+from megatron_moe2dense.compute.ranks import Ranks
 
 _LARGEST_CONDITION = 1e13  # of the regularised matrix, estimated; float64 then keeps three digits of the solution
 
@@ -45,7 +44,7 @@ class Sums:
         if ranks.world == 1:
             return self
         own = {"tokens": np.array([float(self.tokens)]), "square": self.square.cpu().numpy()[None]}
-        whole = ranks.sum(LayerStats({**own, "gram": self.gram_FF.cpu().numpy(), "cross": self.cross_FD.cpu().numpy()})).sums
+        whole = ranks.sum({**own, "gram": self.gram_FF.cpu().numpy(), "cross": self.cross_FD.cpu().numpy()})
         gram_FF, cross_FD = (torch.from_numpy(whole[name]).to(self.gram_FF) for name in ("gram", "cross"))
         return Sums(gram_FF, cross_FD, gram_FF.new_tensor(float(whole["square"][0])), int(whole["tokens"][0]))
 

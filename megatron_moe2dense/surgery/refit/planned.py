@@ -13,10 +13,10 @@ import numpy as np
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.compute.ranks import Ranks
 from megatron_moe2dense.surgery.calibrate import TextPass, chosen_compute, compute_facts
 from megatron_moe2dense.surgery.config import ConvertConfig, RefitConfig
 from megatron_moe2dense.surgery.plan import ConversionPlan
-from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.fit import Refit, adds_plainly, parallel
 from megatron_moe2dense.surgery.refit.layer import RIDGES
 from megatron_moe2dense.surgery.refit.store import FittedLayers

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.compute.ranks import Ranks
 from megatron_moe2dense.families.ffn import Ffn
 from megatron_moe2dense.surgery.config import ReconstructConfig
 from megatron_moe2dense.surgery.dense_block import neurons
 from megatron_moe2dense.surgery.experts import Gating
 from megatron_moe2dense.surgery.hidden import HiddenStates
-from megatron_moe2dense.surgery.ranks import Ranks
 from megatron_moe2dense.surgery.refit.layer import LayerFit
 
 _WARMUP = 0.1  # share of the updates

@@ -1,10 +1,10 @@
-"""The processes of one torchrun job that share a calibration: who takes which batches, sums over all of them, errors told to all."""
+"""The processes of one torchrun job that share a pass over text: who takes which batches, sums over all of them, errors told to all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import output_directory
-from megatron_moe2dense.surgery.stats import LayerStats
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,19 @@ class Ranks:
         start, stop = (batches * rank // self.world * batch for rank in (self.rank, self.rank + 1))
         return windows_BS[start:stop]
 
-    def sum(self, stats: LayerStats) -> LayerStats:
-        """The sums over all ranks, in float64 (gloo: they are small and lie on the CPU)."""
+    def sum(self, sums: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Over all ranks, by name, in float64 (gloo: they are small and lie on the CPU)."""
         if self.world == 1:
-            return stats
-        flat = torch.from_numpy(np.concatenate([value.ravel() for value in stats.sums.values()]))
+            return sums
+        flat = torch.from_numpy(np.concatenate([value.ravel() for value in sums.values()]))
         dist.all_reduce(flat)
-        ends = np.cumsum([value.size for value in stats.sums.values()])
-        parts = zip(stats.sums.items(), np.split(flat.numpy(), ends[:-1]), strict=True)
-        return LayerStats({name: part.reshape(value.shape) for (name, value), part in parts})
+        ends = np.cumsum([value.size for value in sums.values()])
+        parts = zip(sums.items(), np.split(flat.numpy(), ends[:-1]), strict=True)
+        return {name: part.reshape(value.shape) for (name, value), part in parts}
+
+    def on_node(self) -> int:
+        """Processes of this job on this machine."""
+        return int(os.environ["LOCAL_WORLD_SIZE"]) if self.world > 1 else 1
 
     def least(self, value: int) -> int:
         """The smallest of all ranks' values."""
