@@ -68,7 +68,9 @@ COMMANDS = {
         "train the dense student on the teacher's logits (Megatron-Core)",
         dry_run="operations.dry_run:distill",
     ),
-    "export": _command("trainer.export", "ExportConfig", "trainer checkpoint to a Hugging Face checkpoint"),
+    "export": _command(
+        "trainer.export", "ExportConfig", "trainer checkpoint to a Hugging Face checkpoint; either to FP8", positional="checkpoint"
+    ),
     "eval": _command("evals.evaluate", "EvalConfig", "perplexity, KL to the teacher, lm-eval accuracy, generation speed of checkpoints"),
     "make-task": _command("evals.local_task", "MakeTaskConfig", "a multiple-choice task for eval out of held-out tokens"),
     "doctor": _command(

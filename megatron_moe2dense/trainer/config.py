@@ -289,7 +289,12 @@ class DistillConfig(Config):
 class ExportConfig(Config):
     """`moe2dense export`."""
 
-    checkpoint: str = key(..., "a run directory of `distill` (its last checkpoint) or one of its checkpoints/step_*")
+    checkpoint: Annotated[str, Source()] = key(
+        ..., "a run directory of `distill` (its last checkpoint), one of its checkpoints/step_*, or a Hugging Face directory"
+    )
     output: str = key(..., "Hugging Face directory to write")
     dtype: Literal["source", "float32", "bfloat16"] = key("source", "type of the written weights; source: that of the student it began as")
+    format: Literal["plain", "fp8"] = key(
+        "plain", "fp8: linear layers in FP8 with a scale a row, activations a scale a token, as vLLM takes it (extra `export`)"
+    )
     overwrite: bool = key(False, "replace existing output")
