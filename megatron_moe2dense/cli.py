@@ -46,7 +46,11 @@ def _command(module: str, config: str, help_line: str, dry_run: str | None = Non
 
 COMMANDS = {
     "inspect": _command(
-        "surgery.inspect", "InspectConfig", "family, sizes and dense shape of a checkpoint", positional="source", flags=("keep", "json")
+        "surgery.inspect",
+        "InspectConfig",
+        "family, sizes and dense shape of a checkpoint",
+        positional="source",
+        flags=("keep", "json", "download"),
     ),
     "init": _command("init.run", "InitConfig", "a folder of YAMLs and a run.sh for a MoE, its text and your GPUs", positional="source"),
     "data": _command("tokens.prepare", "DataConfig", "text files to Megatron .bin/.idx token files"),
@@ -64,7 +68,9 @@ COMMANDS = {
         "train the dense student on the teacher's logits (Megatron-Core)",
         dry_run="operations.dry_run:distill",
     ),
-    "export": _command("trainer.export", "ExportConfig", "trainer checkpoint to a Hugging Face checkpoint"),
+    "export": _command(
+        "trainer.export", "ExportConfig", "trainer checkpoint to a Hugging Face checkpoint; either to FP8", positional="checkpoint"
+    ),
     "eval": _command("evals.evaluate", "EvalConfig", "perplexity, KL to the teacher, lm-eval accuracy, generation speed of checkpoints"),
     "make-task": _command("evals.local_task", "MakeTaskConfig", "a multiple-choice task for eval out of held-out tokens"),
     "doctor": _command(
@@ -115,6 +121,7 @@ def _dispatch(argv: list[str]) -> None:
 
 def _run(name: str, command: Command, argv: list[str]) -> None:
     from megatron_moe2dense.common import config as configs
+    from megatron_moe2dense.common import hub
     from megatron_moe2dense.common.log import start_logging
 
     if "-h" in argv or "--help" in argv:
@@ -123,6 +130,9 @@ def _run(name: str, command: Command, argv: list[str]) -> None:
     options, path, overrides = _parse(name, command, argv)
     start_logging()
     config = configs.load(_load(command.config), path, overrides)
+    if not options.print_config and "download" not in type(config).model_fields:
+        for source, need in hub.sources_of(config):  # before libraries are imported for it
+            hub.download(source, need) if options.download else hub.located(source)
     if options.print_config:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
     elif options.dry_run:
@@ -135,7 +145,8 @@ def _run(name: str, command: Command, argv: list[str]) -> None:
 def _parse(name: str, command: Command, argv: list[str]) -> tuple[argparse.Namespace, Path | None, list[str]]:
     parser = argparse.ArgumentParser(prog=f"moe2dense {name}", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("arguments", nargs="*")
-    for flag in ("--dry-run", "--print-config", "--traceback"):
+    parser.set_defaults(download=None)
+    for flag in ("--dry-run", "--print-config", "--traceback", *(["--download"] if _may_download(command) else [])):
         parser.add_argument(flag, action="store_true")
     for flag in command.flags:
         parser.add_argument(f"--{flag}", nargs="?", const="true")
@@ -156,6 +167,13 @@ def _parse(name: str, command: Command, argv: list[str]) -> tuple[argparse.Names
     return options, Path(bare[0]) if bare else None, overrides
 
 
+def _may_download(command: Command) -> bool:
+    """Whether there can be models to download before the command runs: `inspect` does it itself, by a key."""
+    from megatron_moe2dense.common import hub
+
+    return "download" not in command.flags and hub.names_models(_load(command.config))
+
+
 def _load(target: str) -> Any:
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(f"megatron_moe2dense.{module}"), name)
@@ -166,13 +184,14 @@ def _overview() -> str:
     lines = [f"  {name.ljust(width)}  {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "moe2dense COMMAND [CONFIG.yaml] [key.path=value ...] [--dry-run] [--print-config] [--traceback]",
+            "moe2dense COMMAND [CONFIG.yaml] [key.path=value ...] [--dry-run] [--print-config] [--download] [--traceback]",
             "",
             "Turn a trained Mixture-of-Experts language model into a dense one.",
             "",
             *lines,
             "",
-            "`moe2dense COMMAND --help` shows every key with type, default and unit.",
+            "`moe2dense COMMAND --help` shows every key with type, default and unit. Models are folders, or owner/name[@revision] on the",
+            "Hugging Face Hub: read from its cache, and brought there with --download.",
         ]
     )
 
@@ -184,9 +203,10 @@ def _command_help(name: str, command: Command) -> str:
     rows = list(configs.describe_keys(_load(command.config)))
     usage = f"[{command.positional.upper()}] " if command.positional else "[CONFIG.yaml] "
     flags = "".join(f"[--{flag}] " for flag in command.flags)
+    download = "[--download] " if _may_download(command) else ""
     return "\n".join(
         [
-            f"moe2dense {name} {usage}{flags}[key.path=value ...] [--dry-run] [--print-config] [--traceback]",
+            f"moe2dense {name} {usage}{flags}[key.path=value ...] [--dry-run] [--print-config] {download}[--traceback]",
             "",
             command.help,
             "",

@@ -46,6 +46,8 @@ LIBRARIES = {
     "matplotlib": {"plots"},
     "lm_eval": {"evals"},
     "wandb": {"trainer"},
+    "compressed_tensors": {"trainer"},
+    "huggingface_hub": {"common", "evals"},
 }
 FILE_LINES, FUNCTION_LINES, PARAMETERS, DOCSTRING_LINES = 400, 80, 7, 5
 

@@ -7,10 +7,12 @@ import json
 import math
 import struct
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.errors import UserError, did_you_mean
 from megatron_moe2dense.common.outputs import read_json
 
@@ -42,17 +44,39 @@ class CheckpointIndex:
 
     @classmethod
     def open(cls, directory: str | Path) -> CheckpointIndex:
-        """Read config.json and every safetensors header.
+        """Read config.json and every safetensors header. directory: or the name of a model in the Hugging Face cache.
 
         Raises:
             UserError: missing or broken config, no weights, a truncated or damaged file, a shard that is missing.
         """
-        directory = Path(directory)
+        directory = hub.located(directory)
         config = read_json(directory / "config.json", "a Hugging Face checkpoint directory with a config.json")
         tensors: dict[str, TensorInfo] = {}
         for file in _weight_files(directory):
             tensors.update(read_header(file))
         return cls(directory, config, tensors)
+
+    @classmethod
+    def open_headers(cls, source: str | Path) -> CheckpointIndex:
+        """As `open`; of a model by name whose weights are not all in the cache, over the network, without them.
+
+        Raises:
+            UserError: as `open`; what can not be downloaded.
+        """
+        hub.download(source, "small")
+        directory = hub.located(source)
+        if hub.revision_of(directory):
+            with suppress(UserError):
+                return cls.open(directory)
+            config = read_json(directory / "config.json", "a Hugging Face checkpoint directory with a config.json")
+            found = {name: _tensor_info(name, directory / file, entry, 0) for file, name, entry in hub.headers(source)}
+            return cls(directory, config, found)
+        return cls.open(directory)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the files are, or the headers alone were read."""
+        return all(file.exists() for file in {info.file for info in self.tensors.values()})
 
     @property
     def nbytes(self) -> int:
@@ -95,26 +119,28 @@ class CheckpointIndex:
 
 def _weight_files(directory: Path) -> list[Path]:
     """In the order in which stock transformers looks: one file, then an index (which an earlier, sharded save may have left beside it)."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single, index = directory / "model.safetensors", directory / hub.INDEX_FILE
     if single.exists():
         return [single]
     if index.exists():
         names = _shard_names(index)
         absent = sorted(name for name in names if not (directory / name).exists())
         if absent:
-            raise UserError(f"{directory}: {len(absent)} of {len(names)} shards absent, first {absent[0]}", "all shards", "download them")
+            raise UserError(
+                f"{directory}: {len(absent)} of {len(names)} shards absent, first {absent[0]}", "all shards", hub.advice(directory)
+            )
         return [directory / name for name in sorted(names)]
     shards = sorted(path.name for path in directory.glob("*.safetensors"))
     if shards:
         raise UserError(
             f"{directory}: {len(shards)} files such as {shards[0]}, and no model.safetensors.index.json",
             "the index that says which tensor is in which file",
-            "download model.safetensors.index.json too",
+            hub.advice(directory),
         )
     raise UserError(
         f"{directory} has no model.safetensors and no model.safetensors.index.json",
         "a checkpoint in safetensors format",
-        "check the path; convert .bin checkpoints with transformers' save_pretrained",
+        f"{hub.advice(directory)}; convert .bin checkpoints with transformers' save_pretrained",
     )
 
 

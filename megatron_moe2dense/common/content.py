@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from megatron_moe2dense.common.errors import UserError
 
 # Keys of inputs: files, folders, prefixes of token files; one, a list, or by label.
 _INPUTS = ("source", "statistics", "plan", "plans", "path", "teacher", "tokenizer", "models", "checkpoint", "records")
@@ -36,7 +39,16 @@ def _identity(name: str, value: Any) -> Any:
         return value
     if isinstance(value, list):
         return [_identity(name, item) for item in value]
-    return fingerprint(value) or value if isinstance(value, str) else value
+    return fingerprint(_located(value)) or value if isinstance(value, str) else value
+
+
+def _located(value: str) -> str:
+    """Of a model by its name on the Hugging Face Hub, its folder in the cache."""
+    from megatron_moe2dense.common import hub  # which writes outputs itself
+
+    with contextlib.suppress(UserError):
+        return str(hub.located(value))
+    return value
 
 
 def fingerprint(path: str) -> str | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import field_validator, model_validator
 
 from megatron_moe2dense.common.config import Config, key
+from megatron_moe2dense.common.hub import Source
 from megatron_moe2dense.tokens.config import TokensConfig
 
 
@@ -34,7 +35,7 @@ class PerplexityConfig(Config):
 class KlConfig(Config):
     """KL(teacher || model), on the windows and positions of the perplexity unless `data` names others (which don't overlap)."""
 
-    teacher: str = key(..., "HF directory of the teacher")
+    teacher: Annotated[str, Source()] = key(..., "HF directory of the teacher")
     data: TokensConfig | None = key(None, "held-out tokens; null: those of the perplexity")
 
 
@@ -119,7 +120,9 @@ class GenerationConfig(Config):
 class EvalConfig(Config):
     """`moe2dense eval`."""
 
-    models: list[str] | dict[str, str] = key(..., "HF directories, or label: directory; a label defaults to the folder's name")
+    models: Annotated[list[str] | dict[str, str], Source()] = key(
+        ..., "HF directories, or label: directory; a label defaults to the folder's name"
+    )
     output: str = key(..., "records.jsonl to write, one row a model; an unfinished run of the same config is resumed")
     perplexity: PerplexityConfig | None = key(None, "measure perplexity; null: don't")
     kl: KlConfig | None = key(None, "measure KL to a teacher, in batches of perplexity.batch_tokens; null: don't")
@@ -166,7 +169,7 @@ class MakeTaskConfig(Config):
     """`moe2dense make-task`."""
 
     data: str = key(..., "prefix of the .bin/.idx files with held-out tokens")
-    tokenizer: str = key(..., "what they were made with: HF directory, tokenizer.json or sentencepiece .model")
+    tokenizer: Annotated[str, Source("small")] = key(..., "what they were made with: HF directory, tokenizer.json or sentencepiece .model")
     output: str = key(..., "directory for <name>.yaml and <name>.jsonl")
     name: str = key("continuation", "name of the task", pattern=r"^[A-Za-z0-9_-]+$")
     context_tokens: int = key(64, "length of a context", "tokens", gt=0)

@@ -27,10 +27,10 @@ _DO_ELSE = "use the original weights, or dequantise the checkpoint with the libr
 # Ends of names that stand beside quantised numbers: FP8 and compressed-tensors, AWQ and GPTQ, bitsandbytes, ModelOpt.
 _OF_QUANTISED = re.compile(
     r"(weight_(global_)?scale(_inv|_2)?|input_(global_)?scale|weight_(packed|shape|zero_point|g_idx)|qweight|qzeros|g_idx|\.scales|(nested_)?absmax"
-    r"|(nested_)?quant_map|quant_state\.\w+|\.SCB|activation_scale(_inv)?)$"
+    r"|(nested_)?quant_map|quant_state\.\w+|\.SCB|activation_scale(_inv)?|\.compressed|\.bitmask)$"
 )
 # Of those, the numbers themselves: AWQ and GPTQ, compressed-tensors, and what keeps the name of a weight.
-_PACKED = re.compile(r"(qweight|weight_packed|weight)$")
+_PACKED = re.compile(r"(qweight|weight_packed|weight|\.compressed)$")
 # What stock classes run without: heads of multi-token prediction, and scales of a key-value cache in FP8.
 _NOT_RUN = re.compile(r"^(model\.)?(language_model\.)?mtp\.|\.(k|v|kv|q|prob)(_proj)?(\.output)?_scale$")
 
@@ -90,6 +90,8 @@ class Account:
     def config(self) -> dict[str, Any]:
         """config.json with the type of the numbers as they are read, which are not quantised any more."""
         plain = {name: value for name, value in self.index.config.items() if name != "quantization_config"}
+        if "quantization_config" in (inner := plain.get("text_config") or {}):
+            plain["text_config"] = {name: value for name, value in inner.items() if name != "quantization_config"}
         return {**plain, **({"dtype": str(DECODED).removeprefix("torch.")} if self.values.encoded else {})}
 
     def left_out_facts(self) -> dict[str, Any]:

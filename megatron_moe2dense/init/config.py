@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from megatron_moe2dense.common.config import Config, key
+from megatron_moe2dense.common.hub import Source
 from megatron_moe2dense.operations.plan.config import HardwareConfig
 
 
 class InitConfig(Config):
     """`moe2dense init`."""
 
-    source: str = key(..., "Hugging Face directory of the MoE")
+    source: Annotated[str, Source()] = key(..., "Hugging Face directory of the MoE")
     text: str | list[str] = key(..., "training text: txt, jsonl or parquet files, or folders of them")
     output: str | None = key(None, "folder to write the YAMLs and run.sh to, beside their results; null: out/<name of the source>")
     hardware: HardwareConfig = key(HardwareConfig(), "the machine that distills")

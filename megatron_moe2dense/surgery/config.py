@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import field_validator, model_validator
 
 from megatron_moe2dense.common.config import Config, key
+from megatron_moe2dense.common.hub import Source
 from megatron_moe2dense.common.sizes import Bytes
 from megatron_moe2dense.surgery.grouping import groupers
 from megatron_moe2dense.surgery.neurons import NeuronSelector, selectors
@@ -24,16 +25,19 @@ with warnings.catch_warnings():
     class InspectConfig(Config):
         """`moe2dense inspect`."""
 
-        source: str = key(..., "Hugging Face checkpoint directory")
+        source: Annotated[str, Source("small")] = key(..., "Hugging Face checkpoint directory")
         keep: int | None = key(None, "experts of width in the dense FFN; null: the router's top-k", "experts", gt=0)
         text_only: bool = key(False, "the dense result of a language model without the images and sound around it")
+        download: bool = key(
+            False, "of a model by name: fetch its small files and the headers of its weights where they are not in the cache"
+        )
         json: bool = key(False, "print one JSON object instead of the table")  # type: ignore[assignment]
 
 
 class CalibrateConfig(Config):
     """`moe2dense calibrate`."""
 
-    source: str = key(..., "Hugging Face checkpoint directory of the MoE")
+    source: Annotated[str, Source()] = key(..., "Hugging Face checkpoint directory of the MoE")
     output: str = key(..., "directory to write stats.safetensors and moe2dense.json to")
     data: TokensConfig = key(..., "the calibration text")
     batch_tokens: int = key(8192, "tokens of one forward pass, rounded down to whole windows, at least one", "tokens", gt=0)
@@ -73,7 +77,7 @@ class ScoreConfig(Config):
 class SelectConfig(Config):
     """`moe2dense select`: neurons out of all experts of a layer (ours)."""
 
-    source: str = key(..., "Hugging Face checkpoint directory of the MoE")
+    source: Annotated[str, Source()] = key(..., "Hugging Face checkpoint directory of the MoE")
     statistics: str = key(..., "output directory of `moe2dense calibrate`")
     output: str = key(..., "directory to write plan.json to, for `convert plan=`")
     groups: int | None = key(None, "width of the dense FFN, in experts; null: the router's top-k", "experts", gt=0)
@@ -131,7 +135,7 @@ class RefitConfig(Config):
 class ConvertConfig(Config):
     """`moe2dense convert`: from statistics and methods, or from a plan.json that an earlier run wrote."""
 
-    source: str = key(..., "Hugging Face checkpoint directory of the MoE")
+    source: Annotated[str, Source()] = key(..., "Hugging Face checkpoint directory of the MoE")
     output: str | None = key(None, "directory to write the dense checkpoint and plan.json to; required without outputs")
     statistics: str | None = key(None, "output directory of `moe2dense calibrate`; required without a plan, only checked with one")
     keep: int | None = key(None, "experts to keep in each layer; null: groups", "experts", gt=0)

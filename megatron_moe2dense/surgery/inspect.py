@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_moe2dense.checkpoint.assets import tokenizer_of
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.table import render
 from megatron_moe2dense.families.account import Account
@@ -45,14 +46,15 @@ def dry_run(config: InspectConfig) -> dict[str, Any]:
 
 def inspect(config: InspectConfig) -> dict[str, Any]:
     """All facts. Parameters are counts, bytes as stored."""
-    index = CheckpointIndex.open(config.source)
+    index = CheckpointIndex.open_headers(config.source) if config.download else CheckpointIndex.open(config.source)
     stock = Stock.read(index.directory)
     source = MoeSource.of(index, stock, config.text_only) if has_experts(stock) else None
     account = Account.of(index, stock) if source is None else source.account
-    untied = account.untied()
+    untied = account.untied() if index.is_here else []
     parameters, nbytes = _parts(account, source)
     facts = {
         "source": str(index.directory),
+        **hub.revision_of(index.directory),
         "family": stock.name,
         "dims": dataclasses.asdict(stock.dims if source is None else source.dims) | ({"tied_embeddings": False} if untied else {}),
         "untied": untied,
@@ -60,7 +62,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "tokenizer": tokenizer_of(index.directory),
         "parameters": {"total": stock.parameters, **parameters},
         "bytes": {"total": index.nbytes, **nbytes},
-        "fingerprint": index.fingerprint(),
+        "fingerprint": index.fingerprint() if index.is_here else None,
     }
     if source is None:
         if config.keep is not None:

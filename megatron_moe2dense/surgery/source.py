@@ -13,6 +13,7 @@ import torch
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.checkpoint.values import Values
+from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.dense import DenseForm, has_experts, require_known
@@ -126,6 +127,7 @@ class MoeSource:
         """What manifests and plans record of the source."""
         return {
             "path": str(self.index.directory),
+            **hub.revision_of(self.index.directory),
             "fingerprint": self.fingerprint,
             "family": self.family,
             "experts": self.dims.experts,

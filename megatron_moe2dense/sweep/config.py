@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import field_validator, model_validator
 
 from megatron_moe2dense.common.config import Config, key
+from megatron_moe2dense.common.hub import Source
 from megatron_moe2dense.common.sizes import Bytes
 from megatron_moe2dense.surgery.config import ReconstructConfig, RefitConfig
 from megatron_moe2dense.surgery.grouping import groupers
@@ -80,7 +81,7 @@ class BudgetConfig(Config):
 class JudgingConfig(Config):
     """What `sweep` and `auto` have in common: dense models in memory, judged against the MoE on held-out text."""
 
-    source: str = key(..., "Hugging Face checkpoint directory of the MoE")
+    source: Annotated[str, Source()] = key(..., "Hugging Face checkpoint directory of the MoE")
     statistics: str = key(..., "output directory of `moe2dense calibrate`")
     data: TokensConfig = key(..., "held-out tokens, to judge on")
     batch_tokens: int = key(4096, "tokens through a layer at once: whole windows, at least one", "tokens", gt=0)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from megatron_moe2dense.common.config import Config, key
+from megatron_moe2dense.common.hub import Source
 
 
 class TokensConfig(Config):
@@ -30,7 +31,7 @@ class DataConfig(Config):
     source: str | list[str] = key(
         ..., "txt (a document a file), jsonl (.gz, .zst too), json or parquet (a document a row) files, or folders of them"
     )
-    tokenizer: str = key(..., "HF directory, tokenizer.json or sentencepiece .model")
+    tokenizer: Annotated[str, Source("small")] = key(..., "HF directory, tokenizer.json or sentencepiece .model")
     output: str = key(..., "prefix of the files to write")
     text_key: str | dict[str, str] = key("text", "field of rows that holds the text; or {source: field, ...}, the others have text")
     append_eod: bool = key(True, "end every document with the end-of-document token")

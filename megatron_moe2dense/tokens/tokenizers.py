@@ -13,6 +13,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.errors import UserError, did_you_mean
 from megatron_moe2dense.common.outputs import read_json
 
@@ -57,8 +58,8 @@ class TextTokenizer:
 
 
 def open_tokenizer(path: str) -> TextTokenizer:
-    """Open the tokenizer at `path`; UserError when there is none or it is damaged."""
-    place = Path(path)
+    """Open the tokenizer at `path`, or of a model in the Hugging Face cache; UserError when there is none or it is damaged."""
+    place = hub.located(path)
     if place.is_dir():
         for name in ("tokenizer.json", "tokenizer.model"):
             if (place / name).exists():

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import model_validator
 
 from megatron_moe2dense.common.config import Config, key
+from megatron_moe2dense.common.hub import Source
 from megatron_moe2dense.trainer.data.config import TrainDataConfig
 from megatron_moe2dense.trainer.losses import Loss, losses
 
@@ -197,8 +198,10 @@ class LoggingConfig(Config):
 class DistillConfig(Config):
     """`moe2dense distill`."""
 
-    student: str = key(..., "Hugging Face directory of the student (only its config.json with initialize: random)")
-    teacher: str | None = key(..., "Hugging Face directory of the frozen teacher; null: plain language modelling, or see teacher_cache")
+    student: Annotated[str, Source()] = key(..., "Hugging Face directory of the student (only its config.json with initialize: random)")
+    teacher: Annotated[str | None, Source()] = key(
+        ..., "Hugging Face directory of the frozen teacher; null: plain language modelling, or see teacher_cache"
+    )
     teacher_cache: str | None = key(
         None, "directory of `moe2dense cache-teacher`, read in place of the teacher; a `teacher` beside it has to be the cached one"
     )
@@ -286,7 +289,12 @@ class DistillConfig(Config):
 class ExportConfig(Config):
     """`moe2dense export`."""
 
-    checkpoint: str = key(..., "a run directory of `distill` (its last checkpoint) or one of its checkpoints/step_*")
+    checkpoint: Annotated[str, Source()] = key(
+        ..., "a run directory of `distill` (its last checkpoint), one of its checkpoints/step_*, or a Hugging Face directory"
+    )
     output: str = key(..., "Hugging Face directory to write")
     dtype: Literal["source", "float32", "bfloat16"] = key("source", "type of the written weights; source: that of the student it began as")
+    format: Literal["plain", "fp8"] = key(
+        "plain", "fp8: linear layers in FP8 with a scale a row, activations a scale a token, as vLLM takes it (extra `export`)"
+    )
     overwrite: bool = key(False, "replace existing output")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_moe2dense.checkpoint.assets import copy_assets
+from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import read_json, write_json
 from megatron_moe2dense.common.progress import StepLines
@@ -61,7 +62,7 @@ def claim_output(config: DistillConfig) -> None:
     """Rank 0 takes the output directory and puts the student's config and tokenizer into it; errors reach every rank."""
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
-            output, student = Path(config.output), Path(config.student)
+            output, student = Path(config.output), hub.located(config.student)
             identity.claim(config)
             (output / "student").mkdir(exist_ok=True)
             content = read_json(student / "config.json", "the student's Hugging Face directory with its config.json")

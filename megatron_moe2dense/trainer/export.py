@@ -1,7 +1,8 @@
-"""`moe2dense export`: a trainer checkpoint of any layout to the Hugging Face checkpoint of its student."""
+"""`moe2dense export`: a trainer checkpoint of any layout, or a Hugging Face checkpoint, to the Hugging Face checkpoint that is served."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +10,47 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe2dense.checkpoint.assets import copy_assets
+from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.checkpoint.shards import ShardWriter, TensorSpec, shards_of
+from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import MANIFEST, output_directory, read_json, write_json
-from megatron_moe2dense.families.account import require_opens
-from megatron_moe2dense.trainer import groups as process_groups
-from megatron_moe2dense.trainer import model as models
-from megatron_moe2dense.trainer import runtime, weights
-from megatron_moe2dense.trainer.checkpoints.checkpointer import load_weights
+from megatron_moe2dense.families.account import Account, require_opens
+from megatron_moe2dense.families.disk import Disk
 from megatron_moe2dense.trainer.checkpoints.writer import latest, step_of
 from megatron_moe2dense.trainer.config import ExportConfig, ParallelConfig
-from megatron_moe2dense.trainer.pipeline import PipelineLayout
+from megatron_moe2dense.trainer.fp8_weights import Fp8Weights, require_library
 
 # How much may wait for the disk.
 _QUEUE_BYTES = 1024**3
 
 
 def run(config: ExportConfig) -> None:
-    """Load the weights into a whole model and write them under their Hugging Face names.
+    """Write the weights under their Hugging Face names.
 
     Raises:
-        UserError: no complete checkpoint at `checkpoint`; started with several processes; the stock class does not open what was written,
-            which is gone then.
+        UserError: no complete checkpoint at `checkpoint`; started with several processes; format=fp8 without compressed-tensors; the stock
+            class does not open what was written, which is gone then.
     """
+    if config.format == "fp8":
+        require_library()
+    if _is_folder(config):
+        _export_folder(config)
+    else:
+        _export_run(config)
+    logger.info("exported %s to %s", config.checkpoint, config.output)
+
+
+def _export_run(config: ExportConfig) -> None:
+    """From a checkpoint of `distill`: the weights are loaded into a whole model."""
+    # A Hugging Face checkpoint needs no Megatron-Core.
+    from megatron_moe2dense.trainer import groups as process_groups
+    from megatron_moe2dense.trainer import model as models
+    from megatron_moe2dense.trainer import runtime, weights
+    from megatron_moe2dense.trainer.checkpoints.checkpointer import load_weights
+    from megatron_moe2dense.trainer.pipeline import PipelineLayout
+
     source, content = _locate(config)
     with runtime.session("auto") as device, process_groups.initialized(ParallelConfig(), seed=0) as groups:
         if dist.get_world_size() > 1:
@@ -44,32 +62,83 @@ def run(config: ExportConfig) -> None:
         manifest = read_json(source.parents[1] / MANIFEST, "the manifest of the run")
         facts = {"step": step_of(source), "plan_hash": manifest.get("plan_hash")}
         with output_directory(Path(config.output), "export", config.model_dump(mode="json"), **facts) as working:
-            _write(chunks[0], spec, working)
-            write_json(working / "config.json", _with_dtype(content, dtype))
-            copy_assets(source.parents[1] / "student", working)
-            require_opens(working)
-        logger.info("exported %s to %s", source, config.output)
+            specs = [TensorSpec.of(name, tensor) for name, tensor in weights.unload(chunks[0], spec)]
+            disk = Disk(spec.stock, {each.name: each.shape for each in specs})
+            fp8 = Fp8Weights(spec.stock, disk) if config.format == "fp8" else None
+            _write(specs, weights.unload(chunks[0], spec), working, fp8)
+            _finish(working, _with_dtype(content, dtype), fp8, source.parents[1] / "student")
 
 
-def _write(model: models.HeadlessGPT, spec: models.ModelSpec, directory: Path) -> None:
+def _export_folder(config: ExportConfig) -> None:
+    """From a Hugging Face checkpoint: tensor by tensor, decoded where it is quantised."""
+    account = Account.open(config.checkpoint)
+    directory, left_out = account.index.directory, set(account.left_out)
+    names = [name for name in account.values.shapes if left_out.isdisjoint(account.values.stored(name))]
+    empty = (torch.empty(account.values.shapes[name], dtype=_kept(config, account, name), device="meta") for name in names)
+    specs = [TensorSpec.of(name, tensor) for name, tensor in zip(names, empty, strict=True)]
+    facts = {"source": {"path": str(directory), **hub.revision_of(directory), "fingerprint": account.index.fingerprint()}}
+    fp8 = Fp8Weights(account.stock, account.disk) if config.format == "fp8" else None
+    with (
+        output_directory(Path(config.output), "export", config.model_dump(mode="json"), **facts) as working,
+        CheckpointReader(account.index) as reader,
+    ):
+        read = account.values.reader(reader)
+
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            for name in names:
+                yield name, read(name, None).to(_kept(config, account, name))
+
+        _write(specs, tensors(), working, fp8)
+        dtype = _dtype(config, account.config)
+        _finish(working, account.config if config.dtype == "source" else _with_dtype(account.config, dtype), fp8, directory)
+
+
+def _kept(config: ExportConfig, account: Account, name: str) -> torch.dtype:
+    """The type in which a tensor of a folder is written: what a class holds in float32 stays so, integers stay what they are."""
+    found = account.values.dtype(name)
+    if config.dtype == "source" or not found.is_floating_point:
+        return found
+    return account.stock.keeps(account.disk.where(name)[0], getattr(torch, config.dtype))
+
+
+def _write(specs: list[TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]], directory: Path, fp8: Fp8Weights | None) -> None:
     """One tensor after the other, each straight to its place."""
-    specs = [TensorSpec.of(name, tensor) for name, tensor in weights.unload(model, spec)]
-    with ShardWriter(directory, shards_of(specs), _QUEUE_BYTES) as writer:
-        for name, tensor in weights.unload(model, spec):
+    written = [each for spec in specs for each in ([spec] if fp8 is None else fp8.specs(spec))]
+    with ShardWriter(directory, shards_of(written), _QUEUE_BYTES) as writer:
+        for name, tensor in tensors:
             if not torch.isfinite(tensor).all():
                 raise UserError(
                     f"{name} of the checkpoint has NaN or infinite values",
                     "finite weights",
                     "export an earlier step: checkpoint=.../step_*",
                 )
-            writer.write(name, tensor.cpu())
+            for part, values in ({name: tensor} if fp8 is None else fp8.encoded(name, tensor)).items():
+                writer.write(part, values.cpu())
         writer.finish()
+
+
+def _finish(working: Path, content: dict[str, Any], fp8: Fp8Weights | None, assets: Path) -> None:
+    write_json(working / "config.json", content if fp8 is None else {**content, "quantization_config": fp8.config()})
+    copy_assets(assets, working, processors=True)
+    require_opens(working)
 
 
 def dry_run(config: ExportConfig) -> dict[str, Any]:
     """What would be read and written."""
-    source, content = _locate(config)
-    return {"reads": str(source), "writes": config.output, "dtype": str(_dtype(config, content))}
+    if config.format == "fp8":
+        require_library()
+    if _is_folder(config):
+        account = Account.open(config.checkpoint)
+        source, content = account.index.directory, account.config
+    else:
+        source, content = _locate(config)
+    return {"reads": str(source), "writes": config.output, "dtype": str(_dtype(config, content)), "format": config.format}
+
+
+def _is_folder(config: ExportConfig) -> bool:
+    """Whether the checkpoint is one of Hugging Face, and no run or step of `distill`."""
+    path = Path(config.checkpoint)
+    return hub.Named.parse(path) is not None or ((path / "config.json").exists() and not (path / "checkpoints").is_dir())
 
 
 def _locate(config: ExportConfig) -> tuple[Path, dict[str, Any]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.content import config_hash
 from megatron_moe2dense.common.errors import UserError
@@ -26,7 +27,7 @@ _MAY_CHANGE = ("parallel", "logging", "device", "overwrite", "teacher_check", "o
 _MAY_CHANGE_IN_TRAIN = ("save_every", "keep", "async_save", "eval_every", "log_every", "timeout", "most_skipped", "spike", "tokens")
 _NOT_OF_DATA = ("path", "blend", "validation", "validation_sequences")  # paths, and how much is evaluated on
 # What a manifest keeps through all parts of a run. The inputs are read once, when it begins: they may be gone when it ends.
-_KEPT = ("plan_hash", "teacher", "data", "identity", "run_id", "lengths")
+_KEPT = ("plan_hash", "revisions", "teacher", "data", "identity", "run_id", "lengths")
 
 Claim = Literal["new", "resumed", "extended"]
 
@@ -58,7 +59,7 @@ def identity(config: DistillConfig, text: dict[str, Any] | None = None) -> dict[
 def _student(config: DistillConfig) -> str:
     if config.initialize != "random":
         return CheckpointIndex.open(config.student).fingerprint()
-    content = read_json(Path(config.student) / "config.json", "the student's Hugging Face directory with its config.json")
+    content = read_json(hub.located(config.student) / "config.json", "the student's Hugging Face directory with its config.json")
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -123,9 +124,9 @@ def claim(config: DistillConfig) -> Claim:
     if found == "new":
         if output.exists():
             shutil.rmtree(output)
-        made_by = Path(config.student) / MANIFEST
+        made_by = hub.located(config.student) / MANIFEST
         plan_hash = read_json(made_by, "the student's manifest").get("plan_hash") if made_by.exists() else None
-        first = {"plan_hash": plan_hash, "teacher": None, "data": text}
+        first = {"plan_hash": plan_hash, "revisions": _revisions(config), "teacher": None, "data": text}
         first |= {"run_id": uuid.uuid4().hex[:16], "lengths": [config.steps()]}
     else:
         before = recorded(config)
@@ -135,6 +136,12 @@ def claim(config: DistillConfig) -> Claim:
             first["run_id"] = before["config_hash"]
     write(config, "unfinished", identity=identity(config, text), **first)
     return found
+
+
+def _revisions(config: DistillConfig) -> dict[str, dict[str, str]]:
+    """Name and commit of the models that were read from the Hugging Face cache."""
+    found = {name: hub.revision_of(hub.located(path)) for name, path in (("student", config.student), ("teacher", config.teacher)) if path}
+    return {name: each["revision"] for name, each in found.items() if each}
 
 
 def recorded(config: DistillConfig) -> dict[str, Any]:

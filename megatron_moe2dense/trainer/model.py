@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import read_json
 from megatron_moe2dense.families import Dims, FamilySpec, Router, family_of
@@ -87,7 +88,7 @@ class ModelSpec:
     @classmethod
     def read(cls, directory: str | Path, dtype: torch.dtype) -> ModelSpec:
         """Of a config.json alone; UserError as `of`."""
-        content = read_json(Path(directory) / "config.json", "a Hugging Face directory with its config.json")
+        content = read_json(hub.located(directory) / "config.json", "a Hugging Face directory with its config.json")
         return cls.of(content, str(directory), dtype)
 
     @property

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe2dense.checkpoint.assets import ASSETS
+from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.tokens.held_out import ADVICE, not_held_out
 from megatron_moe2dense.tokens.indexed import TokenFile, long_windows
@@ -59,7 +60,7 @@ def of_run(config: DistillConfig, world: int, opened: Opened) -> Iterator[Questi
     """All others of `distill` on so many processes; models come to stand in `opened`."""
     yield from of_models(config, opened)
     student, teacher = opened.specs.get("student"), opened.specs.get("teacher")
-    yield Question("tokenizer", lambda: _tokenizer(Path(config.student)), ("student",))
+    yield Question("tokenizer", lambda: _tokenizer(hub.located(config.student)), ("student",))
     layout = Layout(
         student=student,
         teacher=teacher,

@@ -125,6 +125,10 @@ def test_export_ends_with_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     distill.run(build(DistillConfig, alone(with_student(tmp_path), "run"), "the test"))
     export.run(ExportConfig(checkpoint=f"{tmp_path}/run", output=f"{tmp_path}/good"))
     opens(tmp_path / "good")
+    export.run(ExportConfig(checkpoint=f"{tmp_path}/run", output=f"{tmp_path}/fp8", format="fp8"))
+    export.run(ExportConfig(checkpoint=f"{tmp_path}/good", output=f"{tmp_path}/fp8_of_export", format="fp8"))
+    written, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("fp8", "fp8_of_export"))
+    assert written == again
     monkeypatch.setattr(export, "_with_dtype", lambda content, _: {**content, "head_dim": 32})
     with pytest.raises(UserError, match="what was written does not open"):
         export.run(ExportConfig(checkpoint=f"{tmp_path}/run", output=f"{tmp_path}/bad"))

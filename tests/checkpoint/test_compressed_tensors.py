@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 
 from tests.checkpoint.encoded import MODULE, assert_exactly, values
 from tests.helpers.compressed import observed, scheme_of
+from tests.helpers.quantised import Encode, quantised
+from tests.helpers.tiny_models import tiny_qwen3
 
 # By what it is: format, and QuantizationArgs of the weights.
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -106,6 +110,42 @@ def test_a_group_that_names_a_module_goes_before_that_of_all_linear_layers(tmp_p
         groups = {"a": {"targets": ["Linear"], "weights": others}, "b": {"targets": [target], "weights": own}}
         found = values(tmp_path / "model", parts, {"quant_method": "compressed-tensors", "config_groups": groups})
         assert found.encoded[f"{MODULE}.weight"].scheme == "INT4"
+
+
+def mxfp6(name: str, whole: torch.Tensor) -> dict[str, torch.Tensor]:
+    """By the library: four numbers in three bytes."""
+    form = "mxfp6-pack-quantized"
+    scheme = scheme_of({"num_bits": 6, "type": "float", "strategy": "group", "group_size": 32}, form)
+    assert scheme.weights is not None
+    parts = {"weight": whole.float(), "weight_scale": observed(whole.float(), scheme.weights)["weight_scale"]}
+    found = BaseCompressor.get_value_from_registry(form).compress(parts, scheme)
+    return {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in found.items()}
+
+
+def sparse(name: str, whole: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Two of four numbers, and bits that say which: as versions before 0.13 wrote them (this one writes them no more)."""
+    rows, columns = whole.shape
+    parts = {"compressed": whole[:, : columns // 2].contiguous(), "bitmask": torch.zeros(rows, columns // 8, dtype=torch.uint8)}
+    return {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in {**parts, "shape": torch.tensor(whole.shape)}.items()}
+
+
+def marlin(name: str, whole: torch.Tensor) -> dict[str, torch.Tensor]:
+    rows, columns = whole.shape
+    parts = {"weight_packed": torch.zeros(columns // 32, rows * 2, dtype=torch.int32), "scale_packed": torch.ones(1, rows)}
+    parts["meta"] = torch.zeros(rows, columns // 16, dtype=torch.int16)
+    return {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in parts.items()}
+
+
+@pytest.mark.parametrize(
+    ("encode", "form", "part"),
+    [(mxfp6, "mxfp6-pack-quantized", "weight_packed"), (sparse, "sparse-24-bitmask", "compressed"), (marlin, "marlin-24", "weight_packed")],
+)
+def test_a_form_without_a_reader_is_refused_by_name(encode: Encode, form: str, part: str, tmp_path: Path, user_error: Callable[..., str]):
+    source = tiny_qwen3(tmp_path / "plain", num_hidden_layers=1)
+    config = {"quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"]}
+    said = user_error("inspect", str(quantised(source, tmp_path / "model", encode, config)))
+    assert re.search(rf"layers\.0\.\w+\.\w+\.{part} is quantised \(\w+, compressed-tensors; \d+ such tensors\)", said)
+    assert "dequantise the checkpoint with the library that wrote it" in said
 
 
 def test_awq_is_read_as_compressed_tensors_converts_it(tmp_path: Path):

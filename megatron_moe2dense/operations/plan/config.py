@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import model_validator
 
 from megatron_moe2dense.common.config import Config, key
+from megatron_moe2dense.common.hub import Source
 from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, Fp8Config, OptimConfig, ParallelConfig, RoutingConfig, TrainConfig
 from megatron_moe2dense.trainer.data.config import TrainDataConfig
 from megatron_moe2dense.trainer.losses import Loss, losses
@@ -62,8 +63,10 @@ class LengthConfig(Config):
 class PlanConfig(Config):
     """`moe2dense plan`. A YAML of `distill` is one of `plan` too: what sizes do not depend on is left to `distill`."""
 
-    student: str = key(..., "Hugging Face directory of the student, or its config.json")
-    teacher: str | None = key(..., "Hugging Face directory of the frozen teacher, or its config.json; null: none, or a cached one")
+    student: Annotated[str, Source("config")] = key(..., "Hugging Face directory of the student, or its config.json")
+    teacher: Annotated[str | None, Source("config")] = key(
+        ..., "Hugging Face directory of the frozen teacher, or its config.json; null: none, or a cached one"
+    )
     hardware: HardwareConfig = key(HardwareConfig(), "the machine")
     parallel: ParallelConfig | None = key(None, "judge this layout; null: suggest the best ones")
     batch: BatchConfig | None = key(None, "batch sizes; null: 256 sequences a step, and the micro-batch that is fastest")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 
+from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import read_json, write_json
 from megatron_moe2dense.common.progress import duration
@@ -93,8 +94,8 @@ def job_of(config: PlanConfig) -> Job:
 
 
 def model_spec(place: str, dtype: torch.dtype) -> ModelSpec:
-    """Of a Hugging Face directory or a config.json."""
-    path = Path(place)
+    """Of a Hugging Face directory, a config.json, or a model in the Hugging Face cache."""
+    path = hub.located(place)
     path = path if path.suffix == ".json" else path / "config.json"
     return ModelSpec.of(read_json(path, "a Hugging Face directory or its config.json"), place, dtype)
 

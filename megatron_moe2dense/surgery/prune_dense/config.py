@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import model_validator
 
 from megatron_moe2dense.common.config import Config, key
+from megatron_moe2dense.common.hub import Source
 from megatron_moe2dense.common.sizes import Bytes
 from megatron_moe2dense.tokens.config import TokensConfig
 
@@ -44,7 +45,7 @@ class PruneTarget(Config):
 class PruneDenseConfig(Config):
     """`moe2dense prune-dense`."""
 
-    source: str = key(..., "Hugging Face checkpoint directory of a dense model")
+    source: Annotated[str, Source()] = key(..., "Hugging Face checkpoint directory of a dense model")
     output: str = key(..., "directory to write the smaller checkpoint and kept.json to")
     target: PruneTarget = key(..., "the shape to prune to, or a number of parameters")
     data: TokensConfig = key(..., "the calibration text")

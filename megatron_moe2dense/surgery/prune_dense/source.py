@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES, Dims, FamilySpec, family_of
 from megatron_moe2dense.families.account import Account
@@ -104,7 +105,8 @@ class DenseSource:
 
     def facts(self) -> dict[str, Any]:
         """What manifests record of the source."""
-        return {"path": str(self.index.directory), "fingerprint": self.fingerprint, "family": self.spec.name}
+        found = {"fingerprint": self.fingerprint, "family": self.spec.name}
+        return {"path": str(self.index.directory), **hub.revision_of(self.index.directory), **found}
 
     def layer_prefix(self, layer: int) -> str:
         """What the names of all tensors of a layer begin with."""

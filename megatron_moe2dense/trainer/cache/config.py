@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import model_validator
 
 from megatron_moe2dense.common.config import Config, key
+from megatron_moe2dense.common.hub import Source
 from megatron_moe2dense.trainer.config import ParallelConfig, RoutingConfig, TeacherCheckConfig
 from megatron_moe2dense.trainer.data.config import StreamConfig
 
@@ -18,7 +19,7 @@ VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 class CacheTeacherConfig(Config):
     """`moe2dense cache-teacher`."""
 
-    teacher: str = key(..., "Hugging Face directory of the teacher")
+    teacher: Annotated[str, Source()] = key(..., "Hugging Face directory of the teacher")
     output: str = key(..., "directory of the cache")
     data: StreamConfig = key(..., "the training text, as in the run that will read the cache")
     seed: int = key(0, "seed of the data order: train.seed of that run")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer.cache.files import CacheFacts, CacheReader, tokenizer_hash
 from megatron_moe2dense.trainer.config import DistillConfig
@@ -69,7 +70,7 @@ def _conditions(config: DistillConfig, facts: CacheFacts, vocab_size: int) -> It
         yield "text", _short(facts.data["sources"]), _short(wanted["sources"]), again
     if facts.vocab_size != vocab_size:
         yield "vocabulary", facts.vocab_size, vocab_size, "use a cache of a teacher with the student's vocabulary"
-    tokenizer = tokenizer_hash(Path(config.student))
+    tokenizer = tokenizer_hash(hub.located(config.student))
     if None not in (tokenizer, facts.tokenizer) and tokenizer != facts.tokenizer:
         yield "tokenizer", facts.tokenizer, tokenizer, "use a cache of a teacher with the student's tokenizer"
     if facts.samples < needed:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.content import config_hash
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
@@ -136,7 +137,7 @@ def _facts(config: CacheTeacherConfig, spec: models.ModelSpec) -> CacheFacts:
     active = _as_a_run(config).active_experts()
     return CacheFacts(
         teacher=spec.opened.index.fingerprint(),
-        tokenizer=tokenizer_hash(Path(config.teacher)),
+        tokenizer=tokenizer_hash(hub.located(config.teacher)),
         vocab_size=dims.vocab_size,
         active=active if active is not None else dims.active or None,
         data=identity(config.data, config.seed),

@@ -13,6 +13,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from torch import Tensor
 
+from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import read_json
 from megatron_moe2dense.tokens.indexed import require_vocabulary
@@ -153,5 +154,5 @@ def reading_of(config: DistillConfig, vocab_size: int) -> Reading:
     index = Path(config.output) / "data_index"
     if not config.data.mask_end_of_document and config.data.pad_token is None:
         return Reading(config.data, config.train.seed, vocab_size, index)
-    student = read_json(Path(config.student) / "config.json", "the student's Hugging Face directory with its config.json")
+    student = read_json(hub.located(config.student) / "config.json", "the student's Hugging Face directory with its config.json")
     return Reading.masked(config.data, student, vocab_size, config.train.seed, index)

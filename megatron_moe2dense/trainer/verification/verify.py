@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
+from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.machine import free_memory
@@ -78,7 +79,7 @@ def verify_teacher(
         UserError: weights that are not those of the files, or not those the run began with; a loss or a KL above its bound.
     """
     assert config.teacher is not None
-    began, directory, check = time.monotonic(), Path(config.teacher), config.resolved_teacher_check()
+    began, directory, check = time.monotonic(), hub.located(config.teacher), config.resolved_teacher_check()
     found = fingerprint.verify(teacher.chunks, teacher.spec, groups)
     if recorded is not None and recorded["fingerprint"] != found.digest:
         raise UserError(
