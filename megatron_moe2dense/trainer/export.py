@@ -18,6 +18,7 @@ from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import MANIFEST, output_directory, read_json, write_json
 from megatron_moe2dense.families.account import Account, require_opens
 from megatron_moe2dense.families.disk import Disk
+from megatron_moe2dense.families.readers import for_all_readers
 from megatron_moe2dense.trainer.checkpoints.writer import latest, step_of
 from megatron_moe2dense.trainer.config import ExportConfig, ParallelConfig
 from megatron_moe2dense.trainer.fp8_weights import Fp8Weights, require_library
@@ -118,7 +119,8 @@ def _write(specs: list[TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]],
 
 
 def _finish(working: Path, content: dict[str, Any], fp8: Fp8Weights | None, assets: Path) -> None:
-    write_json(working / "config.json", content if fp8 is None else {**content, "quantization_config": fp8.config()})
+    written = for_all_readers(content)
+    write_json(working / "config.json", written if fp8 is None else {**written, "quantization_config": fp8.config()})
     copy_assets(assets, working, processors=True)
     require_opens(working)
 

@@ -169,3 +169,39 @@ def test_eval_of_a_nan_weight(tmp_path: Path, user_error: Refused):
         "perplexity.data.sequence_length=16",
     )
     assert "model.norm.weight has 1 NaN or infinite of 64 values" in said
+
+
+@pytest.mark.parametrize(
+    ("rope", "scaling"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e6}, None),
+        ({"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 64}, 4.0),
+    ],
+)
+def test_an_engine_reads_config_json_by_its_older_names(tmp_path: Path, rope: dict[str, Any], scaling: float | None):
+    """an engine with transformers 4: base and scaling of the rotary embeddings and the type stand under the names that it knows too"""
+    tiny_qwen3_moe(tmp_path / "model", rope_parameters=rope)
+    tokens = write_tokens(tmp_path / "text", 32 * 20)
+    main(["calibrate", f"source={tmp_path}/model", f"output={tmp_path}/stats", f"data.path={tokens}", "data.sequence_length=32"])
+    main([*arguments(tmp_path, tmp_path / "dense")])
+    main(["export", f"checkpoint={tmp_path}/dense", f"output={tmp_path}/export", "dtype=bfloat16"])
+    for folder, dtype in (("dense", "float32"), ("export", "bfloat16")):
+        written = json.loads((tmp_path / folder / "config.json").read_text())
+        assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == rope["rope_theta"]
+        assert (written["rope_scaling"] or {}).get("factor") == scaling
+        assert written["torch_dtype"] == written["dtype"] == dtype
+        assert opens(tmp_path / folder).config.rope_parameters == opens(tmp_path / "model").config.rope_parameters
+
+
+def test_a_key_that_another_reader_takes_for_something_else(
+    moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user_error: Refused
+):
+    """a dense config.json that would be read otherwise than it was meant: refused before anything is written, with the key"""
+    whole = Dense.config
+
+    def without_positions(self: Dense, source: Any) -> dict[str, Any]:
+        return {name: value for name, value in whole(self, source).items() if name != "max_position_embeddings"}
+
+    monkeypatch.setattr(Dense, "config", without_positions)
+    assert "max_position_embeddings" in user_error(*arguments(moe, tmp_path / "dense"))
+    assert not (tmp_path / "dense").exists()

@@ -20,6 +20,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import write_json, write_text
 from megatron_moe2dense.common.progress import progress
 from megatron_moe2dense.families.account import require_opens
+from megatron_moe2dense.families.readers import for_all_readers
 from megatron_moe2dense.surgery.prune_dense.importance import Kept, KeptLayer
 from megatron_moe2dense.surgery.prune_dense.source import AxesOf, DenseSource, Shape
 from megatron_moe2dense.surgery.written import Written
@@ -69,7 +70,7 @@ def write_pruned(source: DenseSource, kept: Kept, shape: Shape, working: Path, s
             writer.mark(written.reached(number + 1))
         writer.finish()
     layers = [layer.number for layer in kept.layers]
-    write_json(working / "config.json", source.smaller_config(shape, layers))
+    write_json(working / "config.json", for_all_readers(source.smaller_config(shape, layers)))
     write_text(working / KEPT_FILE, chosen + "\n")
     copy_assets(source.index.directory, working)
     require_opens(working)
