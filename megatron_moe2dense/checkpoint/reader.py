@@ -40,6 +40,11 @@ _NOT_FINITE = {
     "F8_E4M3": (np.int8, np.uint8, 0x7F),
     "F8_E5M2": (np.int8, np.uint8, 0x7C),
 }
+# By torch's type of the same numbers: its name, and torch's integers of the same width.
+_WORDS = {
+    TORCH_DTYPES[code]: (code, {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[np.dtype(signed).itemsize])
+    for code, (signed, _, _) in _NOT_FINITE.items()
+}
 _CHUNK = 1024**2  # bytes of one read: it is still in the cache when it is checked
 
 
@@ -140,11 +145,7 @@ class CheckpointReader:
         return raw.view(TORCH_DTYPES[info.dtype]).view(info.shape)
 
     def _require_finite(self, info: TensorInfo, chunk: np.ndarray) -> None:
-        if info.dtype not in _NOT_FINITE:
-            return
-        signed, unsigned, bits = _NOT_FINITE[info.dtype]
-        sign = 1 << (8 * np.dtype(signed).itemsize - 1)
-        if chunk.view(signed).max() >= bits or int(chunk.view(unsigned).max()) >= bits | sign:
+        if not _are_finite(chunk, info.dtype):
             whole = self.tensor(info.name)
             bad = int((~torch.isfinite(whole.float() if whole.element_size() == 1 else whole)).sum())
             raise UserError(
@@ -152,6 +153,23 @@ class CheckpointReader:
                 "finite weights",
                 "download the checkpoint again",
             )
+
+
+def are_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value of a tensor on the CPU is NaN or infinite."""
+    if tensor.dtype not in _WORDS:
+        return bool(torch.isfinite(tensor).all())
+    code, words = _WORDS[tensor.dtype]
+    return _are_finite(tensor.detach().view(words).numpy(), code)
+
+
+def _are_finite(bits: np.ndarray, dtype: str) -> bool:
+    """bits: of values of this type, in words of any type; true for types that hold nothing else."""
+    if dtype not in _NOT_FINITE or not bits.size:
+        return True
+    signed, unsigned, first = _NOT_FINITE[dtype]
+    sign = 1 << (8 * np.dtype(signed).itemsize - 1)
+    return int(bits.view(signed).max()) < first and int(bits.view(unsigned).max()) < first | sign
 
 
 def _read(file: int, offset: int, into: np.ndarray) -> None:

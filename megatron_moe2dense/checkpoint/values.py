@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
-from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES, CheckpointReader
+from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES, CheckpointReader, are_finite
 from megatron_moe2dense.checkpoint.schemes import encoded_in
 from megatron_moe2dense.checkpoint.schemes.encoded import Encoded, is_exponents, require_numbers
 from megatron_moe2dense.common.errors import UserError
@@ -74,7 +74,7 @@ class Values:
             if rows is None:
                 return reader.finite(name) if finite else reader.tensor(name)
             found = reader.rows(name, 0, rows.start, rows.stop)
-            if finite and found.is_floating_point() and not _are_finite(found):
+            if finite and not are_finite(found):
                 raise UserError(
                     f"{self.index.tensors[name].file}: {name} has NaN or infinite values in entry {rows.start}",
                     "finite weights",
@@ -87,7 +87,7 @@ class Values:
                 return raw(name, rows).to(self.dtype(name))
             encoded = self.encoded[name]
             found = encoded.decode(raw, rows).to(DECODED)
-            if not torch.isfinite(found).all():
+            if not are_finite(found):
                 raise UserError(f"{name}: {encoded.scheme} values beyond {DECODED}", "weights of a trained model", "download it again")
             return found
 
@@ -107,7 +107,3 @@ class Values:
             require_numbers(reader.tensor(stored).view(torch.uint8), stored)
         else:
             reader.check(stored)
-
-
-def _are_finite(found: torch.Tensor) -> bool:
-    return bool(torch.isfinite(found.float() if found.element_size() == 1 else found).all())

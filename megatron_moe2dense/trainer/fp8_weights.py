@@ -69,9 +69,10 @@ class Fp8Weights:
         args = self._scheme.weights
         assert args is not None, "the preset has weights"
         scale, _ = calculate_qparams(tensor.amin(1, keepdim=True), tensor.amax(1, keepdim=True), args)
-        parts = {"weight": tensor, "weight_scale": scale.to(tensor.dtype)}
+        parts: dict[str, torch.Tensor | None] = {"weight": tensor, "weight_scale": scale.to(tensor.dtype)}
         found = BaseCompressor.get_value_from_registry(_FORMAT).compress(parts, self._scheme)
-        return {name: found["weight"], f"{name}_scale": found["weight_scale"]}
+        written = {name: found["weight"], f"{name}_scale": found["weight_scale"]}
+        return {part: values for part, values in written.items() if values is not None}
 
 
 def require_library() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_moe2dense.checkpoint.schemes.encoded import widened
 from tests.checkpoint.encoded import MODULE, assert_exactly, decoded, values
 from tests.helpers.quantised import fp8_blocks, of_fp8_blocks
 
@@ -21,6 +22,17 @@ def codes(*shape: int, dtype: torch.dtype = E4M3) -> torch.Tensor:
 
 def scales(*shape: int) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(1)) / 100 + 1e-4
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("finite", [True, False])
+def test_every_code_is_the_number_that_torch_makes_of_it(dtype: torch.dtype, finite: bool):
+    every = torch.arange(256, dtype=torch.uint8).view(dtype)
+    wanted = every.float()
+    kept = torch.isfinite(wanted) | (not finite)
+    found = widened(every[kept])
+    assert torch.equal(torch.isnan(found), torch.isnan(wanted[kept]))
+    assert torch.equal(found.nan_to_num(0.5).view(torch.int32), wanted[kept].nan_to_num(0.5).view(torch.int32))
 
 
 @pytest.mark.parametrize("block", [(128, 128), (32, 64)])

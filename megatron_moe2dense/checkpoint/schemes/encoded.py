@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex, TensorInfo
@@ -16,6 +17,8 @@ Shape = tuple[int, ...]
 ReadPart = Callable[[str, slice | None], torch.Tensor]
 _EXPONENTS = ("U8", "F8_E8M0")
 _BIAS, _NAN = 127, 255
+_PIECE = 2**18  # codes that are widened at once: what stands between stays in the cache
+_E4M3_NAN = 0x7F  # the one code without its sign; there is no infinity
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,19 @@ class Scales:
         """float32, of these rows of the numbers' first axis, in a shape that broadcasts to them."""
         return self.spread(self.stored(read, rows), rows)
 
+    def times(self, numbers: torch.Tensor, read: ReadPart, rows: slice | None) -> torch.Tensor:
+        """float32 numbers, all or these rows, multiplied in place: a scale a number would be another matrix of them."""
+        found, height = self.stored(read, rows), self.block[0]
+        if found.shape[-2] == 1 or height == 1:
+            return numbers.mul_(self.spread(found, rows))
+        wide = self._along(found, -1)
+        start = 0 if rows is None or numbers.ndim > 2 else rows.indices(self.shape[0])[0]
+        stop = start + numbers.shape[-2]
+        for block in range(start // height, -(-stop // height)):
+            low, high = max(block * height, start) - start, min((block + 1) * height, stop) - start
+            numbers[..., low:high, :].mul_(wide[..., block : block + 1, :])
+        return numbers
+
     def stored(self, read: ReadPart, rows: slice | None) -> torch.Tensor:
         """float32, one a block; no more of them than the rows need where each row, or expert, has its own."""
         found = read(self.info.name, rows if self._by_rows else None)
@@ -83,14 +99,42 @@ class Scales:
 
     def spread(self, found: torch.Tensor, rows: slice | None) -> torch.Tensor:
         """One a block to one a number, where they differ along an axis."""
-        for axis, size in ((-2, self.block[0]), (-1, self.block[1])):
-            if found.shape[axis] > 1 and size > 1:
-                found = found.repeat_interleave(size, axis).narrow(axis, 0, self.shape[axis])
+        found = self._along(self._along(found, -2), -1)
         return found if rows is None or self._by_rows or found.shape[0] == 1 else found[rows]
+
+    def _along(self, found: torch.Tensor, axis: int) -> torch.Tensor:
+        """One a number along an axis."""
+        size = self.block[axis]
+        return found.repeat_interleave(size, axis).narrow(axis, 0, self.shape[axis]) if found.shape[axis] > 1 and size > 1 else found
 
     @property
     def _by_rows(self) -> bool:
         return self.grid[0] == self.shape[0] and self.info.shape[:1] == self.shape[:1]
+
+
+def widened(codes: torch.Tensor) -> torch.Tensor:
+    """Eight-bit numbers as float32. torch takes 0.2 billion FP8 codes a second on a CPU core; float16 is a shift away, and fast."""
+    if codes.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return codes.float()
+    octets, e4m3 = codes.contiguous().view(torch.int8).view(-1).numpy(), codes.dtype == torch.float8_e4m3fn
+    if e4m3 and octets.size and (int(octets.max()) == _E4M3_NAN or int(octets.view(np.uint8).max()) == 0x80 | _E4M3_NAN):
+        return codes.float()
+    found = torch.empty(codes.shape, dtype=torch.float32)
+    flat, halves, signs = found.view(-1), *np.empty((2, _PIECE), np.int16)
+    for start in range(0, octets.size, _PIECE):
+        piece = octets[start : start + _PIECE]
+        wide, sign, out = halves[: piece.size], signs[: piece.size], flat[start : start + piece.size]
+        np.copyto(wide, piece)
+        if e4m3:  # sign in its place, the rest at the upper end of the mantissa: a bias of 15 in place of 7, so 2^8 too small
+            np.bitwise_and(wide, np.int16(-0x8000), out=sign)
+            np.bitwise_and(wide, np.int16(0x7F), out=wide)
+            np.left_shift(wide, np.int16(7), out=wide)
+            np.bitwise_or(wide, sign, out=wide)
+            out.copy_(torch.from_numpy(wide.view(np.float16))).mul_(256)
+        else:  # the upper half
+            np.left_shift(wide, np.int16(8), out=wide)
+            out.copy_(torch.from_numpy(wide.view(np.float16)))
+    return found
 
 
 def beside(index: CheckpointIndex, name: str, ends: tuple[str, ...]) -> tuple[str, ...]:

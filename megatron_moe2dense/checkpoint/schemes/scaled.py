@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex, TensorInfo
-from megatron_moe2dense.checkpoint.schemes.encoded import Encoded, ReadPart, Scales, Shape, beside, block_of, is_exponents
+from megatron_moe2dense.checkpoint.schemes.encoded import Encoded, ReadPart, Scales, Shape, beside, block_of, is_exponents, widened
 from megatron_moe2dense.checkpoint.schemes.settings import Settings
 
 _CODES = ("F8_E4M3", "F8_E5M2", "I8")
@@ -49,8 +49,8 @@ def _encoded(index: CheckpointIndex, info: TensorInfo, scale: TensorInfo, settin
     zeros = None if zero is None else Scales(zero, info.shape, grid, (rows, columns))
 
     def decode(read: ReadPart, rows: slice | None) -> torch.Tensor:
-        codes = read(info.name, rows).float()
-        return (codes if zeros is None else codes - zeros.read(read, rows)) * scales.read(read, rows)
+        numbers = widened(read(info.name, rows))
+        return scales.times(numbers if zeros is None else numbers - zeros.read(read, rows), read, rows)
 
     kind = "INT8" if info.dtype == "I8" else "MXFP8" if is_exponents(scale) and rows == 1 else "FP8"
     parts = (info.name, scale.name, *(() if zero is None else (zero.name,)), *beside(index, module, _OF_INPUTS))
