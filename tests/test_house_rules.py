@@ -37,7 +37,9 @@ ARROWS = {
     "__init__": set(),
 }
 # What of the families looks at stock classes: imported when a checkpoint is opened, not before.
-OPENED = {f"families/{name}.py" for name in ("stock", "ffn", "disk", "probe", "candidates", "dense", "alike", "account", "pretrained")}
+OPENED = {
+    f"families/{name}.py" for name in ("stock", "ffn", "disk", "probe", "candidates", "dense", "alike", "account", "pretrained", "written")
+}
 # Libraries that belong to some parts: which parts or files may import them.
 LIBRARIES = {
     "megatron": {"trainer"},

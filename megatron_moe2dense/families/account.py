@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -209,18 +208,3 @@ class Account:
                 f"the tensors of {cls}, and those that it says it leaves out",
                 "check that config.json and the weights are of the same model, or save it with transformers' save_pretrained first",
             )
-
-
-def require_opens(directory: Path) -> None:
-    """The last step of whatever writes a checkpoint: the stock class, built from the written config.json, takes every written tensor.
-
-    Raises:
-        UserError: it does not; the directory is gone then.
-    """
-    try:
-        Account.open(directory)
-    except UserError as error:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise UserError(
-            f"what was written does not open: {error.found}", error.expected, "nothing was left there; please report config.json and this"
-        ) from None

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_moe2dense.checkpoint.assets import copy_assets
 from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from megatron_moe2dense.checkpoint.shards import SHARD_BYTES, ShardWriter, shards_of
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import write_json
 from megatron_moe2dense.common.progress import progress
-from megatron_moe2dense.families.account import require_opens
+from megatron_moe2dense.families.written import finish
 from megatron_moe2dense.surgery.layout import Step, dense_of, dense_steps, layer_ffn, making_bytes, replaced, stored_added, stored_ffn
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.proof import prove
@@ -131,12 +130,11 @@ def _write_step(source: MoeSource, reader: CheckpointReader, output: DenseOutput
 
 
 def _write_rest(source: MoeSource, output: DenseOutput) -> None:
-    write_json(output.directory / "config.json", dense_of(source, output.plan.groups).config(source.account.config))
-    copy_assets(source.index.directory, output.directory, processors=source.stock.wrapped and not source.form.alone)
     output.plan.write(output.directory / PLAN_FILE)
     if output.fits is not None:
         facts = [output.fits[plan.layer].report.facts() for plan in output.plan.layers]
         write_json(output.directory / REFIT_FILE, {"layers": facts})
         output.fits.remove()
-    require_opens(output.directory)
+    config = dense_of(source, output.plan.groups).config(source.account.config)
+    finish(output.directory, config, source.index.directory, processors=source.stock.wrapped and not source.form.alone)
     output.written.remove()

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_moe2dense.checkpoint.assets import copy_assets
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.checkpoint.shards import ShardWriter, TensorSpec, shards_of
 from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
-from megatron_moe2dense.common.outputs import MANIFEST, output_directory, read_json, write_json
-from megatron_moe2dense.families.account import Account, require_opens
+from megatron_moe2dense.common.outputs import MANIFEST, output_directory, read_json
+from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.disk import Disk
-from megatron_moe2dense.families.readers import for_all_readers
+from megatron_moe2dense.families.written import finish
 from megatron_moe2dense.trainer.checkpoints.writer import latest, step_of
 from megatron_moe2dense.trainer.config import ExportConfig, ParallelConfig
 from megatron_moe2dense.trainer.fp8_weights import Fp8Weights, require_library
@@ -119,10 +118,7 @@ def _write(specs: list[TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]],
 
 
 def _finish(working: Path, content: dict[str, Any], fp8: Fp8Weights | None, assets: Path) -> None:
-    written = for_all_readers(content)
-    write_json(working / "config.json", written if fp8 is None else {**written, "quantization_config": fp8.config()})
-    copy_assets(assets, working, processors=True)
-    require_opens(working)
+    finish(working, content if fp8 is None else {**content, "quantization_config": fp8.config()}, assets, processors=True)
 
 
 def dry_run(config: ExportConfig) -> dict[str, Any]:

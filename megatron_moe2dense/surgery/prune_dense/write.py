@@ -12,15 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_moe2dense.checkpoint.assets import copy_assets
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.checkpoint.shards import ShardWriter, TensorSpec, shards_of
 from megatron_moe2dense.checkpoint.values import Values
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.common.outputs import write_json, write_text
+from megatron_moe2dense.common.outputs import write_text
 from megatron_moe2dense.common.progress import progress
-from megatron_moe2dense.families.account import require_opens
-from megatron_moe2dense.families.readers import for_all_readers
+from megatron_moe2dense.families.written import finish
 from megatron_moe2dense.surgery.prune_dense.importance import Kept, KeptLayer
 from megatron_moe2dense.surgery.prune_dense.source import AxesOf, DenseSource, Shape
 from megatron_moe2dense.surgery.written import Written
@@ -70,10 +68,8 @@ def write_pruned(source: DenseSource, kept: Kept, shape: Shape, working: Path, s
             writer.mark(written.reached(number + 1))
         writer.finish()
     layers = [layer.number for layer in kept.layers]
-    write_json(working / "config.json", for_all_readers(source.smaller_config(shape, layers)))
     write_text(working / KEPT_FILE, chosen + "\n")
-    copy_assets(source.index.directory, working)
-    require_opens(working)
+    finish(working, source.smaller_config(shape, layers), source.index.directory)
     written.remove()
 
 
