@@ -35,7 +35,7 @@ study-smoke: .venv/.installed-dev  ## every arm of the study at tiny length, in 
 	OUT=out/study_smoke REPORT=out/study_smoke/study.md SEEDS=0 PROCESSES=1 \
 	    PRETRAIN_SETTINGS="data.path=examples/pico_moe/tokens/distill train.steps=2 data.validation_sequences=32" \
 	    SAMPLE_SETTINGS="data.sequences=16" EVAL_SETTINGS="perplexity.data.sequences=8" TASK_SETTINGS="questions=16" \
-	    studies/study_pico.sh train.steps=2 data.validation_sequences=16 teacher_check.loss_bound=null
+	    studies/study_pico.sh train.steps=2 data.validation_sequences=16 teacher.check.loss_bound=null
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

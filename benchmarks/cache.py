@@ -80,7 +80,7 @@ def main() -> None:
         runs: dict[str, list[list[dict[str, Any]]]] = {"live": [], "cached": []}
         for turn in range(2):
             runs["live"].append(rows(folder, f"live{turn}", teacher=str(EXAMPLE / "model")))
-            runs["cached"].append(rows(folder, f"cached{turn}", teacher=None, teacher_cache=str(folder / "cache")))
+            runs["cached"].append(rows(folder, f"cached{turn}", teacher={"cache": str(folder / "cache")}))
     seconds = {kind: statistics.median(row["step_seconds"] for run in found for row in run[1:]) for kind, found in runs.items()}
     apart = abs(runs["cached"][0][-1]["loss"] - runs["live"][0][-1]["loss"])
     print(f"cache_bytes_per_token {config.bytes_per_token()} bytes -")

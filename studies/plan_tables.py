@@ -1,4 +1,4 @@
-"""What `moe2dense plan` says of two published distillation runs, and of ours on 8 to 4096 GPUs, into docs/operations.md and its figure.
+"""What `moe2dense plan` says of two published distillation runs, and of ours on 1 to 4096 GPUs, into docs/operations.md and its figure.
 
 Usage, from the repository's root: python -m studies.plan_tables
 """
@@ -6,15 +6,17 @@ Usage, from the repository's root: python -m studies.plan_tables
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megatron_moe2dense.operations.plan.config import HardwareConfig
 from megatron_moe2dense.operations.plan.hardware import Machine
 from megatron_moe2dense.operations.plan.job import Job
+from megatron_moe2dense.operations.plan.memory import Memory, of_stage
 from megatron_moe2dense.operations.plan.search import search
 from megatron_moe2dense.operations.plan.timing import step_time
 from megatron_moe2dense.plots.style import FAINT, PALETTE, log_axis, new_figure, style
@@ -28,6 +30,20 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES = [8 << power for power in range(10)]
 HEADER = ("run", "published, tok/s/GPU", "planned", "ratio")
 SCALE_HEADER = ("GPUs", "batch", "TP", "PP", "VPP", "CP", "EP", "recompute", "micro", "Gtok/day", "tok/s/GPU")
+ONE_GPU_HEADER = (
+    "teacher",
+    "parts",
+    "optimizer",
+    "recompute",
+    "teacher, GB",
+    "student",
+    "gradients",
+    "optimizer state",
+    "rest",
+    "total",
+    "fits",
+)
+ONE_GPU = Machine(HardwareConfig(gpus=1))
 
 # Qwen3-8B, and a student of 6B: a hidden size of 3584 and FFNs of 9216, an example of the same source.
 QWEN3_8B: dict[str, Any] = {
@@ -145,6 +161,40 @@ def distillation(gpus: int) -> tuple[Job, float]:
     return best.job, best.job.batch.global_ * best.job.length / best.step.seconds * 86_400
 
 
+def on_one_gpu(teacher: Literal["model", "fp8"], parts: str, muon: bool) -> tuple[Job, Memory]:
+    """The same models on one H100, one sequence a micro-batch and 64 in a step, with as little recomputation as has room, or all of it."""
+    job = Job(
+        student=spec_of(dense_config(QWEN3_30B_A3B, 8 * 768)),
+        teacher=dataclasses.replace(spec_of(QWEN3_30B_A3B), in_fp8=teacher == "fp8"),
+        active=None,
+        parallel=ParallelConfig(distributed_optimizer=not muon),
+        batch=batch(64),
+        length=2048,
+        world=1,
+        loss=losses["forward_kl"](),
+        muon=muon,
+        parts=parts,
+    )
+    for recompute in ("none", "selective", "full"):
+        job = dataclasses.replace(job, parallel=job.parallel.model_copy(update={"recompute": recompute}))
+        held = of_stage(job, 0)
+        if held.total <= ONE_GPU.usable:
+            break
+    return job, held
+
+
+def one_gpu_rows() -> list[list[Any]]:
+    """What is chosen, the recomputation, GB by part, and whether they fit."""
+    rows = []
+    for teacher, parts, muon in itertools.product(("model", "fp8"), ("all", "ffn"), (False, True)):
+        job, held = on_one_gpu(teacher, parts, muon)
+        known = held.parameters + held.gradients + held.optimizer + held.teacher
+        sizes = (held.teacher, held.parameters, held.gradients, held.optimizer, held.total - known, held.total)
+        chosen = ["bf16" if teacher == "model" else "FP8", parts, "Muon" if muon else "AdamW", job.parallel.recompute]
+        rows.append([*chosen, *(f"{value / 1e9:.1f}" for value in sizes), "yes" if held.total <= ONE_GPU.usable else "no"])
+    return rows
+
+
 def scale_rows(found: Sequence[tuple[int, Job, float]]) -> list[list[Any]]:
     """GPUs, sequences a step, the layout, and what it gives."""
     rows = []
@@ -178,6 +228,7 @@ def main(document: Path, picture: Path) -> None:
     """Rewrite what stands between the document's markers, and the figure."""
     found = [(gpus, *distillation(gpus)) for gpus in SIZES]
     tables = {"published": markdown(HEADER, published_rows()), "scale": markdown(SCALE_HEADER, scale_rows(found))}
+    tables["one GPU"] = markdown(ONE_GPU_HEADER, one_gpu_rows())
     for name, table in tables.items():
         put_between(document, (f"<!-- studies/plan_tables.py: {name} -->", "<!-- end -->"), table)
     draw([(gpus, tokens) for gpus, _, tokens in found], picture)

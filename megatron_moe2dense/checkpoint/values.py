@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from math import prod
 
@@ -11,7 +10,7 @@ import torch
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES, CheckpointReader, are_finite
 from megatron_moe2dense.checkpoint.schemes import encoded_in
-from megatron_moe2dense.checkpoint.schemes.encoded import Encoded, is_exponents, require_numbers
+from megatron_moe2dense.checkpoint.schemes.encoded import Encoded, ReadPart, Scales, is_exponents, require_numbers
 from megatron_moe2dense.common.errors import UserError
 
 # What quantised weights become; float16 beside them too (files of AWQ and GPTQ), so that a checkpoint has one type.
@@ -67,8 +66,44 @@ class Values:
         """Whether the bytes in the files are those of the numbers, as `dtype` has them."""
         return name not in self.encoded and TORCH_DTYPES[self.index.tensors[name].dtype] == self.dtype(name)
 
-    def reader(self, reader: CheckpointReader, finite: bool = True) -> Callable[[str, slice | None], torch.Tensor]:
+    def reader(self, reader: CheckpointReader, finite: bool = True) -> ReadPart:
         """Reads a tensor, or rows of its first axis. finite: a NaN or infinite value is a UserError; in decoded numbers it always is."""
+        raw = self._raw(reader, finite)
+
+        def read(name: str, rows: slice | None) -> torch.Tensor:
+            if name not in self.encoded:
+                return raw(name, rows).to(self.dtype(name))
+            encoded = self.encoded[name]
+            found = encoded.decode(raw, rows).to(DECODED)
+            if not are_finite(found):
+                raise UserError(f"{name}: {encoded.scheme} values beyond {DECODED}", "weights of a trained model", "download it again")
+            return found
+
+        return read
+
+    def scales(self, name: str) -> Scales | None:
+        """Of a tensor of E4M3 codes that are kept with them; None for any other."""
+        return self.encoded[name].scales if name in self.encoded else None
+
+    def codes(self, reader: CheckpointReader) -> ReadPart:
+        """Reads the E4M3 codes of a tensor that has `scales`, as bytes, or those of rows."""
+        raw = self._raw(reader, finite=False)
+        return lambda name, rows: raw(self.encoded[name].parts[0], rows).view(torch.uint8)
+
+    def factors(self, reader: CheckpointReader) -> ReadPart:
+        """Reads what each of those codes is multiplied by, float32."""
+        raw = self._raw(reader, finite=False)
+
+        def read(name: str, rows: slice | None) -> torch.Tensor:
+            scales, (first, *rest) = self.scales(name), self.shapes[name]
+            assert scales is not None, "the caller asked"
+            count = first if rows is None else len(range(*rows.indices(first)))
+            return scales.read(raw, rows).expand(count, *rest)
+
+        return read
+
+    def _raw(self, reader: CheckpointReader, finite: bool) -> ReadPart:
+        """Reads what stands in the files."""
 
         def raw(name: str, rows: slice | None) -> torch.Tensor:
             if rows is None:
@@ -82,24 +117,14 @@ class Values:
                 )
             return found
 
-        def read(name: str, rows: slice | None) -> torch.Tensor:
-            if name not in self.encoded:
-                return raw(name, rows).to(self.dtype(name))
-            encoded = self.encoded[name]
-            found = encoded.decode(raw, rows).to(DECODED)
-            if not are_finite(found):
-                raise UserError(f"{name}: {encoded.scheme} values beyond {DECODED}", "weights of a trained model", "download it again")
-            return found
-
-        return read
+        return raw
 
     def part(self, reader: CheckpointReader, name: str, axis: int, share: tuple[int, int]) -> torch.Tensor:
         """Only `start, stop` of a share along an axis (0 or 1), read alone where the files allow it."""
         start, stop = share
         if name not in self.encoded:
             return reader.rows(name, axis, start, stop).to(self.dtype(name))
-        read = self.reader(reader, finite=False)
-        return read(name, slice(start, stop)) if axis == 0 else read(name, None).narrow(axis, start, stop - start)
+        return cut(self.reader(reader, finite=False), name, axis, share)
 
     def check(self, reader: CheckpointReader, stored: str) -> None:
         """Look at a tensor in the files without keeping it: UserError when a value is NaN or infinite."""
@@ -107,3 +132,9 @@ class Values:
             require_numbers(reader.tensor(stored).view(torch.uint8), stored)
         else:
             reader.check(stored)
+
+
+def cut(read: ReadPart, name: str, axis: int, share: tuple[int, int]) -> torch.Tensor:
+    """Only `start, stop` of a share along an axis (0 or 1) of what a reader of whole tensors and rows reads."""
+    start, stop = share
+    return read(name, slice(start, stop)) if axis == 0 else read(name, None).narrow(axis, start, stop - start)

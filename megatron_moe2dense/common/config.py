@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,6 +23,8 @@ class Config(BaseModel):
 
     # By alias: a key whose name is a Python keyword (`global`) has one spelling in YAML, in what is printed and in messages.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, serialize_by_alias=True)
+    # Blocks in whose place one value may stand: which of their keys it is.
+    plain: ClassVar[Mapping[str, str]] = {}
 
 
 C = TypeVar("C", bound=Config)
@@ -91,15 +93,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `data` with `a.b=value` strings set (values are YAML; the later one wins)."""
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str], plain: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A copy of `data` with `a.b=value` strings set (values are YAML; the later one wins). plain: see `Config`."""
     result = _copy(data)
     for item in overrides:
         path, equals, text = item.partition("=")
         *parents, last = path.split(".")
         if not equals or not all((*parents, last)):
             raise UserError(f"argument {item!r}", "key.path=value", "write e.g. train.steps=100")
-        block = result
+        block, alone = result, (plain or {}).get(path.partition(".")[0])
+        if parents and alone is not None and result.get(parents[0]) is not None and not isinstance(result[parents[0]], dict):
+            result[parents[0]] = {alone: result[parents[0]]}
         for parent in parents:
             if block.get(parent) is None:
                 block[parent] = {}
@@ -129,7 +133,7 @@ def build(cls: type[C], data: dict[str, Any], where: str) -> C:
 
 def load(cls: type[C], path: Path | None, overrides: Sequence[str]) -> C:
     """YAML file (may be None) and overrides to a validated `cls`."""
-    data = apply_overrides(read_yaml(path) if path else {}, overrides)
+    data = apply_overrides(read_yaml(path) if path else {}, overrides, cls.plain)
     return build(cls, data, str(path) if path else "the command line")
 
 

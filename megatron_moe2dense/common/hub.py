@@ -134,12 +134,13 @@ def headers(source: str | Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def sources_of(config: Config) -> Iterator[tuple[str, Need]]:
-    """The models that a config names, with what is read of each."""
+    """The models that a config names, with what is read of each; a mark of a block goes before those inside it."""
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         marks = [mark for mark in field.metadata if isinstance(mark, Source)]
         if isinstance(value, Config):
-            yield from sources_of(value)
+            for source, need in sources_of(value):
+                yield source, marks[0].need if marks else need
         elif marks and value is not None:
             values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
             for each in values:

@@ -24,7 +24,7 @@ from megatron_moe2dense.surgery.types import check_keep
 from megatron_moe2dense.tokens import prepare
 from megatron_moe2dense.tokens.config import DataConfig
 from megatron_moe2dense.tokens.tokenizers import open_tokenizer
-from megatron_moe2dense.trainer.config import BatchConfig, OptimConfig
+from megatron_moe2dense.trainer.config import BatchConfig, OptimConfig, TeacherConfig
 
 _LENGTH = 2048
 _END = "<|endoftext|>"  # of pretraining, in tokenizers whose own end-of-sequence token ends chat turns
@@ -102,7 +102,7 @@ def _layout(config: InitConfig, source: MoeSource, keep: int, sizes: Sizes) -> V
         student.write_text(json.dumps(dense), encoding="utf-8")
         wanted = PlanConfig(
             student=str(student),
-            teacher=config.source,
+            teacher=TeacherConfig(path=config.source),
             hardware=config.hardware,
             data=TextConfig(sequence_length=sizes.length),
             optim=OptimConfig(),

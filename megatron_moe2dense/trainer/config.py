@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
 from megatron_moe2dense.common.config import Config, key
 from megatron_moe2dense.common.hub import Source
+from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.trainer.data.config import TrainDataConfig
 from megatron_moe2dense.trainer.losses import Loss, losses
 
@@ -130,6 +132,11 @@ class TrainConfig(Config):
 
     steps: int | None = key(None, "optimizer steps; give this or tokens", "steps", gt=0)
     tokens: int | None = key(None, "training tokens, rounded down to whole steps", "tokens", gt=0)
+    parts: Literal["all", "ffn", "ffn+norms+head"] | list[str] = key(
+        "all",
+        "what is trained of the student, or patterns of its weights' names, such as ['model.layers.*.mlp.*']; the rest has no gradient and "
+        "no optimizer state; a tied head is the embedding",
+    )
     save_every: int = key(500, "steps between checkpoints; the last step is always saved", "steps", gt=0)
     keep: int = key(2, "checkpoints kept", "checkpoints", gt=0)
     async_save: bool = key(True, "go on training while a checkpoint is written; costs host memory for a copy of this rank's state")
@@ -148,6 +155,8 @@ class TrainConfig(Config):
     def _one_length(self) -> TrainConfig:
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give exactly one of steps and tokens")
+        if self.parts == []:
+            raise ValueError("parts: nothing would be trained")
         return self
 
 
@@ -168,6 +177,69 @@ class TeacherCheckConfig(Config):
     stock_forward: Literal["auto", "always", "never"] = key(
         "auto", "compare its logits with those of stock transformers; auto: when that model fits in free host memory"
     )
+
+
+class TeacherConfig(Config):
+    """The frozen teacher, live or cached. A path in place of the block is its `path`."""
+
+    path: Annotated[str | None, Source()] = key(None, "its Hugging Face directory; null: its cache alone")
+    cache: str | None = key(
+        None, "directory of `moe2dense cache-teacher`, read in place of the model; a `path` beside it has to be the cached one"
+    )
+    routing: RoutingConfig | None = key(None, "teacher routing")
+    check: TeacherCheckConfig | None = key(None, "checks of the teacher; null: the defaults")
+    dtype: Literal["model", "fp8"] = key(
+        "model",
+        "how its matrices stand in memory; model: in the run's dtype; fp8: in FP8 E4M3, made numbers of that dtype as they are used. "
+        "Those of an FP8 checkpoint are kept as they are, others are rounded",
+    )
+
+    @model_validator(mode="after")
+    def _settings_have_effect(self) -> TeacherConfig:
+        given = [name for name in ("routing", "check") if getattr(self, name) is not None] + ["dtype"] * (self.dtype != "model")
+        if self.path is None and self.cache is None:
+            what = f"teacher.{given[0]} has no effect without a teacher: " if given else ""
+            raise ValueError(f"{what}give its path, or its cache")
+        if self.cache is not None and given:
+            raise ValueError(f"teacher.{given[0]} has no effect with teacher.cache: it was applied when the cache was written")
+        return self
+
+    @property
+    def live(self) -> str | None:
+        """Its directory, where it is a model of the job."""
+        return self.path if self.cache is None else None
+
+    @property
+    def active(self) -> int | None:
+        """Experts per token that it is asked for, None: its own number."""
+        return self.routing.active if self.routing else None
+
+
+_BESIDE = {"teacher_cache": "cache", "teacher_routing": "routing", "teacher_check": "check"}
+
+
+def teacher_block(raw: Any) -> Any:
+    """Before a config is validated: `teacher: DIR` becomes the block that it stands for, and what stood beside it until 0.1 goes inside
+    (accepted for one version).
+
+    Raises:
+        ValueError: a key in both places.
+    """
+    if not isinstance(raw, dict):
+        return raw
+    found = {name: value for name, value in raw.items() if name not in _BESIDE}
+    if isinstance(found.get("teacher"), str):
+        found["teacher"] = {"path": found["teacher"]}
+    old = {name: raw[name] for name in _BESIDE if raw.get(name) is not None}
+    if not old:
+        return found
+    block = found.get("teacher") or {}
+    for name in old:
+        if block.get(_BESIDE[name]) is not None:
+            raise ValueError(f"{name} and teacher.{_BESIDE[name]} are the same key: give the second alone")
+        logger.info("%s is now teacher.%s; the next version will not know the old name", name, _BESIDE[name])
+    found["teacher"] = {**block, **{_BESIDE[name]: value for name, value in old.items()}}
+    return found
 
 
 class MoeConfig(Config):
@@ -198,13 +270,10 @@ class LoggingConfig(Config):
 class DistillConfig(Config):
     """`moe2dense distill`."""
 
+    plain: ClassVar[Mapping[str, str]] = {"teacher": "path"}
+
     student: Annotated[str, Source()] = key(..., "Hugging Face directory of the student (only its config.json with initialize: random)")
-    teacher: Annotated[str | None, Source()] = key(
-        ..., "Hugging Face directory of the frozen teacher; null: plain language modelling, or see teacher_cache"
-    )
-    teacher_cache: str | None = key(
-        None, "directory of `moe2dense cache-teacher`, read in place of the teacher; a `teacher` beside it has to be the cached one"
-    )
+    teacher: TeacherConfig | None = key(..., "the frozen teacher, its Hugging Face directory or this block; null: plain language modelling")
     output: str = key(..., "directory of the run: checkpoints/, metrics.jsonl, moe2dense.json")
     initialize: Literal["checkpoint", "random_ffn", "random"] = key(
         "checkpoint",
@@ -217,8 +286,6 @@ class DistillConfig(Config):
     schedule: ScheduleConfig = key(ScheduleConfig(), "learning-rate schedule")
     batch: BatchConfig = key(BatchConfig(), "batch sizes")
     train: TrainConfig = key(..., "length of the run")
-    teacher_routing: RoutingConfig | None = key(None, "teacher routing")
-    teacher_check: TeacherCheckConfig | None = key(None, "checks of the teacher; null: the defaults")
     moe: MoeConfig | None = key(None, "balancing losses of a MoE student (plain language modelling only)")
     logging: LoggingConfig = key(LoggingConfig(), "metrics")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "cuda where there is a GPU, else cpu")
@@ -226,18 +293,20 @@ class DistillConfig(Config):
     fp8: Fp8Config | None = key(None, "FP8 products of the student (never of the teacher); needs dtype: bfloat16; null: none")
     overwrite: bool = key(False, "replace a finished or foreign run in output")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _teacher_block(cls, raw: Any) -> Any:
+        return teacher_block(raw)
+
     @model_validator(mode="after")
     def _settings_have_effect(self) -> DistillConfig:
-        if self.teacher_cache is not None:
-            self._check_cache_settings()
-        if self.loss is not None and self.loss.needs_teacher != self.has_teacher():
+        if self.teacher_cache is not None and (self.loss is None or self.loss.tokens_of_cache() is None):
+            asked = "the default loss" if self.loss is None else f"loss {self.loss.method_name()}"
+            raise ValueError(f"teacher.cache holds the teacher's top k alone, {asked} needs all: set loss to {{method: top_k_kl, k: ...}}")
+        if self.loss is not None and self.loss.needs_teacher != (self.teacher is not None):
             wants = "needs a teacher" if self.loss.needs_teacher else "does not use the teacher: set teacher to null"
             raise ValueError(f"loss {self.loss.method_name()} {wants}")
-        if self.teacher is None and self.teacher_routing is not None:
-            raise ValueError("teacher_routing has no effect without a teacher")
-        if self.teacher is None and self.teacher_check is not None:
-            raise ValueError("teacher_check has no effect without a teacher")
-        if self.has_teacher() and self.moe is not None:
+        if self.teacher is not None and self.moe is not None:
             raise ValueError("moe has no effect with a teacher: it is for training a MoE as a language model")
         if self.parallel.overlap_gradients and not self.resolved_loss().trains_head():
             raise ValueError(
@@ -250,21 +319,15 @@ class DistillConfig(Config):
             raise ValueError("train.eval_every has no effect without data.validation")
         return self
 
-    def _check_cache_settings(self) -> None:
-        if self.loss is None or self.loss.tokens_of_cache() is None:
-            asked = "the default loss" if self.loss is None else f"loss {self.loss.method_name()}"
-            raise ValueError(f"teacher_cache holds the teacher's top k alone, {asked} needs all: set loss to {{method: top_k_kl, k: ...}}")
-        for name in ("teacher_routing", "teacher_check"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name} has no effect with teacher_cache: it was applied when the cache was written")
+    @property
+    def live_teacher(self) -> str | None:
+        """Directory of a teacher that is a model of this job."""
+        return self.teacher.live if self.teacher is not None else None
 
-    def has_teacher(self) -> bool:
-        """Whether there is a teacher, live or cached."""
-        return self.teacher is not None or self.teacher_cache is not None
-
-    def has_live_teacher(self) -> bool:
-        """Whether the teacher is a model of this job."""
-        return self.teacher is not None and self.teacher_cache is None
+    @property
+    def teacher_cache(self) -> str | None:
+        """Directory of a teacher that is read from disk."""
+        return self.teacher.cache if self.teacher is not None else None
 
     def resolved_loss(self) -> Loss:
         """The loss, with its default filled in."""
@@ -272,11 +335,11 @@ class DistillConfig(Config):
 
     def active_experts(self) -> int | None:
         """Experts per token that the teacher is asked for, None: its own number."""
-        return self.teacher_routing.active if self.teacher_routing else None
+        return self.teacher.active if self.teacher is not None else None
 
     def resolved_teacher_check(self) -> TeacherCheckConfig:
         """The checks, with their defaults filled in."""
-        return self.teacher_check or TeacherCheckConfig()
+        return (self.teacher.check if self.teacher is not None else None) or TeacherCheckConfig()
 
     def steps(self) -> int:
         """Optimizer steps of the run."""

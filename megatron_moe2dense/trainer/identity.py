@@ -23,7 +23,7 @@ from megatron_moe2dense.trainer.data.datasets import texts
 
 STAGE = "distill"
 # What may change between the parts of one run: layout and logging, not the mathematics; train.steps may grow.
-_MAY_CHANGE = ("parallel", "logging", "device", "overwrite", "teacher_check", "output")
+_MAY_CHANGE = ("parallel", "logging", "device", "overwrite", "output")
 _MAY_CHANGE_IN_TRAIN = ("save_every", "keep", "async_save", "eval_every", "log_every", "timeout", "most_skipped", "spike", "tokens")
 _NOT_OF_DATA = ("path", "blend", "validation", "validation_sequences")  # paths, and how much is evaluated on
 # What a manifest keeps through all parts of a run. The inputs are read once, when it begins: they may be gone when it ends.
@@ -47,12 +47,18 @@ def identity(config: DistillConfig, text: dict[str, Any] | None = None) -> dict[
         del content["batch"]["micro"]
     text = text or texts(config.data, config.train.seed)
     content["student"] = _student(config)
-    content["teacher"] = CheckpointIndex.open(config.teacher).fingerprint() if config.has_live_teacher() and config.teacher else None
+    block, live = content.pop("teacher") or {}, config.live_teacher
+    content["teacher_routing"] = block.get("routing")  # beside the teacher, as in runs that were begun when it stood there
+    if block.get("dtype", "model") != "model":
+        content["teacher_dtype"] = block["dtype"]
+    content["teacher"] = CheckpointIndex.open(live).fingerprint() if live is not None else None
     content["teacher_cache"] = _cache(config.teacher_cache)
     content["data"] = {name: value for name, value in content["data"].items() if name not in _NOT_OF_DATA}
     content["data"] |= {"sources": text["training"]["sources"], "validation": text["validation"]}
     content["train"] = {name: value for name, value in content["train"].items() if name not in _MAY_CHANGE_IN_TRAIN}
     content["train"]["steps"] = config.steps()
+    if config.train.parts == "all":  # as in runs begun before parts could be chosen
+        del content["train"]["parts"]
     return content
 
 
@@ -140,7 +146,8 @@ def claim(config: DistillConfig) -> Claim:
 
 def _revisions(config: DistillConfig) -> dict[str, dict[str, str]]:
     """Name and commit of the models that were read from the Hugging Face cache."""
-    found = {name: hub.revision_of(hub.located(path)) for name, path in (("student", config.student), ("teacher", config.teacher)) if path}
+    models = {"student": config.student, "teacher": config.teacher.path if config.teacher is not None else None}
+    found = {name: hub.revision_of(hub.located(path)) for name, path in models.items() if path}
     return {name: each["revision"] for name, each in found.items() if each}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_moe2dense.trainer import optim, random_weights, weights
+from megatron_moe2dense.trainer import optim, parts, random_weights, weights
 from megatron_moe2dense.trainer.checkpoints.writer import latest
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.groups import Groups
@@ -27,6 +27,7 @@ def start(config: DistillConfig, chunks: list[HeadlessGPT], spec: ModelSpec, gro
         random_weights.draw(chunks, spec, groups, config.train.seed)
     else:
         weights.load(chunks, spec, groups)
+    parts.freeze(chunks, config.train.parts, spec, groups)
     wrapped = optim.wrap(chunks, config, groups)
     for chunk in wrapped:
         chunk.broadcast_params()

@@ -133,7 +133,7 @@ def _require_trained_experts(student: ModelSpec, parallel: ParallelConfig) -> st
 
 def _require_routing(teacher: ModelSpec, active: int | None) -> str:
     if not teacher.dims.experts and active is not None:
-        raise UserError(f"teacher_routing.active: {active} of a dense teacher", "a MoE, whose routing it widens", "drop teacher_routing")
+        raise UserError(f"teacher.routing.active: {active} of a dense teacher", "a MoE, whose routing it widens", "drop teacher.routing")
     if not teacher.dims.experts:
         return "no experts"
     chosen = active_experts(active, teacher.dims)

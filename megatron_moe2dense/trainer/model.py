@@ -31,7 +31,7 @@ from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.losses.vocab_parallel import VocabParallelLogits
 from megatron_moe2dense.trainer.pipeline import PipelineLayout
-from megatron_moe2dense.trainer.runtime import Runtime
+from megatron_moe2dense.trainer.runtime import Runtime, stored_fp8
 from megatron_moe2dense.trainer.runtime.configs import config_of
 from megatron_moe2dense.trainer.runtime.latent_attention import latent_fields
 from megatron_moe2dense.trainer.runtime.modules import prepare_sinks
@@ -46,7 +46,7 @@ VOCABULARY_MULTIPLE = 128
 @dataclass(frozen=True, eq=False)
 class ModelSpec:
     """What a model is: its config.json, family, stock class and sizes, and its compute type; of a checkpoint also what its tensors are.
-    Two are equal when they are one."""
+    in_fp8: it is frozen, and its matrices stay FP8 in memory (`runtime.stored_fp8`). Two are equal when they are one."""
 
     config: Mapping[str, Any]
     family: FamilySpec
@@ -54,6 +54,7 @@ class ModelSpec:
     dims: Dims
     dtype: torch.dtype
     account: Account | None = None
+    in_fp8: bool = False
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: str, dtype: torch.dtype) -> ModelSpec:
@@ -155,7 +156,8 @@ def build(spec: ModelSpec, groups: Groups, runtime: Runtime, layout: PipelineLay
         UserError: the model does not divide over the parallel layout.
     """
     require_division(spec, groups.parallel)
-    fields = {**transformer_fields(spec, groups, runtime), **_pipeline_fields(layout, groups), **overrides}
+    loaded = {"perform_initialization": False} if spec.in_fp8 else {}  # nothing is drawn into what has no memory
+    fields = {**transformer_fields(spec, groups, runtime), **_pipeline_fields(layout, groups), **loaded, **overrides}
     config = config_of(fields)
     return [_chunk(spec, config, groups, runtime, number) for number in range(layout.chunks)]
 
@@ -168,9 +170,10 @@ def _pipeline_fields(layout: PipelineLayout, groups: Groups) -> dict[str, Any]:
 
 
 def _chunk(spec: ModelSpec, config: TransformerConfig, groups: Groups, runtime: Runtime, number: int) -> HeadlessGPT:
+    layers = block_spec(config, runtime.transformer_engine, number, groups.stage)
     model = HeadlessGPT(
         config,
-        block_spec(config, runtime.transformer_engine, number, groups.stage),  # type: ignore[arg-type] - Megatron takes block submodules too
+        stored_fp8.leave_unallocated(layers) if spec.in_fp8 else layers,  # type: ignore[arg-type] - Megatron takes block submodules too
         padded_vocabulary(spec.dims.vocab_size),
         spec.dims.max_positions,
         pre_process=groups.is_first_stage and number == 0,
@@ -181,7 +184,10 @@ def _chunk(spec: ModelSpec, config: TransformerConfig, groups: Groups, runtime: 
         pg_collection=groups.collection,
         vp_stage=number,
     )
-    model = model.to(device=runtime.device, dtype=spec.dtype)
+    if spec.in_fp8:
+        stored_fp8.settle(model, runtime.device, spec.dtype)
+    else:
+        model.to(device=runtime.device, dtype=spec.dtype)
     prepare_sinks(model)
     if spec.dims.experts:
         finish_routers(model, spec.router)

@@ -29,6 +29,7 @@ from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _EPSILON = 1e-7
 _RMS_OF_ADAMW = 0.2
+_NO_MATRIX = {"params": [], "wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ def beside_adamw(settings: MuonConfig, shared: OptimizerConfig, chunks: Sequence
     others = [p for chunk in chunks for p in chunk.parameters() if p not in found]
     # Megatron-Core makes groups of what has gradients
     with _frozen(others):
-        (group,) = _get_param_groups(list(chunks), shared, {})
+        # none on a stage where no matrix is trained, which takes part in sums over the ranks all the same
+        (group,) = _get_param_groups(list(chunks), shared, {}) or [dict(_NO_MATRIX)]
     with _frozen(found):
         adamw = get_megatron_optimizer(shared, list(chunks))
     assert isinstance(adamw, ChainedOptimizer)
@@ -167,12 +169,13 @@ def require_dense(spec: ModelSpec) -> str:
 
 @contextlib.contextmanager
 def _frozen(parameters: Collection[Tensor]) -> Iterator[None]:
-    for parameter in parameters:
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in learning:
         parameter.requires_grad = False
     try:
         yield
     finally:
-        for parameter in parameters:
+        for parameter in learning:
             parameter.requires_grad = True
 
 
@@ -186,7 +189,7 @@ def _matrices(chunk: HeadlessGPT, spec: ModelSpec, groups: Groups) -> Iterator[t
     dims = spec.dims
     own = dataclasses.replace(dims, heads=dims.heads // ranks, kv_heads=dims.kv_heads // ranks)
     for name, parameter in chunk.named_parameters():
-        if is_matrix(name, parameter.dim()):
+        if is_matrix(name, parameter.dim()) and parameter.requires_grad:
             sharded = ranks > 1 and getattr(parameter, "tensor_model_parallel", False)
             kind, dim = mapping.rule(name)[0].kind, parameter.partition_dim if sharded else None  # type: ignore[attr-defined]
             anywhere = splits_heads(kind, dims, ranks)

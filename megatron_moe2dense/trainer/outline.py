@@ -3,6 +3,7 @@ groups or a GPU, from its config.json alone."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping
@@ -77,7 +78,7 @@ def outline(spec: ModelSpec) -> Outline:
     upstream.latent_attention_without_te()
     with upstream.on_meta():
         fields = {**_SHAPES_ALONE, "num_layers": len(kinds), **pattern}
-        (model,) = models.build(spec, Groups.alone(), _META, PipelineLayout((len(kinds),), 1), **fields)
+        (model,) = models.build(dataclasses.replace(spec, in_fp8=False), Groups.alone(), _META, PipelineLayout((len(kinds),), 1), **fields)
     embedding, *weights = _weights(model, spec)
     layers = {kind: tuple(each for each in weights if f".layers.{place}." in each.name) for place, kind in enumerate(kinds)}
     return Outline(embedding, layers, tuple(each for each in weights if ".layers." not in each.name))

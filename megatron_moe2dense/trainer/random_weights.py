@@ -33,7 +33,7 @@ def draw(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups, seed: i
     Args:
         seed: of the draw. ffns_alone: leave everything but the FFN blocks as it is.
     """
-    for parameter, entry, _ in weights_of_rank(chunks, spec, groups):
+    for parameter, entry, *_ in weights_of_rank(chunks, spec, groups):
         name = entry.rule.megatron
         if ffns_alone and ".mlp." not in name:
             continue

@@ -6,7 +6,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.tokens.held_out import ADVICE, not_held_out
 from megatron_moe2dense.tokens.indexed import TokenFile, long_windows
-from megatron_moe2dense.trainer import balancing, identity, optim, runtime
+from megatron_moe2dense.trainer import balancing, identity, optim, parts, runtime
 from megatron_moe2dense.trainer.agreement import raise_on_all_ranks
 from megatron_moe2dense.trainer.cache.teacher import require_cache
 from megatron_moe2dense.trainer.checkpoints.writer import latest, step_of
@@ -76,6 +78,7 @@ def of_run(config: DistillConfig, world: int, opened: Opened) -> Iterator[Questi
     yield from (Question(f"{name}'s windows", lambda spec=spec: _windows(config, spec)) for name, spec in opened.specs.items())
     if student is not None:
         yield Question("loss", lambda: _loss(config, student, teacher))
+        yield Question("parts", lambda: parts.require(config.train.parts, student))
         yield Question("balancing", lambda: balancing.require(config, student))
     yield Question("metrics", lambda: require_loggers(config.logging))
     yield Question("output", lambda: _output(config), ("student", "teacher", "text", "held-out text", "teacher cache"))
@@ -84,8 +87,8 @@ def of_run(config: DistillConfig, world: int, opened: Opened) -> Iterator[Questi
 def of_models(config: DistillConfig, opened: Opened) -> Iterator[Question]:
     """Whether the checkpoints are what they should be."""
     yield Question("student", lambda: opened.open("student", config.student, config.initialize != "random"))
-    if config.has_live_teacher():
-        yield Question("teacher", lambda: opened.open("teacher", config.teacher or "", has_weights=True))
+    if (teacher := config.teacher) is not None and (directory := teacher.live) is not None:
+        yield Question("teacher", lambda: opened.open_teacher(directory, teacher.dtype))
 
 
 def _text(config: DistillConfig, student: ModelSpec | None) -> Iterator[Question]:
@@ -120,6 +123,15 @@ class Opened:
         else:
             spec = ModelSpec.open(directory, self.dtype)
             require_one_table(spec)
+        return self._keep(name, spec)
+
+    def open_teacher(self, directory: str, dtype: Literal["model", "fp8"]) -> str:
+        """As `open`, of a frozen model. dtype: of its matrices in memory."""
+        spec = ModelSpec.open(directory, self.dtype)
+        require_one_table(spec)
+        return self._keep("teacher", replace(spec, in_fp8=dtype == "fp8"))
+
+    def _keep(self, name: str, spec: ModelSpec) -> str:
         self.specs[name] = spec
         return f"{spec.family.name}, {spec.dims.layers} layers, vocabulary {spec.dims.vocab_size}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -41,10 +41,11 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class LiveTeacher:
-    """A model of this job; its targets are final hidden states [S, B, D], never logits."""
+    """A model of this job; its targets are final hidden states [S, B, D], never logits. lost: where weights were rounded to FP8."""
 
     chunks: list[models.HeadlessGPT]
     spec: models.ModelSpec
+    lost: weights.Rounding = field(default_factory=weights.Rounding)
 
     @torch.no_grad()
     def targets(self, batches: list[Batch]) -> list[Tensor]:
@@ -70,11 +71,14 @@ def build(spec: models.ModelSpec, config: DistillConfig, groups: Groups, runtime
     """Load the teacher, in eval mode, without gradients; `layout` and `startup` know what it has to be."""
     overrides = {"moe_router_topk": active_experts(config.active_experts(), spec.dims)} if spec.dims.experts else {}
     chunks = models.build(spec, groups, runtime, PipelineLayout.of_teacher(groups.parallel, spec.dims.layers), **overrides)
-    weights.load(chunks, spec, groups)
+    lost = weights.load(chunks, spec, groups)
     for chunk in chunks:
         chunk.requires_grad_(False).eval()
-    logger.info("teacher: %s, %d layers, %d parameters on this rank", config.teacher, spec.dims.layers, _count(chunks))
-    return LiveTeacher(chunks, spec)
+    held = sum(tensor.nbytes for chunk in chunks for tensor in chunk.parameters())
+    logger.info("teacher: %s, %d layers, %.3g GB on this rank", config.live_teacher, spec.dims.layers, held / 1e9)
+    if lost.matrices:
+        logger.warning("teacher: %d matrices rounded to FP8, relative error %.2e", lost.matrices, lost.relative)
+    return LiveTeacher(chunks, spec, lost)
 
 
 def require_same_vocabulary(teacher: models.ModelSpec, student: models.ModelSpec) -> None:
@@ -92,9 +96,5 @@ def active_experts(active: int | None, dims: Dims) -> int:
     if active is None:
         return dims.active
     if not dims.active <= active <= dims.experts:
-        raise UserError(f"teacher_routing.active: {active}", f"between {dims.active} and {dims.experts}", "choose a number in this range")
+        raise UserError(f"teacher.routing.active: {active}", f"between {dims.active} and {dims.experts}", "choose a number in this range")
     return active
-
-
-def _count(chunks: list[models.HeadlessGPT]) -> int:
-    return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
-from megatron_moe2dense.checkpoint.values import Values
+from megatron_moe2dense.checkpoint.values import DECODED, cut
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import WeightRule
 from megatron_moe2dense.families.account import Account
@@ -17,21 +22,87 @@ from megatron_moe2dense.families.disk import ReadTensor, plain_names, revert
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.mapping import Entry, WeightMapping, join, split, splits_heads
 from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec, padded_vocabulary
+from megatron_moe2dense.trainer.runtime import stored_fp8
+from megatron_moe2dense.trainer.verification.bits import bit_sum
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What was rounded to FP8: matrices, and the sums of squares of the errors and of the weights."""
+
+    matrices: int = 0
+    errors: float = 0.0
+    weights: float = 0.0
+
+    def __add__(self, other: Rounding) -> Rounding:
+        return Rounding(self.matrices + other.matrices, self.errors + other.errors, self.weights + other.weights)
+
+    @property
+    def relative(self) -> float:
+        """Norm of the errors over that of the weights."""
+        return math.sqrt(self.errors / self.weights) if self.weights else 0.0
 
 
 @torch.no_grad()
-def load(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups) -> None:
+def load(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups) -> Rounding:
     """Fill every parameter of the model's chunks from the opened checkpoint; each rank reads its slices, and whole what is stored in
-    another form than the class holds it (packed or stacked experts: one at a time).
+    another form than the class holds it (packed or stacked experts: one at a time). Of a model that is `in_fp8` matrices get memory one by
+    one: codes and scales of the files where they are E4M3, else rounded ones, of which the answer tells.
 
     Raises:
         UserError: a tensor of another shape than the model's, NaN or infinite.
     """
-    account = spec.opened
+    account, total = spec.opened, Rounding()
+    keeps_codes = any(encoded.scales is not None for encoded in account.values.encoded.values())
     with CheckpointReader(account.index) as reader:
-        for parameter, entry, _ in weights_of_rank(chunks, spec, groups):
+        numbers = _Source(account.values.reader(reader, finite=False), partial(account.values.part, reader))
+        for chunk, name, parameter, entry in list(named_of_rank(chunks, spec, groups)):
             where = f"{account.index.directory}: {', '.join(files_of(account, entry))}"
-            parameter.copy_(_checked(_local(reader, entry, spec, groups), parameter, where))
+            own = _own_codes(reader, entry, spec, groups) if parameter.is_meta else None
+            if own is None:
+                value = _checked(_local(numbers, entry, spec, groups), parameter, where)
+                if parameter.is_meta and keeps_codes:  # what the files have left as it is stays so
+                    parameter = stored_fp8.allocate(chunk, name)
+                if not parameter.is_meta:
+                    parameter.copy_(value)
+                    continue
+                stored, bits, lost = _rounded(value.to(spec.dtype), entry, groups)
+                total += lost
+            else:
+                stored, bits = own, None
+                _checked(stored_fp8.decoded(*own), parameter, where)
+            stored_fp8.store(chunk, name, stored_fp8.Fp8Weight(stored, (DECODED, spec.dtype), bits))
+    return total
+
+
+def _own_codes(reader: CheckpointReader, entry: Entry, spec: ModelSpec, groups: Groups) -> tuple[Tensor, Tensor] | None:
+    """This rank's E4M3 codes and their scales as the files have them, cut and joined as weights are; None where they have others."""
+    account = spec.opened
+    names = [name for each in entry.names for name in account.disk.names_of(each, _rows(entry))]
+    scales = [account.values.scales(name) for name in names]
+    if not names or None in scales:
+        return None
+    both = (account.values.codes(reader), account.values.factors(reader))
+    codes_RC, factors_RC = (_local(_Source.of(read), entry, spec, groups) for read in both)
+    # along the rows too, where a transposed matrix has its blocks the other way
+    blocks = [each.block[::-1] for each in scales if each is not None]
+    whole, columns = _whole_columns(codes_RC, entry, groups), codes_RC.shape[1]
+    shared = [math.gcd(*(stored_fp8.columns_of_scale(columns, whole, size) for size in sizes)) for sizes in zip(*blocks, strict=True)]
+    return codes_RC.contiguous().view(torch.float8_e4m3fn), stored_fp8.grouped(factors_RC, [shared[0], math.gcd(*shared)])
+
+
+def _rounded(weight_RC: Tensor, entry: Entry, groups: Groups) -> tuple[tuple[Tensor, Tensor], int, Rounding]:
+    """Codes and scales of this rank's part, the sum of its bits before, and what was lost."""
+    whole = _whole_columns(weight_RC, entry, groups)
+    stored = stored_fp8.rounded(weight_RC, stored_fp8.columns_of_scale(weight_RC.shape[1], whole, stored_fp8.BLOCK))
+    exact = weight_RC.double()
+    errors = float((stored_fp8.decoded(*stored).double() - exact).square().sum())
+    return stored, bit_sum(weight_RC), Rounding(1, errors, float(exact.square().sum()))
+
+
+def _whole_columns(part_RC: Tensor, entry: Entry, groups: Groups) -> int:
+    """Columns of the matrix that this rank has a part of."""
+    return part_RC.shape[1] * (_share(entry, groups)[0] if entry.rule.split == 1 else 1)
 
 
 def files_of(account: Account, entry: Entry) -> tuple[str, ...]:
@@ -63,16 +134,39 @@ def require_one_table(spec: ModelSpec) -> None:
         )
 
 
-def weights_of_rank(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups) -> Iterator[tuple[Tensor, Entry, bool]]:
-    """Every parameter (and stored buffer) of this rank with its entry, and whether this rank counts it in sums over all ranks: those
-    that hold copies do not, so that every value counts once."""
-    local_experts = spec.dims.experts // groups.parallel.expert
+class OfRank(NamedTuple):
+    """A parameter (or stored buffer) of a rank.
+
+    tensor: its value, made now where it is kept in FP8. counts: whether this rank counts it in sums over all ranks: those that hold copies
+    do not, so that every value counts once. bits: of one that was rounded to FP8, `bit_sum` of what the files hold.
+    """
+
+    tensor: Tensor
+    entry: Entry
+    counts: bool
+    bits: int | None
+
+
+def weights_of_rank(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups) -> Iterator[OfRank]:
+    """Everything of the stock class that this rank holds."""
     for chunk in chunks:
-        first_layer = get_transformer_layer_offset(chunk.config, chunk.vp_stage, groups.stage)
-        mapping = WeightMapping(spec, first_layer, groups.expert_rank * local_experts)
-        for name, parameter in _stored(chunk):
+        mapping = _mapping(chunk, spec, groups)
+        plain = ((name, tensor, None) for name, tensor in _stored(chunk))
+        for name, tensor, bits in itertools.chain(plain, stored_fp8.stored(chunk)):
             entry = mapping.entry(name)
-            yield parameter, entry, _counts(entry, groups) and not mapping.is_copy(name)
+            yield OfRank(tensor, entry, _counts(entry, groups) and not mapping.is_copy(name), bits)
+
+
+def named_of_rank(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups) -> Iterator[tuple[HeadlessGPT, str, Tensor, Entry]]:
+    """Every parameter and stored buffer with its chunk and its name there."""
+    for chunk in chunks:
+        mapping = _mapping(chunk, spec, groups)
+        yield from ((chunk, name, tensor, mapping.entry(name)) for name, tensor in _stored(chunk))
+
+
+def _mapping(chunk: HeadlessGPT, spec: ModelSpec, groups: Groups) -> WeightMapping:
+    first_layer = get_transformer_layer_offset(chunk.config, chunk.vp_stage, groups.stage)
+    return WeightMapping(spec, first_layer, groups.expert_rank * (spec.dims.experts // groups.parallel.expert))
 
 
 def _counts(entry: Entry, groups: Groups) -> bool:
@@ -93,13 +187,27 @@ def _checked(value: Tensor, parameter: Tensor, where: str) -> Tensor:
     return value
 
 
-def _local(reader: CheckpointReader, entry: Entry, spec: ModelSpec, groups: Groups) -> Tensor:
+@dataclass(frozen=True)
+class _Source:
+    """What is read of tensors: numbers, codes, or factors. read: all of one, or rows. part: a share along an axis."""
+
+    read: ReadTensor
+    part: Callable[[str, int, tuple[int, int]], Tensor]
+
+    @classmethod
+    def of(cls, read: ReadTensor) -> _Source:
+        """What can be read whole, and by rows."""
+        return cls(read, partial(cut, read))
+
+
+def _local(source: _Source, entry: Entry, spec: ModelSpec, groups: Groups) -> Tensor:
     """This rank's slice of one Megatron parameter, read alone where it lies in one piece."""
     rule, account, share = entry.rule, spec.opened, _share(entry, groups)
     parts, _ = share
     if rule.split is None or splits_heads(rule.kind, spec.dims, parts) or not _is_stored_as_it_is(account, entry):
-        return local_slices(_whole(account, account.values.reader(reader, finite=False), entry), entry, spec, groups)
-    slices = [_slice(reader, account.values, name, rule, share) for each in entry.names for name in account.disk.names_of(each)]
+        return local_slices(_whole(account, source.read, entry), entry, spec, groups)
+    names = [name for each in entry.names for name in account.disk.names_of(each)]
+    slices = [_slice(source, account.values.shapes[name], name, rule, share) for name in names]
     return join(rule.kind, slices, spec.dims.kv_heads // parts)
 
 
@@ -132,10 +240,10 @@ def _is_stored_as_it_is(account: Account, entry: Entry) -> bool:
     return same and all(account.disk.is_plain(name) for name in entry.names)
 
 
-def _slice(reader: CheckpointReader, values: Values, name: str, rule: WeightRule, share: tuple[int, int]) -> Tensor:
+def _slice(source: _Source, shape: tuple[int, ...], name: str, rule: WeightRule, share: tuple[int, int]) -> Tensor:
     assert rule.split is not None, "others are read whole"
-    start, stop, step = _range(values.shapes[name][rule.split], rule, share)
-    return _padded(values.part(reader, name, rule.split, (start, stop)), rule, step)
+    start, stop, step = _range(shape[rule.split], rule, share)
+    return _padded(source.part(name, rule.split, (start, stop)), rule, step)
 
 
 def _padded(rows: Tensor, rule: WeightRule, count: int) -> Tensor:
@@ -163,8 +271,8 @@ def _share(entry: Entry, groups: Groups) -> tuple[int, int]:
 
 
 def _stored(model: HeadlessGPT) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, and the buffers that are part of a checkpoint (a router's correction)."""
-    yield from model.named_parameters()
+    """Parameters that are not kept in FP8, and the buffers that are part of a checkpoint (a router's correction)."""
+    yield from (each for each in model.named_parameters() if stored_fp8.is_plain(each[0]))
     names = model.state_dict().keys()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in names)
 

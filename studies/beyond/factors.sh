@@ -22,7 +22,7 @@ beside factor hidden_0.3_early "$(mixed 0.3 hidden_state 0.3)"
 beside factor hidden_1_early "$(mixed 1.0 hidden_state 0.3)"
 beside factor next_token "$(mixed 0.1 cross_entropy)"
 beside factor temperature_2 loss.temperature=2.0
-beside factor routing_8 teacher_routing.active=8
+beside factor routing_8 teacher.routing.active=8
 beside factor momentum_0.9 optim.muon.momentum=0.9
 beside factor no_decay optim.weight_decay=0
 beside factor batch_2 batch.micro=2 batch.global=2 train.steps=1200 optim.muon.lr=1e-3 optim.lr=7e-4

@@ -109,6 +109,11 @@ def test_a_quantised_teacher_and_a_quantised_student_train(pairs: dict[str, tupl
             main(["distill", *run, "train.steps=2", "teacher_check.loss_bound=null"])
             losses.append([json.loads(line).get("loss") for line in (output / "metrics.jsonl").read_text().splitlines()])
     assert losses[0] == losses[1] != losses[2] == losses[3]
+    run[1], run[2] = f"teacher={pairs['fp8'][0]}", f"output={tmp_path / 'run in fp8'}"
+    run[0] = f"student={students[0]}"
+    main(["distill", *run, "train.steps=2", "teacher.check.loss_bound=null", "teacher.dtype=fp8"])
+    in_fp8 = [json.loads(line).get("loss") for line in (tmp_path / "run in fp8/metrics.jsonl").read_text().splitlines()]
+    assert in_fp8 == losses[0]  # and so to the bit when it stays FP8 in memory
     main(["export", f"checkpoint={tmp_path / 'run of fp8'}", f"output={tmp_path / 'export'}"])
     assert {tensor.dtype for tensor in load_file(tmp_path / "export/model.safetensors").values()} == {torch.bfloat16}
     assert "quantization_config" not in json.loads((tmp_path / "export/config.json").read_text())

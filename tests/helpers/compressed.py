@@ -45,13 +45,18 @@ def observed(whole: torch.Tensor, args: QuantizationArgs) -> dict[str, torch.Ten
     return {**found, "weight_scale": scale.reshape(-1) if strategy == "tensor" else scale, "weight_zero_point": zero}
 
 
-def _int4() -> QuantizationScheme:
-    return scheme_of({"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False}, _PACKED)
+# (form, options of the weights)
+Scheme = tuple[str, dict[str, Any]]
+# As llm-compressor publishes W4A16, groups of 32 inputs with zero points, and FP8, a scale a row or one for all.
+INT4: Scheme = (_PACKED, {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False})
+FP8_ROWS: Scheme = ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"})
+FP8_TENSOR: Scheme = ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"})
 
 
-def as_int4(source: Path, directory: Path) -> Path:
-    """As llm-compressor publishes W4A16: groups of 32 inputs with zero points."""
-    scheme, compressor = _int4(), BaseCompressor.get_value_from_registry(_PACKED)
+def compressed(source: Path, directory: Path, kind: Scheme) -> Path:
+    """A checkpoint whose linear layers the library has compressed."""
+    form, options = kind
+    scheme, compressor = scheme_of(options, form), BaseCompressor.get_value_from_registry(form)
     assert scheme.weights is not None
     args = scheme.weights
 
@@ -60,21 +65,32 @@ def as_int4(source: Path, directory: Path) -> Path:
         return {f"{name.removesuffix('weight')}{part}": tensor.contiguous() for part, tensor in found.items() if tensor is not None}
 
     groups = {"group_0": {"targets": ["Linear"], "weights": args.model_dump(mode="json")}}
-    config = {"quant_method": "compressed-tensors", "format": _PACKED, "config_groups": groups, "ignore": ["lm_head"]}
+    config = {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
     return quantised(source, directory, encode, config)
 
 
-def from_int4(source: Path, directory: Path) -> Path:
-    """What compressed-tensors makes of `as_int4`."""
-    scheme, compressor = _int4(), BaseCompressor.get_value_from_registry(_PACKED)
+def decompressed(source: Path, directory: Path, kind: Scheme) -> Path:
+    """What the library makes of `compressed`."""
+    form, options = kind
+    scheme, compressor = scheme_of(options, form), BaseCompressor.get_value_from_registry(form)
 
     def weight_of(name: str, stored: Tensors) -> torch.Tensor | None:
-        if not name.endswith("_packed"):
+        module = name.removesuffix("weight_packed").removesuffix("weight")
+        if not name.endswith(("weight_packed", "weight")) or f"{module}weight_scale" not in stored:
             return None
-        module = name.removesuffix("weight_packed")
         parts: dict[str, torch.Tensor | None] = {
             key.removeprefix(module): tensor for key, tensor in stored.items() if key.startswith(f"{module}weight")
         }
         return compressor.decompress(parts, scheme)["weight"]
 
     return dequantised(source, directory, weight_of, _BESIDE)
+
+
+def as_int4(source: Path, directory: Path) -> Path:
+    """`compressed` to INT4."""
+    return compressed(source, directory, INT4)
+
+
+def from_int4(source: Path, directory: Path) -> Path:
+    """What compressed-tensors makes of `as_int4`."""
+    return decompressed(source, directory, INT4)

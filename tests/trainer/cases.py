@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,15 @@ from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
 from megatron_moe2dense.trainer import runtime, weights
 from megatron_moe2dense.trainer.config import DistillConfig, ParallelConfig
+from megatron_moe2dense.trainer.data.samples import Batch
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec
 from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from megatron_moe2dense.trainer.runtime import Runtime
+from megatron_moe2dense.trainer.teacher import LiveTeacher
 from megatron_moe2dense.trainer.verification import fingerprint
 from megatron_moe2dense.trainer.verification.fingerprint import Fingerprint
+from megatron_moe2dense.trainer.weights import Rounding
 
 
 def distill_all(configs: list[dict[str, Any]]) -> None:
@@ -33,9 +38,64 @@ def distill_all(configs: list[dict[str, Any]]) -> None:
 def loaded(directory: Path, place: tuple[Groups, Runtime], dtype: str) -> tuple[list[HeadlessGPT], ModelSpec]:
     """The checkpoint as a Megatron model in the current layout, in eval mode."""
     spec = ModelSpec.open(directory, getattr(torch, dtype))
+    return loaded_as(spec, place)[0], spec
+
+
+def loaded_as(spec: ModelSpec, place: tuple[Groups, Runtime]) -> tuple[list[HeadlessGPT], Rounding]:
+    """As `loaded`, of an opened checkpoint, and what loading it has lost."""
     chunks = models.build(spec, *place, PipelineLayout.of_student(place[0].parallel, spec.dims.layers))
-    weights.load(chunks, spec, place[0])
-    return [chunk.eval() for chunk in chunks], spec
+    lost = weights.load(chunks, spec, place[0])
+    return [chunk.requires_grad_(not spec.in_fp8).eval() for chunk in chunks], lost
+
+
+def against_dequantised(cases: list[tuple[Path, Path, dict[str, Any], str]]) -> list[tuple[list[str], int, int]]:
+    """Of an FP8 checkpoint kept in FP8, its dequantised copy, a layout and a dtype: names of what differs on any rank, weights or final
+    hidden states, and the bytes of both."""
+    found = []
+    with runtime.session("cpu") as device:
+        for packed, plain, layout, dtype in cases:
+            with process_groups.initialized(ParallelConfig(**layout), seed=0) as groups:
+                stored, copy = (
+                    dataclasses.replace(ModelSpec.open(each, getattr(torch, dtype)), in_fp8=each == packed) for each in (packed, plain)
+                )
+                both = [LiveTeacher(loaded_as(spec, (groups, device))[0], spec) for spec in (stored, copy)]
+                of_plain = {
+                    (each.entry.names, each.entry.expert): each.tensor for each in weights.weights_of_rank(both[1].chunks, copy, groups)
+                }
+                mine = list(weights.weights_of_rank(both[0].chunks, stored, groups))
+                differ = [
+                    str(each.entry.names) for each in mine if not torch.equal(each.tensor, of_plain[each.entry.names, each.entry.expert])
+                ]
+                assert len(mine) == len(of_plain)
+                fingerprint.verify(both[0].chunks, stored, groups)
+                tokens = torch.randint(0, stored.dims.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+                batch = Batch(tokens, tokens, torch.ones(2, 16), torch.arange(16).expand(2, -1), (0, 1))
+                hidden = [each.targets([batch]) for each in both]
+                differ += ["hidden states"] * any(not torch.equal(*pair) for pair in zip(*hidden, strict=True))
+                ranks: list[Any] = [None] * dist.get_world_size()
+                dist.all_gather_object(ranks, differ)
+                sizes = [sum(tensor.nbytes for chunk in each.chunks for tensor in chunk.parameters()) for each in both]
+                found.append(([name for names in ranks for name in names], *sizes))
+    return found
+
+
+def memory_of_loading(directory: Path) -> tuple[int, int, int]:
+    """Bytes that a process grows by at most while it loads a checkpoint into FP8, what the model takes then, and would take in bfloat16."""
+    status = Path("/proc/self/status")
+
+    def field(name: str) -> int:
+        return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith(name)).split()[1])
+
+    with runtime.session("cpu") as device, process_groups.initialized(ParallelConfig(), seed=0) as groups:
+        spec = dataclasses.replace(ModelSpec.open(directory, torch.bfloat16), in_fp8=True)
+        ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back to the system
+        before = field("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        chunks, _ = loaded_as(spec, (groups, device))
+        grown = field("VmHWM") - before
+        held = sum(tensor.nbytes for chunk in chunks for tensor in chunk.parameters())
+        plain = sum(2 * each.tensor.numel() for each in weights.weights_of_rank(chunks, spec, groups))
+        return grown, held, plain
 
 
 def fingerprints(cases: list[tuple[Path, list[dict[str, Any]]]]) -> list[list[Fingerprint]]:

@@ -3,6 +3,7 @@ must have in common with it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_moe2dense.common.config import build
 from megatron_moe2dense.tokens.indexed import TokenFile
 from megatron_moe2dense.trainer import export
 from megatron_moe2dense.trainer.config import ExportConfig
+from tests.trainer.stock import muon_and_adamw, optimizer
 
 LENGTH, SAMPLES, LR = 32, 8, 1e-3
 _MEASURE_OF = {"eval_loss": "cross_entropy"}
@@ -32,13 +34,17 @@ class Reference:
     measures_after: dict[str, float]
 
 
-def one_step(student_dir: Path, teacher_dir: Path | None, prefix: str) -> Reference:
+def one_step(
+    student_dir: Path, teacher_dir: Path | None, prefix: str, trains: Callable[[str], bool] | None = None, muon: bool = False
+) -> Reference:
     """All samples of the file in one batch, so that their order does not matter; clip 1.0, weight decay 0.1 on matrices. Biases are
-    none, though those of an only expert have two axes."""
+    none, though those of an only expert have two axes. trains: by name, None: all. muon: as `stock.muon_and_adamw`."""
     tokens = torch.from_numpy(TokenFile.open(prefix).tokens.astype("int64"))
     count = (len(tokens) - 1) // LENGTH
     inputs, labels = tokens[: count * LENGTH].view(count, LENGTH), tokens[1 : count * LENGTH + 1].view(count, LENGTH)
     student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(trains is None or trains(name))
     logits, target = student(input_ids=inputs).logits.flatten(0, 1), None
     if teacher_dir is None:
         loss = torch.nn.functional.cross_entropy(logits, labels.flatten())
@@ -48,10 +54,8 @@ def one_step(student_dir: Path, teacher_dir: Path | None, prefix: str) -> Refere
         loss = torch.nn.functional.kl_div(logits.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean")
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-    decays = {name: p.dim() > 1 and not name.endswith("bias") for name, p in student.named_parameters()}
-    matrices, vectors = ([p for name, p in student.named_parameters() if decays[name] == decay] for decay in (True, False))
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8).step()
+    for each in muon_and_adamw(student, LR, LR) if muon else [optimizer(student, LR)]:
+        each.step()
     with torch.no_grad():
         after = student(input_ids=inputs).logits.flatten(0, 1)
     measured = [_measures(x.detach().double(), None if target is None else target.double(), labels.flatten()) for x in (logits, after)]

@@ -105,6 +105,7 @@ CASES: dict[str, tuple[dict[str, Any], int, str]] = {
     ),
     "layers that do not divide": ({"parallel": {"pipeline": 3}}, 3, "pipeline.py PipelineLayout._of"),
     "layers that do not add up": ({"parallel": {"pipeline": 2, "layers_per_stage": [2, 1]}}, 2, "pipeline.py PipelineLayout._of"),
+    "a pattern of parts that fits nothing": ({"train": {"steps": 1, "parts": ["nothing.*"]}}, 1, "parts.py Parts._require"),
     "more active experts than there are": ({"teacher_routing": {"active": 9}}, 1, "teacher.py active_experts"),
     "more active experts than the groups have": (
         {"teacher": "{root}/deepseek_v3", "teacher_routing": {"active": 6}},

@@ -212,9 +212,9 @@ def test_a_cache_of_something_else_is_refused(root: Path):
         "full KL": (r"forward_kl needs all", {"loss": {"method": "forward_kl"}}),
         "hidden states": (r"hidden_state needs all", {"loss": {"method": "hidden_state"}}),
         "no need of a teacher": (r"does not use the teacher", {"loss": {"method": "cross_entropy"}}),
-        "a check": (r"teacher_check has no effect with teacher_cache", {"teacher": str(root / "teacher"), "teacher_check": UNTRAINED}),
+        "a check": (r"teacher.check has no effect with teacher.cache", {"teacher": str(root / "teacher"), "teacher_check": UNTRAINED}),
         "routing": (
-            r"teacher_routing has no effect with teacher_cache: it was applied when the cache was written",
+            r"teacher.routing has no effect with teacher.cache: it was applied when the cache was written",
             {"teacher_routing": {"active": 4}},
         ),
     }

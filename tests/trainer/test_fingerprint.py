@@ -18,7 +18,8 @@ from megatron_moe2dense.trainer.config import ParallelConfig
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.verification import fingerprint
-from megatron_moe2dense.trainer.verification.fingerprint import Fingerprint, bit_sum
+from megatron_moe2dense.trainer.verification.bits import bit_sum
+from megatron_moe2dense.trainer.verification.fingerprint import Fingerprint
 from tests.helpers.forks import launch
 from tests.helpers.quantised import as_fp8
 from tests.helpers.tiny_models import as_mxfp4, tiny, tiny_qwen3, tiny_qwen3_moe
@@ -140,7 +141,7 @@ def test_a_fingerprint_is_the_same_in_every_layout(tmp_path: Path, place: Place)
 def test_every_parameter_counts_once(tmp_path: Path, place: Place):
     directory = tiny_qwen3(tmp_path / "model", tie_word_embeddings=True)
     chunks, spec = loaded(directory, place, "float32")
-    counted = [entry.names for _, entry, counts in weights.weights_of_rank(chunks, spec, place[0]) if counts]
+    counted = [entry.names for _, entry, counts, _ in weights.weights_of_rank(chunks, spec, place[0]) if counts]
     assert len(counted) == len(set(counted)) == len(list(chunks[0].parameters()))
 
 

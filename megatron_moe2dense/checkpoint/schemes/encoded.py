@@ -27,12 +27,14 @@ class Encoded:
 
     scheme: its name. parts: these tensors, the codes first, then the scales; last those beside them that weights do not need (scales of
     activations). shape: of the numbers. decode: reads parts and gives float32 numbers, all of them or these rows of the first axis.
+    scales: where the codes are E4M3 and these times them are the numbers, so that both can be kept as they are.
     """
 
     scheme: str
     parts: tuple[str, ...]
     shape: Shape
     decode: Callable[[ReadPart, slice | None], torch.Tensor]
+    scales: Scales | None = None
 
 
 def is_exponents(info: TensorInfo) -> bool:

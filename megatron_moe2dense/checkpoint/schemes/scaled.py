@@ -54,7 +54,7 @@ def _encoded(index: CheckpointIndex, info: TensorInfo, scale: TensorInfo, settin
 
     kind = "INT8" if info.dtype == "I8" else "MXFP8" if is_exponents(scale) and rows == 1 else "FP8"
     parts = (info.name, scale.name, *(() if zero is None else (zero.name,)), *beside(index, module, _OF_INPUTS))
-    return Encoded(kind, parts, info.shape, decode)
+    return Encoded(kind, parts, info.shape, decode, scales if info.dtype == "F8_E4M3" and zeros is None else None)
 
 
 def _grid(scale: Shape, shape: Shape) -> Shape | None:

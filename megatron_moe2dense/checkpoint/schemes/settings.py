@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -24,8 +25,12 @@ class Settings:
 
     @classmethod
     def of(cls, index: CheckpointIndex) -> Settings:
+        """That of a checkpoint."""
+        return cls.of_config(index.config)
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> Settings:
         """That of config.json, or of the language model in it."""
-        config = index.config
         found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
         return cls(found if isinstance(found, dict) else {})
 
@@ -55,6 +60,17 @@ class Settings:
         classes = [group for group in groups if any(_is_class(str(target)) for target in group.get("targets") or ())]
         found = (own or classes or [{}])[0]
         return found.get("weights") or {}
+
+    def fp8_columns(self, module: str) -> int | None:
+        """Columns of a block of FP8 weights (more than any matrix has, where rows or all share a scale); None where it says of no FP8."""
+        weights, algorithm = self.weights(module), str(self.content.get("quant_algo", ""))
+        if self.method == "compressed-tensors":
+            if (weights.get("type"), weights.get("num_bits")) != ("float", 8):
+                return None
+            return self.block(module)[1] if weights.get("strategy") in ("block", "group") else sys.maxsize
+        if self.method == "fp8":
+            return self.block(module)[1] or sys.maxsize
+        return sys.maxsize if self.method == "fbgemm_fp8" or (self.method == "modelopt" and algorithm.startswith("FP8")) else None
 
     def block(self, module: str) -> tuple[int | None, int | None]:
         """Rows and columns of a block of FP8 weights. Without a word 128 x 128: transformers' default, and what DeepSeek-V3 has."""

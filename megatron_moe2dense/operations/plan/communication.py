@@ -68,7 +68,8 @@ def _update(job: Job, stage: int) -> Iterator[Traffic]:
     directions of sharded matrices, for Muon."""
     found = buffers(job, stage)
     # Megatron-Core 0.16 has an optimizer of its own for expert-parallel parameters, and each of the two gathers the weights of both
-    gathers = 1 + any(parameter.kind == "expert" for chunk in chunks(job, "student", stage) for parameter in chunk)
+    parameters = [parameter for chunk in chunks(job, "student", stage) for parameter in chunk if parameter.trained]
+    gathers = 1 + any(parameter.kind == "expert" for parameter in parameters)
     for buffer, ranks in found:
         group = "dp_cp" if ranks == job.shards else "edp"
         if job.parallel.distributed_optimizer:
@@ -77,7 +78,6 @@ def _update(job: Job, stage: int) -> Iterator[Traffic]:
         else:
             yield Traffic("DP", group, "all-reduce", "update", buffer.elements * _FLOAT, ranks)
     yield Traffic("DP", "dp_cp", "all-reduce", "update", _FLOAT, job.shards)
-    parameters = [parameter for chunk in chunks(job, "student", stage) for parameter in chunk]
     when = ("sequence", "always") if job.parallel.sequence else ("always",)
     summed = sum(parameter.elements for parameter in parameters if parameter.summed in when)
     yield Traffic("TP", "tp", "all-reduce", "update", summed * _FLOAT, job.parallel.tensor)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
 from megatron_moe2dense.common.config import Config, key
 from megatron_moe2dense.common.hub import Source
-from megatron_moe2dense.trainer.config import BatchConfig, DistillConfig, Fp8Config, OptimConfig, ParallelConfig, RoutingConfig, TrainConfig
+from megatron_moe2dense.trainer.config import (
+    BatchConfig,
+    DistillConfig,
+    Fp8Config,
+    OptimConfig,
+    ParallelConfig,
+    TeacherConfig,
+    TrainConfig,
+    teacher_block,
+)
 from megatron_moe2dense.trainer.data.config import TrainDataConfig
 from megatron_moe2dense.trainer.losses import Loss, losses
 
@@ -54,18 +64,21 @@ class TextConfig(Config):
 
 
 class LengthConfig(Config):
-    """What hours need to know of the run."""
+    """What hours and memory need to know of the run."""
 
     steps: int | None = key(None, "optimizer steps", "steps", gt=0)
     tokens: int | None = key(None, "tokens to train on", "tokens", gt=0)
+    parts: Literal["all", "ffn", "ffn+norms+head"] | list[str] = key("all", "what is trained of the student, as in distill")
 
 
 class PlanConfig(Config):
     """`moe2dense plan`. A YAML of `distill` is one of `plan` too: what sizes do not depend on is left to `distill`."""
 
+    plain: ClassVar[Mapping[str, str]] = {"teacher": "path"}
+
     student: Annotated[str, Source("config")] = key(..., "Hugging Face directory of the student, or its config.json")
-    teacher: Annotated[str | None, Source("config")] = key(
-        ..., "Hugging Face directory of the frozen teacher, or its config.json; null: none, or a cached one"
+    teacher: Annotated[TeacherConfig | None, Source("config")] = key(
+        ..., "the frozen teacher: its directory or config.json, or this block; null: none"
     )
     hardware: HardwareConfig = key(HardwareConfig(), "the machine")
     parallel: ParallelConfig | None = key(None, "judge this layout; null: suggest the best ones")
@@ -73,8 +86,6 @@ class PlanConfig(Config):
     data: TextConfig = key(TextConfig(), "training text")
     train: LengthConfig | None = key(None, "length of the run, for its hours and cost; null: not said")
     loss: Annotated[Loss, *losses.field] | None = key(None, "loss block; null: forward_kl with a teacher, cross_entropy without")
-    teacher_cache: str | None = key(None, "given: the teacher's knowledge is read from disk, it takes no memory and no time")
-    teacher_routing: RoutingConfig | None = key(None, "teacher routing")
     dtype: Literal["float32", "bfloat16"] = key("bfloat16", "compute type; bfloat16 keeps float32 master weights")
     fp8: Fp8Config | None = key(None, "matrix products of the student in FP8, at twice the rate of bfloat16; null: none")
     optim: OptimConfig = key(OptimConfig(), "optimizer: whose moments take memory")
@@ -85,6 +96,7 @@ class PlanConfig(Config):
     @classmethod
     def _of_a_run(cls, raw: Any) -> Any:
         """Leave out the keys of `distill` that no size depends on; a key that `distill` does not know stays, and is refused."""
+        raw = teacher_block(raw)
         if not isinstance(raw, dict):
             return raw
         found = _without(raw, set(DistillConfig.model_fields) - set(cls.model_fields))
@@ -96,7 +108,7 @@ class PlanConfig(Config):
 
     @model_validator(mode="after")
     def _settings_have_effect(self) -> PlanConfig:
-        if self.loss is not None and self.loss.needs_teacher and self.teacher is None and self.teacher_cache is None:
+        if self.loss is not None and self.loss.needs_teacher and self.teacher is None:
             raise ValueError(f"loss {self.loss.method_name()} needs a teacher")
         if self.parallel is not None:
             self.optim.require_whole_matrices(self.parallel)
@@ -104,8 +116,6 @@ class PlanConfig(Config):
             raise ValueError("dtype float32: the hardware table has bfloat16 rates alone")
         if self.fp8 is not None and (self.hardware.gpu == "A100" or (self.fp8.recipe == "mxfp8" and self.hardware.gpu != "B200")):
             raise ValueError(f"fp8: {self.fp8.recipe}: {self.hardware.gpu} has no tensor cores for it")
-        if self.teacher is None and self.teacher_routing is not None:
-            raise ValueError("teacher_routing has no effect without a teacher")
         return self
 
     def resolved_loss(self) -> Loss:

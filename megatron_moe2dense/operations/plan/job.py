@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ class Job(Layout):
         kernels: Transformer Engine's layers and kernels (GPU), else the plain modules of `runtime` (CPU).
         overlap: gradients are reduced behind the backward pass. fp8: the student's layers multiply in FP8.
         experts_split: tensor parallel size inside an expert, where it is not the trainer's own choice.
+        parts: what is trained of the student; activations are counted as if all were (an upper bound).
         memo: parameters and buffers found so far, shared by the jobs that `dataclasses.replace` makes of this one.
     """
 
@@ -32,6 +34,7 @@ class Job(Layout):
     overlap: bool = True
     fp8: bool = False
     experts_split: int | None = None
+    parts: str | Sequence[str] = "all"
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -98,7 +101,7 @@ class Job(Layout):
     def stages(self) -> list[int]:
         """Pipeline stages that differ: with even layers the second stands for all between the first and the last, and holds most."""
         parallel = self.parallel
-        if parallel.layers_per_stage or parallel.teacher_layers_per_stage:
+        if parallel.layers_per_stage or parallel.teacher_layers_per_stage or not isinstance(self.parts, str):
             return list(range(parallel.pipeline))
         return sorted({0, min(1, parallel.pipeline - 1), parallel.pipeline - 1})
 

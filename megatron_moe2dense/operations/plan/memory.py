@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from megatron_moe2dense.checkpoint.values import DECODED
 from megatron_moe2dense.operations.plan import activations
 from megatron_moe2dense.operations.plan.job import Job
 from megatron_moe2dense.operations.plan.parameters import buffers, chunks
 from megatron_moe2dense.trainer.losses import LogitLoss, chunked
 from megatron_moe2dense.trainer.model import padded_vocabulary
+from megatron_moe2dense.trainer.outline import outline
+from megatron_moe2dense.trainer.parts import Parts
 
 # CUDA context, cuBLAS workspaces and NCCL's buffers of about six communicators: an allowance (ours), not a formula.
 ALLOWANCE = 2 * 1024**3
@@ -60,17 +63,18 @@ def of_stage(job: Job, stage: int, shard: int = 0) -> Memory:
         targets=target_bytes(job, stage),
         activations=round(activations.student_bytes(job, stage)),
         loss=loss_bytes(job, stage),
-        teacher_pass=round(activations.teacher_bytes(job)) if job.teacher is not None else 0,
+        teacher_pass=round(activations.teacher_bytes(job)) + decoded_bytes(job, stage) if job.teacher is not None else 0,
         allowance=ALLOWANCE if job.kernels else 0,
     )
 
 
 def parameter_bytes(job: Job, stage: int) -> int:
-    """The student's weights in the compute type, with the padding of their buffers (`parameters.buffer_of`).
+    """The student's weights in the compute type, with the padding of their buffers (`parameters.buffer_of`); frozen ones are in none.
 
     In FP8 Transformer Engine keeps a copy of each weight and its transpose besides, one byte a value each: counted for all of them.
     """
-    return (job.element + (2 if job.fp8 else 0)) * sum(buffer.elements for buffer, _ in buffers(job, stage))
+    frozen = sum(weight.elements for chunk in chunks(job, "student", stage) for weight in chunk if not weight.trained)
+    return (job.element + (2 if job.fp8 else 0)) * (frozen + sum(buffer.elements for buffer, _ in buffers(job, stage)))
 
 
 def gradient_bytes(job: Job, stage: int) -> int:
@@ -86,16 +90,31 @@ def optimizer_bytes(job: Job, stage: int, shard: int) -> int:
     """
     each = 2 * _FLOAT + (_FLOAT if job.element < _FLOAT else 0)
     if not job.parallel.distributed_optimizer:
-        parameters = [parameter for chunk in chunks(job, "student", stage) for parameter in chunk]
+        parameters = [parameter for chunk in chunks(job, "student", stage) for parameter in chunk if parameter.trained]
         return sum((each - _FLOAT * (job.muon and parameter.matrix)) * parameter.elements for parameter in parameters)
     return each * sum(buffer.shard(shard % ranks, ranks) for buffer, ranks in buffers(job, stage))
 
 
 def teacher_bytes(job: Job, stage: int) -> int:
-    """The teacher's weights on this stage, in the compute type; it has neither gradients nor padding."""
+    """The teacher's weights on this stage, in the compute type or as codes and scales; it has neither gradients nor padding."""
     if job.teacher is None:
         return 0
-    return job.element * sum(parameter.elements for chunk in chunks(job, "teacher", stage) for parameter in chunk)
+    weights = [weight for chunk in chunks(job, "teacher", stage) for weight in chunk]
+    return sum(job.element * weight.elements if weight.stored is None else weight.stored for weight in weights)
+
+
+def decoded_bytes(job: Job, stage: int) -> int:
+    """The most that weights kept in FP8 take while they are used: a matrix, float32 and bfloat16, and with grouped products the others of
+    a layer's experts in the compute type."""
+    weights = [weight for chunk in chunks(job, "teacher", stage) for weight in chunk if weight.stored is not None]
+    if not weights:
+        return 0
+    assert job.teacher is not None
+    largest, together = max(weight.elements for weight in weights), 0
+    experts = [weight.elements for weight in weights if weight.expert]
+    if experts and job.kernels:
+        together = (job.teacher.dims.experts // job.parallel.expert - 1) * max(experts) * job.element
+    return together + largest * (_FLOAT + DECODED.itemsize)
 
 
 def target_bytes(job: Job, stage: int) -> int:
@@ -119,4 +138,11 @@ def loss_bytes(job: Job, stage: int) -> int:
     rows = padded_vocabulary(dims.vocab_size) // job.parallel.tensor
     size = max(part.stop - part.start for part in chunked.token_slices(job.tokens, rows))
     logits = size * rows * (chunked.COPIES * _FLOAT + e)
-    return logits + rows * dims.hidden_size * (_FLOAT + 2 * e) + job.tokens * dims.hidden_size * e + gathered
+    head = rows * dims.hidden_size * (_FLOAT + 2 * e) if _learns_head(job) else 0
+    return logits + head + job.tokens * dims.hidden_size * e + gathered
+
+
+def _learns_head(job: Job) -> bool:
+    """Whether the LM head has a gradient."""
+    head = next((weight for weight in outline(job.student).last if weight.name.startswith("output_layer")), outline(job.student).embedding)
+    return Parts(job.parts, job.student).trains_weight(head, 0)

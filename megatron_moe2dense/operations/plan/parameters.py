@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from megatron_moe2dense.checkpoint.schemes.settings import Settings
+from megatron_moe2dense.families.spec import FfnPart
 from megatron_moe2dense.operations.plan.job import Job, Which
 from megatron_moe2dense.trainer.model import ModelSpec
 from megatron_moe2dense.trainer.muon import is_matrix
 from megatron_moe2dense.trainer.outline import Weight, outline
+from megatron_moe2dense.trainer.parts import Parts
+from megatron_moe2dense.trainer.runtime import stored_fp8
 
 # Megatron-Core 0.16, param_and_grad_buffer.py: with the distributed optimizer a parameter starts at a multiple of 64 elements, and a
 # bucket ends at one of lcm(ranks, 128).
@@ -26,12 +30,17 @@ class Parameter:
     summed: whether tensor-parallel ranks add up its gradients, each having seen a part of the work: never, with sequence parallelism
         only, or always.
     matrix: whether Muon takes it.
+    stored: bytes of codes and scales, where it is kept in FP8. expert: of a routed expert.
+    trained: it has a gradient and optimizer state.
     """
 
     elements: int
     kind: Literal["dense", "expert", "alone"] = "dense"
     summed: Literal["never", "sequence", "always"] = "never"
     matrix: bool = False
+    stored: int | None = None
+    expert: bool = False
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,8 @@ def buffer_of(parameters: list[Parameter], ranks: int, sharded: bool) -> Buffer:
 def buffers(job: Job, stage: int) -> list[tuple[Buffer, int]]:
     """Of the student on this stage: each chunk's buffer and its expert-parallel one, with the number of ranks that share each."""
     found = []
-    for own in chunks(job, "student", stage):
+    for chunk in chunks(job, "student", stage):
+        own = [parameter for parameter in chunk if parameter.trained]
         kinds = {
             "dense": ([p for p in own if p.kind != "expert"], job.shards),
             "expert": ([p for p in own if p.kind == "expert"], job.expert_shards),
@@ -118,20 +128,27 @@ def _chunks(job: Job, which: Which, stage: int) -> list[list[Parameter]]:
 
 
 def _chunk(job: Job, which: Which, layers: list[int], ends: tuple[bool, bool]) -> Iterator[Parameter]:
+    parts = Parts(job.parts, job.spec(which)) if which == "student" else None
+    for weight, layer, parameter in _weights(job, which, layers, ends):
+        learns = parts is None or parts.are_all or parts.trains_weight(weight, layer)
+        yield parameter if learns else replace(parameter, trained=False)
+
+
+def _weights(job: Job, which: Which, layers: list[int], ends: tuple[bool, bool]) -> Iterator[tuple[Weight, int, Parameter]]:
     spec, (first, last) = job.spec(which), ends
     whole = outline(spec)
     apart = spec.dims.tied_embeddings and first != last
-    embedding = _of_rank(job, whole.embedding, alone=apart)
+    embedding = _of_rank(job, spec, whole.embedding, alone=apart)
     if first:
-        yield embedding
+        yield whole.embedding, 0, embedding
     moe = set(spec.moe_layers)
-    here = {kind: [_of_rank(job, weight) for weight in _held(job, spec, layer)] for kind, layer in whole.layers.items()}
+    here = {kind: [(weight, _of_rank(job, spec, weight)) for weight in _held(job, spec, layer)] for kind, layer in whole.layers.items()}
     for layer in layers:
-        yield from here[layer in moe]
+        yield from ((weight, layer, parameter) for weight, parameter in here[layer in moe])
     if last:
-        yield from (_of_rank(job, weight) for weight in whole.last)
+        yield from ((weight, 0, _of_rank(job, spec, weight)) for weight in whole.last)
         if apart:
-            yield embedding
+            yield whole.embedding, 0, embedding
 
 
 def _held(job: Job, spec: ModelSpec, layer: Sequence[Weight]) -> list[Weight]:
@@ -140,7 +157,7 @@ def _held(job: Job, spec: ModelSpec, layer: Sequence[Weight]) -> list[Weight]:
     return [weight for weight in layer if not weight.is_expert or weight.expert < experts]
 
 
-def _of_rank(job: Job, weight: Weight, alone: bool = False) -> Parameter:
+def _of_rank(job: Job, spec: ModelSpec, weight: Weight, alone: bool = False) -> Parameter:
     """A rank's part. What tensor parallelism does not split each of its ranks has whole, and with sequence parallelism sees a part of the
     tokens."""
     shape, axis = list(weight.shape), weight.rule.split
@@ -151,4 +168,18 @@ def _of_rank(job: Job, weight: Weight, alone: bool = False) -> Parameter:
     # with one rank a part Megatron-Core takes experts for ordinary parameters
     kind = "alone" if alone else "expert" if weight.is_expert and job.parallel.expert > 1 else "dense"
     summed = "always" if weight.summed_by_name else "sequence" if axis is None else "never"
-    return Parameter(math.prod(shape), kind, summed, is_matrix(weight.name, len(shape)))
+    stored = _stored_bytes(spec, weight, shape) if spec.in_fp8 else None
+    return Parameter(math.prod(shape), kind, summed, is_matrix(weight.name, len(shape)), stored, weight.is_expert)
+
+
+def _stored_bytes(spec: ModelSpec, weight: Weight, shape: Sequence[int]) -> int | None:
+    """Bytes of a rank's part that is kept in FP8, None for one that is not; by config.json, which says how an FP8 checkpoint cuts its
+    blocks and which modules it leaves alone (of attention: FFNs are taken for quantised)."""
+    if not stored_fp8.is_stored(weight.name, weight.shape):
+        return None
+    settings, made_of = Settings.of_config(spec.config), weight.rule.made_of
+    modules = [] if isinstance(made_of, FfnPart) else [name.format(layer=0).removesuffix(".weight") for name in made_of]
+    own = settings.fp8_columns(modules[0] if modules else "")
+    if own is not None and any(settings.excludes(module) for module in modules):
+        return None
+    return stored_fp8.nbytes(shape, stored_fp8.columns_of_scale(shape[1], weight.shape[1], own or stored_fp8.BLOCK))

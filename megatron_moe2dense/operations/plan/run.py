@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron_moe2dense.operations.plan.hardware import Machine
 from megatron_moe2dense.operations.plan.job import Job
 from megatron_moe2dense.operations.plan.memory import checkpoint_bytes
 from megatron_moe2dense.operations.plan.search import Verdict, judge, search
+from megatron_moe2dense.trainer import parts
 from megatron_moe2dense.trainer.config import BatchConfig, ParallelConfig
 from megatron_moe2dense.trainer.flops import training_flops
 from megatron_moe2dense.trainer.layout import answers, refuse
@@ -61,7 +63,7 @@ def decide(config: PlanConfig) -> tuple[list[Verdict], Counter[str]]:
         raise UserError(
             f"none of {left_out.total()} layouts on {job.world} x {config.hardware.gpu} ({reasons})",
             "a layout that divides and fits",
-            "take more GPUs, GPUs with more memory, another batch.global, or a teacher_cache in place of the teacher",
+            "take more GPUs, GPUs with more memory, another batch.global, teacher.dtype fp8, or a teacher.cache in place of the teacher",
         )
     return verdicts, left_out
 
@@ -69,14 +71,14 @@ def decide(config: PlanConfig) -> tuple[list[Verdict], Counter[str]]:
 def job_of(config: PlanConfig) -> Job:
     """The run, on one process per GPU; UserError when student and teacher go together in no layout."""
     dtype = getattr(torch, config.dtype)
-    active = config.teacher_routing.active if config.teacher_routing else None
-    teacher = config.teacher if config.teacher_cache is None else None
-    loss, student = config.resolved_loss(), model_spec(config.student, dtype)
-    frozen = model_spec(teacher, dtype) if teacher is not None else None
+    loss, student, teacher = config.resolved_loss(), model_spec(config.student, dtype), config.teacher
+    frozen = None
+    if teacher is not None and teacher.live is not None:
+        frozen = replace(model_spec(teacher.live, dtype), in_fp8=teacher.dtype == "fp8")
     job = Job(
         student=student,
         teacher=frozen,
-        active=active,
+        active=teacher and teacher.active,
         parallel=config.parallel or ParallelConfig(),
         batch=config.batch or BatchConfig(),
         length=config.data.sequence_length,
@@ -87,7 +89,9 @@ def job_of(config: PlanConfig) -> Job:
         else config.parallel.overlap_gradients,
         fp8=config.fp8 is not None,
         muon=config.optim.muon is not None,
+        parts=config.train.parts if config.train is not None else "all",
     )
+    parts.require(job.parts, student)
     if config.parallel is None:  # else the layout is judged with them
         refuse(answers(job.of_models()))
     return job
@@ -119,7 +123,7 @@ def _facts(config: PlanConfig, verdicts: list[Verdict], left_out: Mapping[str, i
         "left_out": dict(left_out),
         "best": _details(verdicts[0]),
         "run": of_run(config, verdicts[0]),
-        "reads": [name for name in (config.student, config.teacher) if name is not None],
+        "reads": [config.student, *([config.teacher.live] if config.teacher and config.teacher.live else [])],
         "writes": [config.report] if config.report else [],
     }
 

@@ -52,7 +52,7 @@ def one_pass(directory: Path, tokens_BS: Tensor, side: Side, groups: Groups) -> 
     loss = torch.nn.functional.cross_entropy(logits_TV.float(), labels.t().flatten())  # tokens are sequence-major
     loss.backward()
     found = weights.weights_of_rank(chunks, spec, groups)
-    gradients = {(entry.names, entry.expert): weight.grad.float() for weight, entry, _ in found if weight.grad is not None}
+    gradients = {(entry.names, entry.expert): weight.grad.float() for weight, entry, *_ in found if weight.grad is not None}
     return Pass(logits_TV.detach().float(), loss.item(), gradients)
 
 

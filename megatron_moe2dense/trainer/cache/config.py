@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
 from megatron_moe2dense.common.config import Config, key
-from megatron_moe2dense.common.hub import Source
-from megatron_moe2dense.trainer.config import ParallelConfig, RoutingConfig, TeacherCheckConfig
+from megatron_moe2dense.trainer.config import ParallelConfig, TeacherConfig, teacher_block
 from megatron_moe2dense.trainer.data.config import StreamConfig
 
 # Parallel settings that matter to a forward pass of the teacher.
@@ -19,7 +19,9 @@ VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 class CacheTeacherConfig(Config):
     """`moe2dense cache-teacher`."""
 
-    teacher: Annotated[str, Source()] = key(..., "Hugging Face directory of the teacher")
+    plain: ClassVar[Mapping[str, str]] = {"teacher": "path"}
+
+    teacher: TeacherConfig = key(..., "the teacher: its Hugging Face directory, or this block")
     output: str = key(..., "directory of the cache")
     data: StreamConfig = key(..., "the training text, as in the run that will read the cache")
     seed: int = key(0, "seed of the data order: train.seed of that run")
@@ -31,14 +33,19 @@ class CacheTeacherConfig(Config):
     shard_samples: int = key(64, "samples in a file; a killed run loses the unfinished ones", "samples", gt=0)
     micro_batch: int = key(1, "sequences per model call and rank", "sequences", gt=0)
     parallel: ParallelConfig = key(ParallelConfig(), "parallelism")
-    teacher_routing: RoutingConfig | None = key(None, "teacher routing")
-    teacher_check: TeacherCheckConfig | None = key(None, "checks of the teacher before anything is written; null: the defaults")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "cuda where there is a GPU, else cpu")
     dtype: Literal["float32", "bfloat16"] = key("bfloat16", "compute type")
     overwrite: bool = key(False, "replace existing output")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _teacher_block(cls, raw: Any) -> Any:
+        return teacher_block(raw)
+
     @model_validator(mode="after")
     def _settings_have_effect(self) -> CacheTeacherConfig:
+        if self.teacher.live is None:
+            raise ValueError("teacher.cache is what is written here: give teacher.path alone")
         if self.samples is None and self.data.blend is not None:
             raise ValueError("a blend has no end of its own: give samples (steps x batch.global of the run)")
         fields = {name: field.default for name, field in ParallelConfig.model_fields.items() if name not in _FORWARD}
@@ -46,6 +53,12 @@ class CacheTeacherConfig(Config):
         if changed:
             raise ValueError(f"parallel.{changed[0]} has no effect: nothing is trained here")
         return self
+
+    @property
+    def model(self) -> str:
+        """The teacher's directory."""
+        assert self.teacher.path is not None, "checked above"
+        return self.teacher.path
 
     def bytes_per_token(self) -> int:
         """Of the cache: k values, k int32 numbers, and the rest's float32 mass."""

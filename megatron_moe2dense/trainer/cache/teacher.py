@@ -42,12 +42,12 @@ class CachedTeacher:
 
 
 def open_cache(config: DistillConfig, vocab_size: int, groups: Groups, device: torch.device) -> CachedTeacher:
-    """The cache of `teacher_cache`; UserError as of `require_cache`."""
+    """The cache of `teacher.cache`; UserError as of `require_cache`."""
     return CachedTeacher(require_cache(config, vocab_size), groups, device)
 
 
 def require_cache(config: DistillConfig, vocab_size: int) -> CacheReader:
-    """The cache of `teacher_cache`, before any of it is read.
+    """The cache of `teacher.cache`, before any of it is read.
 
     Raises:
         UserError: it is of other text, order, vocabulary, tokenizer or teacher, or has too few samples or tokens.
@@ -79,8 +79,9 @@ def _conditions(config: DistillConfig, facts: CacheFacts, vocab_size: int) -> It
     assert k is not None, "the config refuses other losses"
     if facts.k < k:
         yield "k", facts.k, f"{k} or more", f"set loss.k to {facts.k} or less, or write the cache with a larger k"
-    if config.teacher is not None and CheckpointIndex.open(config.teacher).fingerprint() != facts.teacher:
-        yield "teacher", facts.teacher, f"that of {config.teacher}", "set teacher to null, or write the cache with this teacher"
+    model = config.teacher.path if config.teacher is not None else None
+    if model is not None and CheckpointIndex.open(model).fingerprint() != facts.teacher:
+        yield "teacher", facts.teacher, f"that of {model}", "set teacher.path to null, or write the cache with this teacher"
 
 
 def _short(sources: list[dict[str, Any]]) -> str:

@@ -38,7 +38,7 @@ from megatron_moe2dense.trainer.runtime import Runtime
 from megatron_moe2dense.trainer.verification.verify import verify_teacher
 
 # Where and how it is computed; the content of the cache is the same, or nearly so.
-_MAY_CHANGE = ("parallel", "micro_batch", "device", "overwrite", "teacher_check", "output")
+_MAY_CHANGE = ("parallel", "micro_batch", "device", "overwrite", "output")
 # What `CacheFacts` knows by fingerprint: not how a path is spelled.
 _BY_CONTENT = ("teacher", "data")
 
@@ -77,12 +77,12 @@ def _write(config: CacheTeacherConfig, groups: Groups, device: Runtime, spec: mo
 
 def questions(config: CacheTeacherConfig, world: int, opened: startup.Opened) -> Iterator[Question]:
     """What has to hold before anything is built or written, on so many processes; see `startup`."""
-    yield Question("teacher", lambda: opened.open("teacher", config.teacher, has_weights=True))
+    yield Question("teacher", lambda: opened.open_teacher(config.model, config.teacher.dtype))
     spec = opened.specs.get("teacher")
     yield from Layout(
         student=None,
         teacher=spec,
-        active=_as_a_run(config).active_experts(),
+        active=config.teacher.active,
         parallel=config.parallel,
         batch=None,
         length=config.data.sequence_length,
@@ -110,9 +110,9 @@ def dry_run(config: CacheTeacherConfig) -> dict[str, Any]:
 
 def facts(config: CacheTeacherConfig) -> dict[str, Any]:
     """Samples, tokens, FLOPs (`flops.forward_flops`), bytes of the cache, and of full bfloat16 logits beside it, from config.json alone."""
-    spec = models.ModelSpec.read(config.teacher, getattr(torch, config.dtype))
+    spec = models.ModelSpec.read(config.model, getattr(torch, config.dtype))
     tokens = _samples(config) * config.data.sequence_length
-    per_token = forward_flops(spec, config.data.sequence_length, _as_a_run(config).active_experts())
+    per_token = forward_flops(spec, config.data.sequence_length, config.teacher.active)
     return {
         "samples": _samples(config),
         "tokens": tokens,
@@ -120,7 +120,7 @@ def facts(config: CacheTeacherConfig) -> dict[str, Any]:
         "bytes": tokens * config.bytes_per_token(),
         "bytes_per_token": config.bytes_per_token(),
         "bytes_per_token_of_full_logits": 2 * spec.dims.vocab_size,
-        "reads": [config.teacher, *(source.path for source in config.data.sources())],
+        "reads": [config.model, *(source.path for source in config.data.sources())],
         "writes": config.output,
     }
 
@@ -134,10 +134,10 @@ def _samples(config: CacheTeacherConfig) -> int:
 
 def _facts(config: CacheTeacherConfig, spec: models.ModelSpec) -> CacheFacts:
     dims = spec.dims
-    active = _as_a_run(config).active_experts()
+    active = config.teacher.active
     return CacheFacts(
         teacher=spec.opened.index.fingerprint(),
-        tokenizer=tokenizer_hash(hub.located(config.teacher)),
+        tokenizer=tokenizer_hash(hub.located(config.model)),
         vocab_size=dims.vocab_size,
         active=active if active is not None else dims.active or None,
         data=identity(config.data, config.seed),
@@ -199,7 +199,10 @@ def _differences(before: CacheFacts, now: CacheFacts) -> str:
 
 
 def _identity(config: CacheTeacherConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.model_dump(mode="json").items() if name not in (*_MAY_CHANGE, *_BY_CONTENT)}
+    content = {name: value for name, value in config.model_dump(mode="json").items() if name not in (*_MAY_CHANGE, *_BY_CONTENT)}
+    routing = config.teacher.routing
+    content["teacher_routing"] = routing and routing.model_dump()  # as in caches that were begun when it stood beside the teacher
+    return content if config.teacher.dtype == "model" else {**content, "teacher_dtype": config.teacher.dtype}
 
 
 def _write_manifest(working: Path, status: Any, config: CacheTeacherConfig, facts: CacheFacts) -> None:
@@ -211,15 +214,13 @@ def _write_manifest(working: Path, status: Any, config: CacheTeacherConfig, fact
 def _as_a_run(config: CacheTeacherConfig) -> DistillConfig:
     """The run whose teacher this is, as far as building the teacher goes."""
     return DistillConfig(
-        student=config.teacher,
+        student=config.model,
         teacher=config.teacher,
         output=config.output,
         data=TrainDataConfig(**config.data.model_dump()),
         parallel=config.parallel,
         batch=BatchConfig(micro=config.micro_batch),
         train=TrainConfig(steps=1, seed=config.seed),
-        teacher_routing=config.teacher_routing,
-        teacher_check=config.teacher_check,
         device=config.device,
         dtype=config.dtype,
     )

@@ -36,6 +36,7 @@ class Checkpointer:
     def __init__(self, directory: Path, settings: TrainConfig, groups: Groups):
         self.directory, self._behind = directory, settings.async_save
         self._writer = Writer(directory, settings.keep)
+        self._alike = isinstance(settings.parts, str)
         self._layout = {"processes": dist.get_world_size(), **groups.parallel.model_dump()}
         self._metadata = {
             "dp_cp_group": groups.collection.dp_cp,
@@ -47,7 +48,9 @@ class Checkpointer:
 
     def _state(self, chunks: list[HeadlessGPT], optimizer: MegatronOptimizer, loading: bool) -> dict[str, Any]:
         weights = _weights(chunks, self._metadata)
-        state = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=self._metadata)
+        # Layers stand in one tensor on disk; where some alone are trained the optimizer has not all of it, and puts each into its own.
+        known = weights if self._alike else _weights(chunks, {**self._metadata, "non_homogeneous_layers": True})
+        state = optimizer.sharded_state_dict(known, is_loading=loading, metadata=self._metadata)
         return {"model": weights, "optimizer": state}
 
     def save(

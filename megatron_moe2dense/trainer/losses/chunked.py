@@ -44,22 +44,24 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, mask_T: Tensor, inputs: tuple[Any, ...]) -> Tensor:
         student, teacher, labels_T, loss = inputs
-        wants_gradient = any(ctx.needs_input_grad[:2])
+        hidden_learns, head_learns = ctx.needs_input_grad[:2]  # not the hidden states of a stage where nothing before them is trained
         dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
         loss_T = torch.empty(len(hidden_TD), dtype=dtype, device=hidden_TD.device)
         head_VD = weight_VD[: student.valid]
-        grad_hidden_TD = torch.zeros_like(hidden_TD) if wants_gradient else None
-        grad_head_VD = torch.zeros_like(weight_VD, dtype=dtype) if wants_gradient else None
+        grad_hidden_TD = torch.zeros_like(hidden_TD) if hidden_learns else None
+        grad_head_VD = torch.zeros_like(weight_VD, dtype=dtype) if head_learns else None
         for tokens in token_slices(len(hidden_TD), max(student.valid, 1)):
             teacher_TV = teacher.logits(tokens) if isinstance(teacher, VocabParallelLogits) else None
             top = teacher.at(tokens) if isinstance(teacher, TopKTarget) else None
             chunk = Chunk(student.logits(tokens), teacher_TV, top, labels_T[tokens], student.start, student.group)
             loss_T[tokens], grad_TV = loss.of_chunk(chunk)
-            if grad_hidden_TD is not None and grad_head_VD is not None:
+            if hidden_learns or head_learns:
                 # the mask goes onto the narrow factors: tokens x hidden, not tokens x vocabulary
                 grad_TV, mask_T1 = grad_TV.to(weight_VD.dtype), mask_T[tokens, None].to(weight_VD.dtype)
-                grad_hidden_TD[tokens] = (grad_TV @ head_VD).mul_(mask_T1)
-                _add_product(grad_head_VD[: student.valid], grad_TV.t(), hidden_TD[tokens] * mask_T1)
+                if grad_hidden_TD is not None:
+                    grad_hidden_TD[tokens] = (grad_TV @ head_VD).mul_(mask_T1)
+                if grad_head_VD is not None:
+                    _add_product(grad_head_VD[: student.valid], grad_TV.t(), hidden_TD[tokens] * mask_T1)
         ctx.save_for_backward(mask_T)
         ctx.gradients = grad_hidden_TD, grad_head_VD, weight_VD.dtype
         return loss_T
@@ -71,7 +73,8 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.gradients = None  # scaled in place below: a second backward pass has to fail
         scale = (grads[0] @ mask_T) / (mask_T @ mask_T).clamp_min(1e-30)
         assert torch.allclose(grads[0], scale * mask_T), "the gradient was formed for a multiple of (loss * mask).sum()"
-        return grad_hidden_TD.mul_(scale), grad_head_VD.mul_(scale).to(weight_dtype), None, None
+        of_hidden = None if grad_hidden_TD is None else grad_hidden_TD.mul_(scale)
+        return of_hidden, None if grad_head_VD is None else grad_head_VD.mul_(scale).to(weight_dtype), None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

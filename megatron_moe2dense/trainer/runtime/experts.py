@@ -35,6 +35,8 @@ class PlainExperts(SequentialMLP):
         parts = zip(rows_TD.split(counts), weights_T[:, None].split(counts), outputs_TD.split(counts), strict=True)
         experts: Any = self.local_experts
         for expert, (rows, weights, outputs) in zip(experts, parts, strict=True):
+            if not len(rows):
+                continue  # of a teacher in FP8 the weights would be made for nothing
             gate, up = torch.mm(rows, expert.linear_fc1.weight.t()).chunk(2, dim=-1)
             torch.mm(torch.nn.functional.silu(gate).mul_(up).mul_(weights), expert.linear_fc2.weight.t(), out=outputs)
         return outputs_TD, None

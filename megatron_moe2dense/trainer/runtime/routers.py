@@ -36,7 +36,7 @@ def require_router(router: Router, experts: int, active: int) -> None:
     within = experts if limit is None else experts // limit.groups * limit.used
     if limit is not None and active > within:
         found = f"{active} active experts, {limit.used} of {limit.groups} groups used"
-        raise UserError(found, f"at most the {within} experts of these groups", "choose a smaller teacher_routing.active")
+        raise UserError(found, f"at most the {within} experts of these groups", "choose a smaller teacher.routing.active")
 
 
 class GroupRanking:

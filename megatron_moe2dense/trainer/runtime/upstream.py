@@ -250,10 +250,11 @@ def all_to_all_split_sizes_on_cpu() -> None:
 
 
 def distributed_optimizer_with_torch_adam() -> None:
-    """DistributedOptimizer over torch's Adam (no TE, no Apex; all versions): three faults around its state.
+    """DistributedOptimizer over torch's Adam (no TE, no Apex; all versions): four faults around its state.
 
     - `state_dict` of a fresh optimizer asserts that a step exists: give every shard an empty state first.
     - `step` is kept in the param groups, and must not be sharded as if it were a tensor of the parameter.
+    - a rank without parameters (a pipeline stage that is frozen) fails the same assertion; it takes the others' step, which rank 0 saves.
     - loading gives all parameters one shared `step` tensor; Adam then adds 1 to it once per parameter.
     """
     from megatron.core.optimizer import distrib_optimizer
@@ -273,7 +274,16 @@ def distributed_optimizer_with_torch_adam() -> None:
                 if not adam.state.get(shard):
                     zeros = torch.zeros_like(shard)
                     adam.state[shard] = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-        return state_dict(self)
+        if adam.state:
+            found = state_dict(self)
+        else:
+            groups = [{key: value for key, value in group.items() if key != "params"} for group in adam.param_groups]
+            found = {"optimizer": {"param_groups": groups}}
+        step = torch.tensor(max((entry["step"].item() for entry in adam.state.values()), default=0.0))
+        torch.distributed.all_reduce(step, op=torch.distributed.ReduceOp.MAX)
+        for group in found["optimizer"]["param_groups"]:
+            group["step"] = step.item()
+        return found
 
     def get_without_step(self: Any, model_param: Any) -> Any:
         return {name: tensor for name, tensor in get_states(self, model_param).items() if name != "step"}

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES, CheckpointReader
@@ -21,11 +20,10 @@ from megatron_moe2dense.checkpoint.values import Values
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.trainer.groups import Groups
 from megatron_moe2dense.trainer.model import HeadlessGPT, ModelSpec
+from megatron_moe2dense.trainer.verification.bits import bit_sum
 from megatron_moe2dense.trainer.weights import files_of, weights_of_rank
 
-_BITS = {2: torch.int16, 4: torch.int32}
 _READ = 1024**2  # bytes
-_CHUNK = 256 * 1024  # values summed at once: their 64-bit copy stays in the cache
 
 
 @dataclass(frozen=True)
@@ -40,20 +38,11 @@ class Fingerprint:
     zeros: tuple[str, ...]
 
 
-@torch.no_grad()
-def bit_sum(values: Tensor) -> int:
-    """Sum of the values' bits as signed integers, modulo 2^64, as a signed integer."""
-    step = _CHUNK if values.device.type == "cpu" else values.numel() or 1
-    total = torch.zeros((), dtype=torch.int64, device=values.device)
-    for part in values.detach().reshape(-1).view(_BITS[values.element_size()]).split(step):
-        total += part.sum(dtype=torch.int64)
-    return int(total)
-
-
 def verify(chunks: Sequence[HeadlessGPT], spec: ModelSpec, groups: Groups) -> Fingerprint:
     """Compare what stands in the model's parameters with the files it was opened from; a collective of all ranks.
 
-    It can not see a tensor at the place of another of its own parameter (q for k): that takes a forward pass.
+    It can not see a tensor at the place of another of its own parameter (q for k): that takes a forward pass. Of a weight that was
+    rounded to FP8 when it was loaded it judges what was rounded.
 
     Raises:
         UserError: a parameter holds other values than its tensors in the files; a tensor of the files is in no parameter.
@@ -99,11 +88,11 @@ def _of_model(
     a value in the parameter."""
     sums_N = torch.zeros(len(number_of), dtype=torch.int64, device=device)
     first_N, bytes_N = torch.full_like(sums_N, -1), torch.zeros_like(sums_N)
-    for parameter, entry, counts in weights_of_rank(chunks, *place):
-        first, *more = (number_of[name] for name in files_of(place[0].opened, entry))
-        first_N[[first, *more]], bytes_N[[first, *more]] = first, parameter.element_size()
-        if counts:
-            sums_N[first] += bit_sum(parameter)
+    for weight in weights_of_rank(chunks, *place):
+        first, *more = (number_of[name] for name in files_of(place[0].opened, weight.entry))
+        first_N[[first, *more]], bytes_N[[first, *more]] = first, weight.tensor.element_size()
+        if weight.counts:
+            sums_N[first] += bit_sum(weight.tensor) if weight.bits is None else weight.bits
     dist.all_reduce(sums_N)
     dist.all_reduce(first_N, op=dist.ReduceOp.MAX)
     dist.all_reduce(bytes_N, op=dist.ReduceOp.MAX)

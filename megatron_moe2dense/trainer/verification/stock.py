@@ -39,7 +39,7 @@ def logits(directory: Path, dtype: torch.dtype, tokens_S: Tensor, active: int | 
         raise UserError(
             f"{directory}: {error}",
             "a checkpoint that stock transformers loads",
-            "check config.json and weights, or set teacher_check.stock_forward=never",
+            "check config.json and weights, or set teacher.check.stock_forward=never",
         ) from error
     if info["missing_keys"]:
         raise UserError(

@@ -76,7 +76,7 @@ def _state_bytes(trainer: Any) -> dict[str, int]:
     teacher = getattr(trainer.models.teacher, "chunks", [])
     return {
         "parameters": storage_bytes(parameters),
-        "gradients": storage_bytes(parameter.main_grad for parameter in parameters),
+        "gradients": storage_bytes(parameter.main_grad for parameter in parameters if parameter.requires_grad),
         "optimizer": storage_bytes([*moments, *own]),
         "teacher": storage_bytes(parameter for chunk in teacher for parameter in chunk.parameters()),
     }

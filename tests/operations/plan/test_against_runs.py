@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ from megatron_moe2dense.trainer.losses import losses
 from megatron_moe2dense.trainer.model import ModelSpec
 from megatron_moe2dense.trainer.pipeline import PipelineLayout
 from tests.helpers.forks import launch
+from tests.helpers.quantised import as_fp8
 from tests.helpers.tiny_models import tiny, write_tokens
 from tests.operations.plan.measured import step_of
 
 pytestmark = pytest.mark.slow
 
 LENGTH = 32
+UNTRAINED = {"check": {"loss_bound": None, "stock_forward": "never"}}
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Run:
     teacher: str | None = "teacher"
     dtype: str = "float32"
     muon: bool = False
+    fp8: bool = False
+    parts: str | list[str] = "all"
 
 
 RUNS = {
@@ -59,6 +63,14 @@ RUNS = {
     "PP2": Run(2, {"pipeline": 2}),
     "PP2 interleaved": Run(2, {"pipeline": 2, "virtual_pipeline": 2}),
     "PP2 tied, bf16": Run(2, {"pipeline": 2}, student="tied", dtype="bfloat16"),
+    "teacher in FP8, bf16": Run(1, dtype="bfloat16", fp8=True),
+    "teacher of FP8 blocks, TP2": Run(2, {"tensor": 2}, teacher="blocks", fp8=True),
+    "teacher of FP8 blocks, PP2": Run(2, {"pipeline": 2}, teacher="blocks", fp8=True),
+    "FFNs alone, bf16": Run(1, teacher=None, dtype="bfloat16", parts="ffn"),
+    "FFNs, norms and head, Muon": Run(1, {"distributed_optimizer": False}, teacher=None, muon=True, parts="ffn+norms+head"),
+    "FFNs alone, tied, PP2": Run(2, {"pipeline": 2}, student="tied", teacher=None, parts="ffn"),
+    "FFNs, norms and head, DP2": Run(2, teacher=None, parts="ffn+norms+head"),
+    "one layer, PP2": Run(2, {"pipeline": 2}, teacher=None, parts=["model.layers.0.*"]),
     "DP2": Run(2),
     "DP2 plain optimizer": Run(2, {"distributed_optimizer": False}),
     "DP2 bf16": Run(2, dtype="bfloat16"),
@@ -80,6 +92,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny("qwen3", folder / "student")
     tiny("qwen3", folder / "tied", tie_word_embeddings=True)
     tiny("qwen3_moe", folder / "teacher", num_hidden_layers=6)
+    as_fp8(folder / "teacher", folder / "blocks")
     write_tokens(folder / "tokens", 5000)
     return folder
 
@@ -88,13 +101,12 @@ def raw(root: Path, name: str) -> dict[str, Any]:
     run = RUNS[name]
     return {
         "student": str(root / run.student),
-        "teacher": str(root / run.teacher) if run.teacher else None,
+        "teacher": {"path": str(root / run.teacher), **UNTRAINED, "dtype": "fp8" if run.fp8 else "model"} if run.teacher else None,
         "output": str(root / "runs" / name),
         "data": {"path": str(root / "tokens"), "sequence_length": LENGTH},
         "parallel": run.parallel,
         "batch": {"micro": 2, "global": 8},
-        "train": {"steps": 2, "log_every": 10},  # the first step takes no measures
-        "teacher_check": {"loss_bound": None, "stock_forward": "never"} if run.teacher else None,
+        "train": {"steps": 2, "log_every": 10, "parts": run.parts},  # the first step takes no measures
         "dtype": run.dtype,
         "optim": {"muon": {} if run.muon else None},
     }
@@ -108,7 +120,7 @@ def planned(root: Path, name: str) -> Job:
     config, run = build(DistillConfig, raw(root, name), name), RUNS[name]
     job = Job(
         student=spec_of(config.student, run.dtype),
-        teacher=spec_of(config.teacher, run.dtype) if config.teacher else None,
+        teacher=replace(spec_of(config.teacher.path, run.dtype), in_fp8=run.fp8) if config.teacher and config.teacher.path else None,
         active=None,
         parallel=config.parallel,
         batch=config.batch,
@@ -117,6 +129,7 @@ def planned(root: Path, name: str) -> Job:
         loss=config.resolved_loss(),
         kernels=False,
         muon=run.muon,
+        parts=run.parts,
     )
     refuse(answers(job.questions()))
     return job
@@ -148,7 +161,10 @@ def test_autograd_keeps_the_activations_of_the_plan(root: Path, measured: dict[s
         for rank in ranks:
             held = memory.of_stage(planned(root, name), rank["stage"], rank["shard"]).activations
             within = 0.05 if name == "MoE EP2" else 0.01
-            assert held == pytest.approx(rank["activations"], rel=within), (name, rank["stage"])
+            if RUNS[name].parts == "all":
+                assert held == pytest.approx(rank["activations"], rel=within), (name, rank["stage"])
+            else:  # an upper bound: a frozen matrix keeps no input
+                assert rank["activations"] <= held, (name, rank["stage"])
 
 
 @pytest.mark.distributed

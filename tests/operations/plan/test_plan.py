@@ -22,7 +22,7 @@ from megatron_moe2dense.operations.plan.config import PlanConfig
 from megatron_moe2dense.operations.plan.hardware import DATA_SHEETS, Machine
 from megatron_moe2dense.trainer.cache import write
 from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
-from megatron_moe2dense.trainer.config import DistillConfig
+from megatron_moe2dense.trainer.config import DistillConfig, TeacherConfig
 from megatron_moe2dense.trainer.data.config import StreamConfig
 from megatron_moe2dense.trainer.flops import forward_flops
 from megatron_moe2dense.trainer.layout import answers, refuse
@@ -90,7 +90,7 @@ def test_a_machine_without_any_layout_is_refused_with_the_reasons(configs: dict[
         ({"student": "teacher", "teacher": None, "parallel": {"tensor": 2, "expert": 4}}, "a MoE student with parallel.tensor 2"),
         ({"student": "gpt_oss", "teacher": None, "parallel": {"tensor": 2, "sequence": True}}, "experts that have biases"),
         ({"student": "gpt_oss"}, "teacher vocabulary 151936, student vocabulary 201088"),
-        ({"teacher_routing": {"active": 129}}, "teacher_routing.active: 129"),
+        ({"teacher_routing": {"active": 129}}, "teacher.routing.active: 129"),
         ({"student": "gpt_oss", "teacher": None, "parallel": {"context": 16}, "hardware": {"nodes": 2}}, "8 KV heads"),
     ],
 )
@@ -105,7 +105,7 @@ def test_what_the_trainer_refuses_the_plan_refuses(configs: dict[str, str], chan
     ("changed", "problem"),
     [
         ({"teacher": None, "loss": {"method": "forward_kl"}}, "loss forward_kl needs a teacher"),
-        ({"teacher": None, "teacher_routing": {"active": 9}}, "teacher_routing has no effect without a teacher"),
+        ({"teacher": None, "teacher_routing": {"active": 9}}, "teacher.routing has no effect without a teacher"),
         ({"dtype": "float32"}, "bfloat16 rates alone"),
         ({"fp8": {}, "hardware": {"gpu": "A100"}}, "A100 has no tensor cores for it"),
         ({"fp8": {"recipe": "mxfp8"}}, "mxfp8: H100 has no tensor cores for it"),
@@ -135,6 +135,20 @@ def test_a_distill_yaml_is_judged_and_its_report_written(configs: dict[str, str]
     assert f"{facts['best']['stages']['0']['memory']['total'] / 1e9:.2f}" in shown
 
 
+def test_one_gpu_of_80_gb_trains_the_ffns_beside_a_teacher_in_fp8(configs: dict[str, str], capsys: pytest.CaptureFixture[str]):
+    yaml_of_run = ROOT / "yaml_configs/qwen3_30b_a3b/distill.yaml"
+    arguments = [f"student={configs['student']}", f"teacher={configs['teacher']}", "hardware.gpus=1", "batch={micro: 1, global: 64}"]
+    arguments += ["parallel={recompute: full}", "train.parts=ffn"]
+    with pytest.raises(UserError, match=r"teacher 61\.06"):
+        run.decide(load(PlanConfig, yaml_of_run, arguments))
+    cli.main(["plan", str(yaml_of_run), *arguments, "teacher.dtype=fp8", "--dry-run"])
+    held = json.loads(capsys.readouterr().out)["best"]["stages"]["0"]["memory"]
+    assert held["total"] < 0.92 * 80e9
+    layers = 48 * (2048 * 128 * (32 + 4 + 4 + 32) + 128 * 3 * 2048 * 768)  # a byte each, and four for 128
+    others = 2 * 151936 * 2048 + 48 * (2 * 2048 + 128 * 2048 + 2 * 128) + 2048
+    assert held["teacher"] == layers + layers // 32 + 2 * others
+
+
 def test_a_dry_run_of_distill_tells_the_memory_that_the_plan_tells(configs: dict[str, str], capsys: pytest.CaptureFixture[str]):
     arguments = []
     for name in ("student", "teacher"):
@@ -150,7 +164,7 @@ def test_a_dry_run_of_distill_tells_the_memory_that_the_plan_tells(configs: dict
 
 def test_the_flops_of_a_teacher_cache_are_those_of_its_forward_pass(configs: dict[str, str], tmp_path: Path):
     (tmp_path / "config.json").write_text(Path(configs["teacher"]).read_text())
-    facts = write.facts(CacheTeacherConfig(teacher=str(tmp_path), output="-", data=StreamConfig(path="-"), samples=3))
+    facts = write.facts(CacheTeacherConfig(teacher=TeacherConfig(path=str(tmp_path)), output="-", data=StreamConfig(path="-"), samples=3))
     assert facts["flops"] == int(forward_flops(run.job_of(config(configs)).spec("teacher"), 2048) * 3 * 2048)
 
 
