@@ -3,14 +3,14 @@
 # checkpoints, resuming, export and the command line; then a run that each begins is continued and exported by every other. Prints the
 # table of docs/operations.md. On 3.12 and 3.13 the index has a CUDA build of torch alone, of some GB.
 #   PYTHONS="/usr/bin/python3.11 ..."     these instead of those found
-#   PARTS="quickstart tests exchange"     what to do
+#   PARTS="quickstart tests exchange own" what to do; own: runs are continued under the interpreter that began them, too
 #   WITH=.                                a checkout with a .venv of its own that takes part in the exchange
 #   OUT=out/pythons                       clones and logs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
 OUT=$(realpath -m "${OUT:-out/pythons}")
-PARTS=" ${PARTS:-quickstart tests exchange} "
+PARTS=" ${PARTS:-quickstart tests exchange own} "
 TESTS="tests/trainer/test_checkpoint_pickles.py tests/trainer/test_checkpoints.py tests/trainer/test_resume.py tests/trainer/test_family_parity.py tests/common/test_cli.py"
 
 full() { "$1" -c 'import platform; print(platform.python_version())' 2> /dev/null; }
@@ -70,6 +70,7 @@ if [[ $PARTS == *" exchange "* ]]; then
         from=$(full .venv/bin/python) version=$from
         timed "begin a run" .venv/bin/python -W ignore -m tests.trainer.exchange begin out/exchange
         for reader in "${clones[@]}"; do
+            [[ $reader != "$writer" || $PARTS == *" own "* ]] || continue
             cd "$reader"
             version=$(full .venv/bin/python)
             timed "go on from $from" .venv/bin/python -W ignore -m tests.trainer.exchange go_on "$writer/out/exchange"

@@ -182,7 +182,7 @@ class TeacherCheckConfig(Config):
 class TeacherConfig(Config):
     """The frozen teacher, live or cached. A path in place of the block is its `path`."""
 
-    path: Annotated[str | None, Source()] = key(None, "its Hugging Face directory; null: its cache alone")
+    path: Annotated[str | None, Source()] = key(None, "Hugging Face directory of the model; null: its cache alone")
     cache: str | None = key(
         None, "directory of `moe2dense cache-teacher`, read in place of the model; a `path` beside it has to be the cached one"
     )

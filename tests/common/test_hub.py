@@ -115,6 +115,8 @@ def test_several_models_of_a_config_are_all_found():
     models = {"models": {"one": "a/b", "two": "c"}, "output": "o", "perplexity": {"data": data}, "kl": {"teacher": "d/e"}}
     config = configs.build(cli._load("evals.config:EvalConfig"), models, "here")
     assert list(hub.sources_of(config)) == [("a/b", "weights"), ("c", "weights"), ("d/e", "weights")]
+    config = configs.build(cli._load("operations.plan.config:PlanConfig"), {"student": "a/b", "teacher": "c/d"}, "here")
+    assert list(hub.sources_of(config)) == [("a/b", "config"), ("c/d", "config")]  # not the weights of the teacher, as a run would read
 
 
 @pytest.fixture

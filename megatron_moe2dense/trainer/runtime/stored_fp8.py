@@ -18,6 +18,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from megatron_moe2dense.checkpoint.schemes.encoded import widened
+
 # Columns that share a scale where the files have no scales to keep.
 BLOCK = 128
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -67,7 +69,8 @@ def grouped(factors_RC: Tensor, groups: Sequence[int]) -> Tensor:
 
 def decoded(codes_RC: Tensor, scales: Tensor) -> Tensor:
     """The numbers, float32."""
-    return codes_RC.float().unflatten(-1, (scales.shape[-1], -1)).mul_(scales[..., None]).flatten(-2)
+    numbers = widened(codes_RC) if codes_RC.device.type == "cpu" else codes_RC.float()
+    return numbers.unflatten(-1, (scales.shape[-1], -1)).mul_(scales[..., None]).flatten(-2)
 
 
 class Fp8Weight(torch.nn.Module):
