@@ -89,7 +89,11 @@ keys in config.json.
 1. With the MoE's own router keys in config.json, as they are written now; without them llama.cpp does not load it (vLLM's figure is from
    one without).
 2. Both engines compute with `swiglu_limit` 7, as published, whatever config.json says.
-3. Readers choose the tokenizer of a `qwen2` by that name, not by `tokenizer_class`: compare the tokens when yours is another one.
+3. Readers choose the tokenizer of a `qwen2` by that name, not by `tokenizer_class`: `convert` and `export` compare the tokens and say so.
+
+Engines that bring transformers 4 read the base of rotary embeddings, their scaling and the type of the weights under older names, and take
+a default where these are absent, without a word: config.json says both (transformers 4.57.6: the same logits bit for bit, for Qwen3 and
+DeepSeek-V3, with and without YaRN; `findings/rope_parameters_in_4_57.sh` shows what happens otherwise).
 
 This page is written by `python -m tests.families.document > docs/families.md`; edit that.
 """
