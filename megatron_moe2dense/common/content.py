@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_moe2dense.common.errors import UserError
 
 # Keys of inputs: files, folders, prefixes of token files; one, a list, or by label.
-_INPUTS = ("source", "statistics", "plan", "plans", "path", "teacher", "tokenizer", "models", "checkpoint", "records")
+_BY_LABEL = "models"
+_INPUTS = {"source", "statistics", "plan", "plans", "path", "teacher", "student", "cache", "tokenizer", "checkpoint"}
+_INPUTS |= {"records", "tasks", _BY_LABEL}
 # They say where a result goes, what is in its way and what it may take, nothing of what it is.
 _NO_CONTENT = ("output", "overwrite", "memory_budget")
 _SAMPLES, _SAMPLE_BYTES = 64, 16 * 1024
@@ -28,13 +32,29 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     return {name: _identity(name, value) for name, value in _of_content(config).items()}
 
 
+def inputs(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, path) of everything that a config reads and that is here."""
+    yield from ((name, path) for name, path in _inputs(config, None) if Path(path).exists() or _token_files(path))
+
+
+def _inputs(value: Any, name: str | None) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for inner, item in value.items():
+            yield from _inputs(item, name if name == _BY_LABEL else inner)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _inputs(item, name)
+    elif name in _INPUTS and isinstance(value, str):
+        yield name, value
+
+
 def _of_content(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in _NO_CONTENT}
 
 
 def _identity(name: str, value: Any) -> Any:
     if isinstance(value, dict):
-        return {inner: _identity(name if name in _INPUTS and isinstance(item, str) else inner, item) for inner, item in value.items()}
+        return {inner: _identity(name if name == _BY_LABEL else inner, item) for inner, item in value.items()}
     if name not in _INPUTS:
         return value
     if isinstance(value, list):
@@ -55,7 +75,7 @@ def fingerprint(path: str) -> str | None:
     """SHA-256 of the names below a folder (of a file or a prefix of token files: none), and of each file's length and 64 samples of
     16 KiB: cheap on 60 GB, tells results apart. None where nothing is there."""
     place = Path(path)
-    files = _files(place) if place.is_dir() else {"": place} if place.is_file() else _token_files(path)
+    files = _files(place) if place.is_dir() else {"": place, **_data_of_task(place)} if place.is_file() else _token_files(path)
     if not files:
         return None
     digest = hashlib.sha256()
@@ -69,6 +89,19 @@ def fingerprint(path: str) -> str | None:
 def _files(folder: Path) -> dict[str, Path]:
     """Those directly in it: a run's checkpoints lie deeper, and grow."""
     return {file.name: file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")}
+
+
+def _data_of_task(file: Path) -> dict[str, Path]:
+    """The files that a task of lm-eval reads, where its YAML names them as they are."""
+    if file.suffix != ".yaml":
+        return {}
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        named = content["dataset_kwargs"]["data_files"]
+        places = [Path(each) for each in (named.values() if isinstance(named, dict) else [named])]
+    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError):  # with functions in it, or of data on the Hub
+        return {}
+    return {place.name: place for place in places if place.is_file()}
 
 
 def _token_files(prefix: str) -> dict[str, Path]:

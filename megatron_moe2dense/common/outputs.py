@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import megatron_moe2dense
-from megatron_moe2dense.common.content import config_hash, identity
+from megatron_moe2dense.common.content import config_hash, identity, inputs
 from megatron_moe2dense.common.errors import UserError
 
 MANIFEST = "moe2dense.json"
@@ -163,6 +163,32 @@ def _short(value: Any) -> str:
     return json.dumps(value)
 
 
+def require_apart(config: dict[str, Any]) -> None:
+    """UserError when the output is, or lies around, something that is read: it would be gone when the output is replaced."""
+    output = config.get("output")
+    if not isinstance(output, str):
+        return
+    place = Path(output).resolve()
+    for name, path in inputs(config):
+        read = Path(path).resolve()
+        if read == place or place in read.parents:
+            where = "is" if read == place else "lies around"
+            raise UserError(f"output {output} {where} {name} {path}", "an output beside what is read", "choose another output")
+
+
+def require_of_stage(output: Path, stage: str) -> None:
+    """UserError when another command's output is there, which `overwrite` does not replace."""
+    if not (output / MANIFEST).exists():
+        return
+    found = read_own_manifest(output / MANIFEST, f"the manifest of `{stage}`, or nothing")["stage"]
+    if found != stage:
+        raise UserError(
+            f"{output} is output of `{found}`",
+            f"a path that does not exist yet, or an output of `{stage}`",
+            "choose another output, or remove it yourself: overwrite=true replaces outputs of the same command",
+        )
+
+
 def claim(output: Path, working: Path, own: dict[str, Any], overwrite: bool) -> bool:
     """Decide what happens to what is already there. Returns True when an unfinished run of the same identity is resumed.
 
@@ -226,6 +252,8 @@ def output_directory(output: Path, stage: str, config: dict[str, Any], **facts: 
     `facts` go to the manifest.
     """
     overwrite = bool(config.get("overwrite", False))
+    require_apart(config)
+    require_of_stage(output, stage)
     working, own = output.with_name(output.name + ".tmp"), identity(config)
     claim(output, working, own, overwrite)
     facts = {"config_hash": config_hash(own), "identity": own, **facts}

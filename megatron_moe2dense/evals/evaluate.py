@@ -84,13 +84,13 @@ def measure_all(config: EvalConfig, ranks: Ranks) -> None:
         require_tokenizer(index.directory)
     windows = _windows(config, indices)
     done = _done(config, indices)
-    ranks.wait()  # until all have read what is there
-    if ranks.rank == 0:
-        _clear(config)
     tasks = load_tasks(config.harness, ranks) if config.harness else None
     todo = {label: account for label, account in accounts.items() if label not in done}
     beside = 1 if device.type == "cuda" else ranks.on_node()  # processes that share the device's memory
     _require_room(todo, of_teacher, device, beside * _BYTES[dtype] if config.device_map is None else 0)
+    ranks.wait()  # until all have read what is there
+    if ranks.rank == 0 and not config.overwrite and Path(config.output).exists():
+        records.rewrite(Path(config.output), records.read(Path(config.output)))  # a line cut off by a kill must not swallow the next row
     teacher = Loaded("teacher", load_model(teacher_index, device, dtype, config.device_map)) if teacher_index else None
     for label, index in indices.items():
         if label in done:
@@ -100,7 +100,9 @@ def measure_all(config: EvalConfig, ranks: Ranks) -> None:
         known = teacher_index is not None and _is_same(teacher_index, index)
         model = teacher.model if known and teacher is not None else load_model(index, device, dtype, config.device_map)
         row = _record(config, Loaded(label, model), index, Context(ranks, teacher, tasks, windows))
-        if ranks.rank == 0:
+        if ranks.rank == 0 and config.overwrite and label == next(iter(todo)):
+            records.rewrite(Path(config.output), [row])  # what was there stays until there is something in its place
+        elif ranks.rank == 0:
             records.append(Path(config.output), row)
         del model
     if ranks.rank == 0:
@@ -236,15 +238,6 @@ def _done(config: EvalConfig, indices: dict[str, CheckpointIndex]) -> set[str]:
     if done == set(indices):
         raise UserError(f"{path} is a finished output", "a path that does not exist yet", "choose another output or add overwrite=true")
     return done
-
-
-def _clear(config: EvalConfig) -> None:
-    """Of what is there, keep what stays."""
-    path = Path(config.output)
-    if config.overwrite:
-        path.unlink(missing_ok=True)
-    elif path.exists():
-        records.rewrite(path, records.read(path))  # a last line cut off by a killed run must not swallow the next row
 
 
 def _identity(config: EvalConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.content import config_hash, identity
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.common.outputs import MANIFEST, differences, disk_errors, read_json, write_manifest
+from megatron_moe2dense.common.outputs import MANIFEST, differences, disk_errors, read_json, require_apart, write_manifest
 from megatron_moe2dense.sweep.config import SweepConfig
 
 RECORDS, SUMMARY = "records.jsonl", "summary.json"
@@ -35,6 +35,7 @@ class Ledger:
         self.directory = Path(config.output)
         self._sweep, own = config, of_sweep(config)
         self._facts = {"config_hash": config_hash(own), "identity": own, **facts}
+        require_apart(_config(config))
         require_free(config, facts)
         with disk_errors(self.directory):
             if config.overwrite and self.directory.exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from megatron_moe2dense.common.config import Config, key
 from megatron_moe2dense.common.hub import Source
@@ -150,6 +150,13 @@ class TrainConfig(Config):
     )
     most_skipped: int = key(10, "steps in a row without a finite loss and gradient after which the run stops", "steps", gt=0)
     spike: float | None = key(1.5, "warn of a loss above this multiple of the median of the last 64; null: never", gt=1)
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _listed(cls, parts: Any) -> Any:
+        if isinstance(parts, str) and parts not in ("all", "ffn", "ffn+norms+head"):
+            raise ValueError(f"all, ffn, ffn+norms+head, or a list of name patterns: train.parts=['{parts}']")
+        return parts
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

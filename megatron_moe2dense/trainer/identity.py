@@ -16,7 +16,16 @@ from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.content import config_hash
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.common.outputs import MANIFEST, Status, differences, read_json, read_own_manifest, write_manifest
+from megatron_moe2dense.common.outputs import (
+    MANIFEST,
+    Status,
+    differences,
+    read_json,
+    read_own_manifest,
+    require_apart,
+    require_of_stage,
+    write_manifest,
+)
 from megatron_moe2dense.trainer.cache.files import CacheReader
 from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.data.datasets import texts
@@ -59,6 +68,8 @@ def identity(config: DistillConfig, text: dict[str, Any] | None = None) -> dict[
     content["train"]["steps"] = config.steps()
     if config.train.parts == "all":  # as in runs begun before parts could be chosen
         del content["train"]["parts"]
+    elif isinstance(config.train.parts, list):
+        content["train"]["parts"] = sorted(config.train.parts)
     return content
 
 
@@ -74,7 +85,8 @@ def _cache(directory: str | None) -> dict[str, Any] | None:
     if directory is None:
         return None
     facts = asdict(CacheReader(Path(directory)).facts)
-    return {name: value for name, value in facts.items() if name not in ("samples", "shard_samples", "format")}
+    plain = ["teacher_dtype"] if facts["teacher_dtype"] == "model" else []  # as in runs begun before there was another
+    return {name: value for name, value in facts.items() if name not in ("samples", "shard_samples", "format", *plain)}
 
 
 def claimable(config: DistillConfig) -> Claim:
@@ -84,15 +96,13 @@ def claimable(config: DistillConfig) -> Claim:
         UserError: it is a finished run that is not made longer, one of another config (named are the keys that differ), or no run.
     """
     output = Path(config.output)
+    require_apart(_dump(config))
     if not (output / MANIFEST).exists():
         if output.exists() and not config.overwrite:
             raise UserError(f"{output} exists", "a path that does not exist yet", "choose another output or add overwrite=true")
         return "new"
     found = read_own_manifest(output / MANIFEST, f"the manifest of a run of `{STAGE}`")
-    if found["stage"] != STAGE:
-        if config.overwrite:
-            return "new"
-        raise UserError(f"{output} is output of `{found['stage']}`", "a path that does not exist yet", "choose another output")
+    require_of_stage(output, STAGE)
     begun, own = _begun(found, output), identity(config)
     changed = differences({**begun, "train": {**begun["train"], "steps": 0}}, {**own, "train": {**own["train"], "steps": 0}})
     before, now = begun["train"]["steps"], own["train"]["steps"]

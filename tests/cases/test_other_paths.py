@@ -15,6 +15,7 @@ from megatron_moe2dense.common import content, records
 from megatron_moe2dense.evals import evaluate
 from megatron_moe2dense.surgery import calibrate as calibration
 from megatron_moe2dense.sweep import run as sweeps
+from tests.helpers.tiny_models import tiny_qwen3
 
 TEXT = "path: {place}/text, sequence_length: 16, sequences: 4"
 
@@ -140,3 +141,63 @@ def test_a_fingerprint_is_of_content(tmp_path: Path):
         file.write(b"\0")
     assert content.fingerprint(str(tmp_path / "a")) != first
     assert content.fingerprint(str(tmp_path / "none")) is None
+
+
+@pytest.mark.parametrize("command", ["calibrate", "prune-dense", "export", "distill", "sweep", "cache-teacher", "convert"])
+@pytest.mark.parametrize("where", ["is", "lies around"])
+def test_an_output_is_what_is_read(there: Path, tmp_path: Path, user_error, command: str, where: str):
+    """an output that is, or lies around, something that is read, with overwrite=true: refused, nothing deleted"""
+    shutil.copytree(there, tmp_path / "all")
+    if command == "prune-dense":
+        shutil.rmtree(tmp_path / "all/moe")
+        tiny_qwen3(tmp_path / "all/moe", vocab_size=2048)
+    output = tmp_path / "all" / ("moe" if where == "is" else "")
+    text = f"data={{path: {tmp_path}/all/text, sequence_length: 16}}"
+    read = {
+        "calibrate": inputs(tmp_path / "all"),
+        "prune-dense": [f"source={tmp_path}/all/moe", text, "target={hidden_size: 64}"],
+        "export": [f"checkpoint={tmp_path}/all/moe"],
+        "distill": [f"student={tmp_path}/all/moe", "teacher=null", text, "batch={micro: 1, global: 1}", "train.steps=1"],
+        "sweep": [*inputs(tmp_path / "all"), f"statistics={tmp_path}/all/statistics", "grid={keep: [4], score: [pp]}"],
+        "cache-teacher": [f"teacher={tmp_path}/all/moe", text, "k=4"],
+        "convert": [f"source={tmp_path}/all/moe", f"statistics={tmp_path}/all/statistics"],
+    }[command]
+    before = sorted(tmp_path.rglob("*"))
+    said = user_error(command, *read, f"output={output}", "overwrite=true")
+    assert f"output {output} {where} " in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_commands_output_is_not_overwritten(there: Path, tmp_path: Path, user_error):
+    """overwrite=true where another command's output is: refused by that command, nothing deleted"""
+    shutil.copytree(there / "statistics", tmp_path / "statistics")
+    settings = [f"source={there}/moe", f"statistics={there}/statistics", f"output={tmp_path}/statistics", "overwrite=true"]
+    assert "is output of `calibrate`" in user_error("convert", *settings)
+    assert (tmp_path / "statistics/stats.safetensors").exists()
+
+
+def test_an_evaluation_that_can_not_begin_leaves_the_rows_that_are_there(there: Path, tmp_path: Path, user_error):
+    """`eval overwrite=true` with a task that is not there: refused, and the finished records stay; done well, they are replaced"""
+
+    def command(*more: str) -> list[str]:
+        return ["eval", f"models=[{there}/moe]", f"output={tmp_path}/r.jsonl", f"perplexity.data={{{TEXT.format(place=there)}}}", *more]
+
+    main(command())
+    before = (tmp_path / "r.jsonl").read_bytes()
+    user_error(*command("harness.tasks=[none.yaml]", "overwrite=true"))
+    assert (tmp_path / "r.jsonl").read_bytes() == before
+    main(command("overwrite=true", "perplexity.batch_tokens=16"))
+    [row] = records.read(tmp_path / "r.jsonl")
+    assert row["config"]["perplexity"]["batch_tokens"] == 16
+
+
+def test_a_task_file_is_what_it_asks(tmp_path: Path):
+    """a task file under another path, and one whose questions have changed: the same evaluation, and another one"""
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    for name in ("one.yaml", "two.yaml"):
+        (tmp_path / name).write_text(f"task: t\ndataset_kwargs: {{data_files: {{test: {tmp_path}/a.jsonl}}}}\n")
+    asked = [content.identity({"harness": {"tasks": [str(tmp_path / name)]}}) for name in ("one.yaml", "two.yaml")]
+    assert asked[0] == asked[1]
+    (tmp_path / "a.jsonl").write_text("{}\n{}\n")
+    assert content.identity({"harness": {"tasks": [str(tmp_path / "one.yaml")]}}) != asked[0]
+    assert content.identity({"harness": {"tasks": ["hellaswag"]}}) == {"harness": {"tasks": ["hellaswag"]}}

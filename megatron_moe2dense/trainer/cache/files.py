@@ -31,7 +31,7 @@ class CacheFacts:
 
     Attributes:
         teacher: fingerprint of config and weights. tokenizer: sha256 of its file, None where it has none. active: experts per token.
-        data: `datasets.identity` of the text. samples, k: sizes. store: type of the log-probabilities.
+        data: `datasets.identity` of the text. samples, k: sizes. store: type of the log-probabilities. teacher_dtype: `teacher.dtype`.
     """
 
     teacher: str
@@ -44,6 +44,7 @@ class CacheFacts:
     store: str
     shard_samples: int
     format: int = FORMAT
+    teacher_dtype: str = "model"
 
     def shard(self, number: int) -> range:
         """Samples of one shard."""
@@ -65,6 +66,7 @@ class CacheFacts:
         if facts.get("format") != FORMAT:
             found = f"{where}: teacher cache of format {facts.get('format')}"
             raise UserError(found, f"format {FORMAT}", "write it again with this version")
+        facts = {"teacher_dtype": "model", **facts}  # of versions that knew no other
         unknown, absent = odd_fields(cls, facts)
         if unknown or absent:
             known = ", ".join(sorted(field.name for field in fields(cls)))

@@ -18,7 +18,16 @@ from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.content import config_hash
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
-from megatron_moe2dense.common.outputs import MANIFEST, claim, disk_errors, publish, read_json, write_manifest
+from megatron_moe2dense.common.outputs import (
+    MANIFEST,
+    claim,
+    disk_errors,
+    publish,
+    read_json,
+    require_apart,
+    require_of_stage,
+    write_manifest,
+)
 from megatron_moe2dense.tokens.indexed import TokenFile
 from megatron_moe2dense.trainer import groups as process_groups
 from megatron_moe2dense.trainer import model as models
@@ -145,6 +154,7 @@ def _facts(config: CacheTeacherConfig, spec: models.ModelSpec) -> CacheFacts:
         k=config.k,
         store=config.store,
         shard_samples=config.shard_samples,
+        teacher_dtype=config.teacher.dtype,
     )
 
 
@@ -160,6 +170,8 @@ def _claimed(config: CacheTeacherConfig, spec: models.ModelSpec) -> tuple[Path, 
 
 def _claim(config: CacheTeacherConfig, working: Path, spec: models.ModelSpec) -> CacheFacts:
     facts = _facts(config, spec)
+    require_apart(config.model_dump(mode="json"))
+    require_of_stage(Path(config.output), STAGE)
     if claim(Path(config.output), working, _identity(config), config.overwrite):
         before = CacheFacts.of_manifest(read_json(working / MANIFEST, "the manifest of an unfinished run"), working)
         if before != facts:
