@@ -233,3 +233,24 @@ def test_a_teacher_cache_goes_on_from_other_paths(root: Path, monkeypatch: pytes
         cache.run(build(CacheTeacherConfig, {**moved, "k": 9}, "the test"))
     cache.run(build(CacheTeacherConfig, moved, "the test"))
     assert {path.name: path.read_bytes() for path in (root / "elsewhere").glob("shard_*")} == whole
+
+
+def test_a_run_is_begun_on_one_cache_and_goes_on_with_one_of_a_teacher_in_fp8(root: Path):
+    """a run from a teacher cache, started again with a cache of the same teacher in FP8: refused, as other numbers come from it"""
+    for name, dtype in (("plain", "model"), ("fp8", "fp8")):
+        settings: dict[str, Any] = {
+            "teacher": {"path": str(root / "student"), "dtype": dtype, "check": {"loss_bound": None, "stock_forward": "never"}},
+            "output": str(root / f"cache of {name}"),
+            "data": {"path": str(root / "tokens"), "sequence_length": 16},
+            "samples": 8,
+            "k": 8,
+            "dtype": "float32",
+        }
+        cache.run(build(CacheTeacherConfig, settings, "the test"))
+    both = [
+        config(root, "on caches", 1, loss={"method": "top_k_kl", "k": 8}, teacher={"cache": str(root / f"cache of {name}")})
+        for name in ("plain", "fp8")
+    ]
+    run(both[0])
+    with pytest.raises(UserError, match="teacher_dtype"):
+        run({**both[1], "train": {**both[1]["train"], "steps": 2}})

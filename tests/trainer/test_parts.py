@@ -141,3 +141,8 @@ def test_parts_are_of_the_identity_and_all_is_what_runs_were_before(root: Path):
     assert "parts" not in identity.identity(build(DistillConfig, everything, "the test"))["train"]
     with pytest.raises(UserError, match="nothing would be trained"):
         build(DistillConfig, {**raw, "train": {"steps": 1, "parts": []}}, "the test")
+    with pytest.raises(UserError, match=r"train.parts=\['model.layers.\*'\]"):  # one pattern in place of a list
+        build(DistillConfig, {**raw, "train": {"steps": 1, "parts": "model.layers.*"}}, "the test")
+    lists = [{**raw, "train": {"steps": 1, "parts": each}} for each in (["a.*", "b.*"], ["b.*", "a.*"])]
+    first, second = (identity.identity(build(DistillConfig, each, "the test")) for each in lists)
+    assert first == second
