@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # What a config says of where it came from and how it is stored.
-_OF_FILES = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+_OF_FILES = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "quantization_config")
 
 
 def differences(meant: Mapping[str, Any], read: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
+from megatron_moe2dense.tokens.indexed import TokenFile
 from tests.helpers.forks import forks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,8 +21,10 @@ def on_path(folder: Path) -> dict[str, str]:
 
 
 def texts(folder: Path, documents: int) -> None:
-    """Paragraphs of the project's own documents, a file each: English of a few hundred tokens."""
+    """Text of the kind that the pico model was trained on, a file each: a few hundred tokens."""
+    example = ROOT / "examples/pico_moe"
+    tokens, tokenizer = TokenFile.open(str(example / "tokens/distill")).tokens, Tokenizer.from_file(str(example / "model/tokenizer.json"))
     folder.mkdir()
-    paragraphs = [part for file in sorted((ROOT / "docs").glob("*.md")) for part in file.read_text().split("\n\n") if len(part) > 600]
     for number in range(documents):
-        (folder / f"{number:03d}.txt").write_text(paragraphs[number % len(paragraphs)])
+        part = tokens[number * 400 : (number + 1) * 400].tolist()
+        (folder / f"{number:03d}.txt").write_text(tokenizer.decode(part))

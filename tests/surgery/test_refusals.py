@@ -51,7 +51,8 @@ def test_a_nan_expert(tokens: str, tmp_path: Path, user_error: Refused, monkeypa
         name = f"model.layers.1.mlp.experts.{expert}.up_proj.weight"
         (path / "model.safetensors").write_bytes(whole)
         damage(path, name, float("nan"))
-        message = user_error("convert", f"source={path}", f"statistics={tmp_path / 'stats'}", f"output={tmp_path / 'dense'}")
+        settings = [f"source={path}", f"statistics={tmp_path / 'stats'}", f"output={tmp_path / 'dense'}"]
+        message = user_error("convert", *settings, "overwrite=true")  # of what the last of these sources left
         assert name in message
         assert not (tmp_path / "dense").exists()
 
