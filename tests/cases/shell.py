@@ -26,5 +26,5 @@ def texts(folder: Path, documents: int) -> None:
     tokens, tokenizer = TokenFile.open(str(example / "tokens/distill")).tokens, Tokenizer.from_file(str(example / "model/tokenizer.json"))
     folder.mkdir()
     for number in range(documents):
-        part = tokens[number * 400 : (number + 1) * 400].tolist()
+        part = tokens[number * 600 : (number + 1) * 600].tolist()
         (folder / f"{number:03d}.txt").write_text(tokenizer.decode(part))
