@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The README's two commands under every Python 3.11 to 3.13 found here: for each a clean clone of HEAD, set-up, quickstart, and the tests of
-# checkpoints, resuming, export and the command line; then a run that each begins is continued and exported by every other. Prints the
+# checkpoints, resuming and the command line; then a run that each begins is continued and exported by every other. Prints the
 # table of docs/operations.md. On 3.12 and 3.13 the index has a CUDA build of torch alone, of some GB.
 #   PYTHONS="/usr/bin/python3.11 ..."     these instead of those found
 #   PARTS="quickstart tests exchange own" what to do; own: runs are continued under the interpreter that began them, too
@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 root=$PWD
 OUT=$(realpath -m "${OUT:-out/pythons}")
 PARTS=" ${PARTS:-quickstart tests exchange own} "
-TESTS="tests/trainer/test_checkpoint_pickles.py tests/trainer/test_checkpoints.py tests/trainer/test_resume.py tests/trainer/test_family_parity.py tests/common/test_cli.py"
+TESTS="tests/trainer/test_checkpoint_pickles.py tests/trainer/test_checkpoints.py tests/trainer/test_resume.py tests/common/test_cli.py"
 
 full() { "$1" -c 'import platform; print(platform.python_version())' 2> /dev/null; }
 
