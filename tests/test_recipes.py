@@ -80,6 +80,7 @@ def test_every_row_is_calibrated_once_then_converted_distilled_exported_and_meas
     assert {argument.partition("=")[2] for argument in d2d} <= {str(tmp_path / "dense")}, "the baseline's teacher is the dense model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", EXPERTS)
 def test_every_command_of_a_recipe_dry_runs_on_a_tiny_model(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     family, experts = EXPERTS[recipe]

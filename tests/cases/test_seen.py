@@ -99,6 +99,7 @@ def test_a_user_leaves_the_type_of_eval_out(example: Path, tmp_path: Path):
     assert (row["config"]["dtype"], row["settings"]["dtype"]) == ("auto", "float32")
 
 
+@pytest.mark.slow
 def test_a_user_submits_to_slurm(tmp_path: Path):
     """a Slurm job: all memory and cores of its nodes, and rank 0's lines in the job's own output, whichever node it is on"""
     for script in ("distill", "calibrate"):

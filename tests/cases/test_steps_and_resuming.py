@@ -71,6 +71,7 @@ def test_four_ranks_evaluate_two_sequences(tmp_path: Path):
     assert other == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """batch.micro and data.validation_sequences changed before resuming: the run goes on, to the weights of an uninterrupted one."""
     write_tokens(with_student(tmp_path) / "held-out", 4 * LENGTH + 1, seed=9)

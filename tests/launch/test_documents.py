@@ -41,6 +41,7 @@ def test_the_documents_have_commands_of_both_kinds():
     assert len(RESOLVED) >= 10
 
 
+@pytest.mark.slow
 def test_commands_of_the_launch_scripts_start_what_they_say(tmp_path: Path):
     for number, line in enumerate(LAUNCHED):
         folder = tmp_path / str(number)

@@ -119,6 +119,7 @@ def test_the_environment_overrides_every_default(tmp_path: Path):
     assert option(row["arguments"], "--nproc-per-node") == "4"
 
 
+@pytest.mark.slow
 def test_a_container_is_asked_for_only_when_there_is_an_image(tmp_path: Path):
     finish_first = variables(tmp_path)
     assert finish_first
@@ -132,6 +133,7 @@ def test_a_container_is_asked_for_only_when_there_is_an_image(tmp_path: Path):
     assert "would have no effect" in errors
 
 
+@pytest.mark.slow
 def test_the_slices_of_an_array_are_all_slices(tmp_path: Path):
     sweep = ROOT / "launch/sweep_array.slurm"
     found = []
@@ -168,6 +170,7 @@ def test_a_job_that_failed_or_was_refused_is_not_requeued(outcome: str, status: 
     assert ("found: a trap" in errors) == (outcome == "refuse"), "the job's own output says what the user has to mend"
 
 
+@pytest.mark.slow
 def test_a_job_that_ends_before_its_last_step_is_requeued_unless_that_is_forbidden(tmp_path: Path):
     assert run(tmp_path, (*DISTILL, "a.yaml"), REQUEUE="0")[0] == 0
     assert not requeued(tmp_path)

@@ -29,12 +29,14 @@ def test_published_throughputs_are_met_within_30_percent_by_one_efficiency():
         assert run.planned() == pytest.approx(run.tokens_per_second, rel=0.3), run.name
 
 
+@pytest.mark.slow
 def test_one_gpu_of_80_gb_takes_the_teacher_in_fp8_and_the_ffns_of_its_student():
     """Not with the teacher in bfloat16: its weights alone are 61 of the 80 GB."""
     for muon in (False, True):
         assert on_one_gpu("fp8", "ffn", muon)[1].total <= ONE_GPU.usable < on_one_gpu("model", "ffn", muon)[1].total
 
 
+@pytest.mark.slow
 def test_the_document_has_the_numbers_of_the_formulas():
     text = DOCUMENT.read_text()
     assert markdown(HEADER, published_rows()) in text
