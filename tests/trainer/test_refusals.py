@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_moe2dense import cli
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.trainer.model import ModelSpec
+from megatron_moe2dense.trainer.weights import require_one_table
+from tests.helpers.quantised import fp8_blocks
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 
 pytestmark = pytest.mark.slow
@@ -133,6 +139,23 @@ def test_a_head_of_its_own_beside_tied_embeddings(root: Path, tmp_path: Path, ca
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file, {"format": "pt"})
     said = distill(root, capsys, tmp_path, student=tmp_path / "student")
     assert "tie_word_embeddings is true, and lm_head.weight differs from model.embed_tokens.weight" in said
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_quantised_tables_are_compared_as_numbers(tmp_path: Path, factor: float):
+    """Equal codes with other scales are another head."""
+    file = tiny_qwen3(tmp_path / "student", tie_word_embeddings=True) / "model.safetensors"
+    tensors = load_file(file)
+    codes = fp8_blocks("model.embed_tokens.weight", tensors.pop("model.embed_tokens.weight"))
+    head = {name.replace("model.embed_tokens", "lm_head"): tensor.clone() for name, tensor in codes.items()}
+    head["lm_head.weight_scale_inv"] *= factor
+    save_file({**tensors, **codes, **head}, file, {"format": "pt"})
+    config = json.loads((tmp_path / "student/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (tmp_path / "student/config.json").write_text(json.dumps(config))
+    spec = ModelSpec.open(tmp_path / "student", torch.float32)
+    with contextlib.nullcontext() if factor == 1.0 else pytest.raises(UserError, match="differs from"):
+        require_one_table(spec)
 
 
 def test_a_finished_run_is_refused_and_another_config_does_not_resume_it(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
