@@ -15,8 +15,10 @@ from megatron_moe2dense.common.errors import UserError
 
 # Keys of inputs: files, folders, prefixes of token files; one, a list, or by label.
 _BY_LABEL = "models"
-_INPUTS = {"source", "statistics", "plan", "plans", "path", "teacher", "student", "cache", "tokenizer", "checkpoint"}
-_INPUTS |= {"records", "tasks", _BY_LABEL}
+_INPUTS = {
+    *("source", "statistics", "plan", "plans", "path", "teacher", "student", "cache", "tokenizer", "checkpoint", "records", "tasks"),
+    _BY_LABEL,
+}
 # They say where a result goes, what is in its way and what it may take, nothing of what it is.
 _NO_CONTENT = ("output", "overwrite", "memory_budget")
 _SAMPLES, _SAMPLE_BYTES = 64, 16 * 1024

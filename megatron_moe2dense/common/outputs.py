@@ -103,12 +103,13 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def manifest(status: Status, stage: str, config: dict[str, Any], **facts: Any) -> dict[str, Any]:
-    """What says how an output was made; `facts` are stage-specific (source fingerprint, progress, ...)."""
+    """What says how an output was made; `facts` are stage-specific (source fingerprint, progress, ...). The hash is of the identity, where
+    they have one."""
     return {
         "status": status,
         "stage": stage,
         "config": config,
-        "config_hash": config_hash(config),
+        "config_hash": config_hash(facts.get("identity", config)),
         **facts,
         "versions": versions(),
         "commit": commit(),
@@ -130,6 +131,11 @@ def read_manifest(directory: Path, stage: str) -> dict[str, Any]:
             f"point to the output of `{stage}`, or run it (again) to the end",
         )
     return content
+
+
+def begun_as(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The identity in a manifest, or of the config in one of an earlier version."""
+    return manifest.get("identity") or identity(manifest.get("config", {}))
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -200,7 +206,7 @@ def claim(output: Path, working: Path, own: dict[str, Any], overwrite: bool) -> 
         UserError: a finished output, foreign files, or an unfinished run of another config is in the way.
     """
     manifest, foreign = _unfinished(working, working != output), _holds_foreign_files(working)
-    before = manifest and (manifest.get("identity") or identity(manifest["config"]))  # earlier versions wrote the config alone
+    before = manifest and begun_as(manifest)
     found = None if before is None else config_hash(before)
     if output.exists() and not overwrite and not (working == output and found is not None):
         what = "is a finished output" if (output / MANIFEST).exists() else "exists"
@@ -256,7 +262,7 @@ def output_directory(output: Path, stage: str, config: dict[str, Any], **facts: 
     require_of_stage(output, stage)
     working, own = output.with_name(output.name + ".tmp"), identity(config)
     claim(output, working, own, overwrite)
-    facts = {"config_hash": config_hash(own), "identity": own, **facts}
+    facts = {"identity": own, **facts}
     with disk_errors(output):
         working.mkdir(parents=True, exist_ok=True)
         write_manifest(working, "unfinished", stage, config, **facts)

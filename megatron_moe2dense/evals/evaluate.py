@@ -80,11 +80,9 @@ def measure_all(config: EvalConfig, ranks: Ranks) -> None:
         require_accelerate()
     accounts, of_teacher = _opened(config)
     indices, teacher_index = {label: account.index for label, account in accounts.items()}, of_teacher.index if of_teacher else None
-    for index in indices.values() if config.harness else ():
-        require_tokenizer(index.directory)
     windows = _windows(config, indices)
     done = _done(config, indices)
-    tasks = load_tasks(config.harness, ranks) if config.harness else None
+    tasks = _tasks(config, indices, ranks)
     todo = {label: account for label, account in accounts.items() if label not in done}
     beside = 1 if device.type == "cuda" else ranks.on_node()  # processes that share the device's memory
     _require_room(todo, of_teacher, device, beside * _BYTES[dtype] if config.device_map is None else 0)
@@ -107,6 +105,14 @@ def measure_all(config: EvalConfig, ranks: Ranks) -> None:
         del model
     if ranks.rank == 0:
         print(_table(records.read(Path(config.output))))
+
+
+def _tasks(config: EvalConfig, indices: Mapping[str, CheckpointIndex], ranks: Ranks) -> Tasks | None:
+    if config.harness is None:
+        return None
+    for index in indices.values():
+        require_tokenizer(index.directory)
+    return load_tasks(config.harness, ranks)
 
 
 def _require_one_process(ranks: Ranks) -> None:
@@ -156,9 +162,7 @@ def dry_run(config: EvalConfig) -> dict[str, Any]:
     if config.perplexity:
         rows = max(config.perplexity.batch_tokens, config.perplexity.data.sequence_length)
         memory += (1 + bool(teacher)) * rows * max(vocab_size(index) for index in indices.values()) * width
-    tasks = load_tasks(config.harness, Ranks()) if config.harness else None
-    for index in indices.values() if tasks else ():
-        require_tokenizer(index.directory)
+    tasks = _tasks(config, indices, Ranks())
     read = {str(index.directory): index.nbytes for index in ([*indices.values(), teacher.index] if teacher else indices.values())}
     return {
         "reads_bytes": read,

@@ -22,7 +22,6 @@ from megatron_moe2dense.families.alike import unlike
 from megatron_moe2dense.families.candidates import candidates
 from megatron_moe2dense.families.ffn import FfnPlace
 from megatron_moe2dense.families.probe import StandIn, first_of, random_tokens, real, run_block
-from megatron_moe2dense.families.readers import for_all_readers
 from megatron_moe2dense.families.stock import MoePlace, Stock
 from megatron_moe2dense.families.table import exception_of
 
@@ -69,7 +68,7 @@ class Dense:
             written["text_config"] = {name: value for name, value in inner.items() if name not in _OF_SOURCE_FILES}
         written["architectures"] = [type(self.stock.model).__name__]
         dtype = source.get("dtype", source.get("torch_dtype"))
-        return for_all_readers({**written, "model_type": whole.model_type, **({} if dtype is None else {"dtype": dtype})})
+        return {**written, "model_type": whole.model_type, **({} if dtype is None else {"dtype": dtype})}
 
     def width(self, layer: int) -> int:
         """Neurons that the layer holds."""

@@ -13,7 +13,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.dense import Dense
 from megatron_moe2dense.families.disk import Disk, ReadTensor, plain_names, revert
 from megatron_moe2dense.families.ffn import Ffn
-from megatron_moe2dense.families.readers import differences
+from megatron_moe2dense.families.readers import differences, for_all_readers
 from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.surgery.densify import densify, neurons_of, pad_width, rescaled, side_by_side
 from megatron_moe2dense.surgery.plan import ConversionPlan
@@ -83,7 +83,7 @@ def require_read_alike(source: MoeSource, groups: int) -> None:
     """UserError when the dense config.json, read by itself, is another class than the one that the tensors are made for, or says
     something else than was meant: a key that was left out comes back as the class's default."""
     dense = dense_of(source, groups)
-    read = Stock.of(dense.config(source.account.config), "the dense result's config.json")
+    read = Stock.of(for_all_readers(dense.config(source.account.config)), "the dense result's config.json")
     _require_taken(source, read, dense_steps(source, groups))
     wrong = differences(dense.stock.model.config.to_dict(), read.model.config.to_dict())
     if wrong:

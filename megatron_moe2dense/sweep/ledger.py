@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe2dense.common import records
-from megatron_moe2dense.common.content import config_hash, identity
+from megatron_moe2dense.common.content import identity
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.common.outputs import MANIFEST, differences, disk_errors, read_json, require_apart, write_manifest
+from megatron_moe2dense.common.outputs import MANIFEST, begun_as, differences, disk_errors, read_json, require_apart, write_manifest
 from megatron_moe2dense.sweep.config import SweepConfig
 
 RECORDS, SUMMARY = "records.jsonl", "summary.json"
@@ -33,8 +33,8 @@ class Ledger:
 
     def __init__(self, config: SweepConfig, facts: dict[str, Any]):
         self.directory = Path(config.output)
-        self._sweep, own = config, of_sweep(config)
-        self._facts = {"config_hash": config_hash(own), "identity": own, **facts}
+        self._sweep = config
+        self._facts = {"identity": of_sweep(config), **facts}
         require_apart(_config(config))
         require_free(config, facts)
         with disk_errors(self.directory):
@@ -117,8 +117,7 @@ def require_free(config: SweepConfig, facts: dict[str, Any]) -> None:
         raise UserError(f"{directory} is output of `{found.get('stage')}`", "a sweep, or a path that does not exist yet", _DO)
     if config.overwrite:
         return
-    before, own = found.get("identity") or identity(found["config"]), of_sweep(config)
-    changed = differences({**before, **_measured(found, facts)}, {**own, **_measured(facts, facts)})
+    changed = differences({**begun_as(found), **_measured(found, facts)}, {**of_sweep(config), **_measured(facts, facts)})
     if changed:
         raise UserError(f"{directory} is a sweep of another config ({'; '.join(changed)})", "an unfinished sweep of this one", _DO)
     if found["status"] == "finished":

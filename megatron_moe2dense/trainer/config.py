@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import field_validator, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from megatron_moe2dense.common.config import Config, key
 from megatron_moe2dense.common.hub import Source
@@ -127,12 +127,25 @@ class Fp8Config(Config):
     )
 
 
+_PARTS = Literal["all", "ffn", "ffn+norms+head"]
+
+
+def _listed(parts: Any) -> Any:
+    if isinstance(parts, str) and parts not in get_args(_PARTS):
+        raise ValueError(f"{', '.join(get_args(_PARTS))}, or a list of name patterns: train.parts=['{parts}']")
+    return parts
+
+
+# What is trained of a student.
+TrainedParts = Annotated[_PARTS | list[str], BeforeValidator(_listed)]
+
+
 class TrainConfig(Config):
     """Length of the run and what happens on the way."""
 
     steps: int | None = key(None, "optimizer steps; give this or tokens", "steps", gt=0)
     tokens: int | None = key(None, "training tokens, rounded down to whole steps", "tokens", gt=0)
-    parts: Literal["all", "ffn", "ffn+norms+head"] | list[str] = key(
+    parts: TrainedParts = key(
         "all",
         "what is trained of the student, or patterns of its weights' names, such as ['model.layers.*.mlp.*']; the rest has no gradient and "
         "no optimizer state; a tied head is the embedding",
@@ -150,13 +163,6 @@ class TrainConfig(Config):
     )
     most_skipped: int = key(10, "steps in a row without a finite loss and gradient after which the run stops", "steps", gt=0)
     spike: float | None = key(1.5, "warn of a loss above this multiple of the median of the last 64; null: never", gt=1)
-
-    @field_validator("parts", mode="before")
-    @classmethod
-    def _listed(cls, parts: Any) -> Any:
-        if isinstance(parts, str) and parts not in ("all", "ffn", "ffn+norms+head"):
-            raise ValueError(f"all, ffn, ffn+norms+head, or a list of name patterns: train.parts=['{parts}']")
-        return parts
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

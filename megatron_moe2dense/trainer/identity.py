@@ -14,7 +14,6 @@ from typing import Any, Literal
 from megatron_moe2dense.checkpoint.index import CheckpointIndex
 from megatron_moe2dense.common import hub
 from megatron_moe2dense.common.config import build
-from megatron_moe2dense.common.content import config_hash
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import (
     MANIFEST,
@@ -170,8 +169,7 @@ def recorded(config: DistillConfig) -> dict[str, Any]:
 def write(config: DistillConfig, status: Status, **facts: Any) -> None:
     """The run's manifest: `facts`, and of the earlier one what stays through all parts of a run."""
     kept = {name: value for name, value in recorded(config).items() if name in _KEPT}
-    together = {**kept, **facts}
-    write_manifest(Path(config.output), status, STAGE, _dump(config), **{"config_hash": config_hash(together["identity"]), **together})
+    write_manifest(Path(config.output), status, STAGE, _dump(config), **{**kept, **facts})
 
 
 def _dump(config: DistillConfig) -> dict[str, Any]:

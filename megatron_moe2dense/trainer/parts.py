@@ -49,7 +49,7 @@ class Parts:
 
     def trains_weight(self, weight: Weight, layer: int) -> bool:
         """As `trains`, of a weight of a model's outline that stands in this layer."""
-        return self.trains(self._mapping.entry(re.sub(r"\.layers\.\d+\.", f".layers.{layer}.", weight.name)))
+        return self.trains(_in_layer(self._mapping, weight, layer))
 
     def _is_norm_or_head(self, entry: Entry) -> bool:
         name = entry.rule.megatron
@@ -85,8 +85,13 @@ def _entries(spec: ModelSpec, mapping: WeightMapping) -> Iterator[Entry]:
     yield mapping.entry(whole.embedding.name)
     for layer in range(spec.dims.layers):
         for weight in whole.layers[layer in moe]:
-            yield mapping.entry(re.sub(r"\.layers\.\d+\.", f".layers.{layer}.", weight.name))
+            yield _in_layer(mapping, weight, layer)
     yield from (mapping.entry(weight.name) for weight in whole.last)
+
+
+def _in_layer(mapping: WeightMapping, weight: Weight, layer: int) -> Entry:
+    """Of a weight of the outline, which has one layer of each kind, as it stands in this one."""
+    return mapping.entry(re.sub(r"\.layers\.\d+\.", f".layers.{layer}.", weight.name))
 
 
 def frozen(parts: str | Sequence[str], spec: ModelSpec) -> tuple[int, int]:

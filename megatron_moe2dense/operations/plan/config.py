@@ -17,6 +17,7 @@ from megatron_moe2dense.trainer.config import (
     ParallelConfig,
     TeacherConfig,
     TrainConfig,
+    TrainedParts,
     teacher_block,
 )
 from megatron_moe2dense.trainer.data.config import TrainDataConfig
@@ -68,7 +69,7 @@ class LengthConfig(Config):
 
     steps: int | None = key(None, "optimizer steps", "steps", gt=0)
     tokens: int | None = key(None, "tokens to train on", "tokens", gt=0)
-    parts: Literal["all", "ffn", "ffn+norms+head"] | list[str] = key("all", "what is trained of the student, as in distill")
+    parts: TrainedParts = key("all", "what is trained of the student, as in distill")
 
 
 class PlanConfig(Config):

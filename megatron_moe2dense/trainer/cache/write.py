@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe2dense.common import hub
-from megatron_moe2dense.common.content import config_hash
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import (
@@ -218,8 +217,7 @@ def _identity(config: CacheTeacherConfig) -> dict[str, Any]:
 
 
 def _write_manifest(working: Path, status: Any, config: CacheTeacherConfig, facts: CacheFacts) -> None:
-    identity = _identity(config)
-    stated = {"config_hash": config_hash(identity), "identity": identity, **facts.as_manifest()}
+    stated = {"identity": _identity(config), **facts.as_manifest()}
     write_manifest(working, status, STAGE, config.model_dump(mode="json", by_alias=True), **stated)
 
 
