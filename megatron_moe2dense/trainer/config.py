@@ -1,4 +1,4 @@
-"""Config of `distill` and `export`."""
+"""Config of `distill`."""
 
 from __future__ import annotations
 
@@ -360,17 +360,3 @@ class DistillConfig(Config):
             return self.train.steps
         assert self.train.tokens is not None
         return max(1, self.train.tokens // (self.batch.global_ * self.data.sequence_length))
-
-
-class ExportConfig(Config):
-    """`moe2dense export`."""
-
-    checkpoint: Annotated[str, Source()] = key(
-        ..., "a run directory of `distill` (its last checkpoint), one of its checkpoints/step_*, or a Hugging Face directory"
-    )
-    output: str = key(..., "Hugging Face directory to write")
-    dtype: Literal["source", "float32", "bfloat16"] = key("source", "type of the written weights; source: that of the student it began as")
-    format: Literal["plain", "fp8"] = key(
-        "plain", "fp8: linear layers in FP8 with a scale a row, activations a scale a token, as vLLM takes it (extra `export`)"
-    )
-    overwrite: bool = key(False, "replace existing output")

@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.trainer import distill, export, identity
+from megatron_moe2dense.serving import export
+from megatron_moe2dense.serving.config import ExportConfig
+from megatron_moe2dense.trainer import distill, identity
 from megatron_moe2dense.trainer.cache import write as cache
 from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
 from megatron_moe2dense.trainer.checkpoints import checkpointer
-from megatron_moe2dense.trainer.config import DistillConfig, ExportConfig
+from megatron_moe2dense.trainer.config import DistillConfig
 from megatron_moe2dense.trainer.state import TrainState
 from tests.helpers.tiny_models import tiny_qwen3
 from tests.trainer.runs import TIMED, alone, with_student

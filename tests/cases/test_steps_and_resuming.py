@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.trainer import distill, export, loop
-from megatron_moe2dense.trainer.config import DistillConfig, ExportConfig
+from megatron_moe2dense.serving import export
+from megatron_moe2dense.serving.config import ExportConfig
+from megatron_moe2dense.trainer import distill, loop
+from megatron_moe2dense.trainer.config import DistillConfig
 from tests.helpers.forks import launch
 from tests.helpers.tiny_models import write_tokens
 from tests.trainer.runs import alone, with_student

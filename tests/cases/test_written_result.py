@@ -17,10 +17,12 @@ from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.dense import Dense, DenseForm
 from megatron_moe2dense.families.stock import Stock
+from megatron_moe2dense.serving import export
+from megatron_moe2dense.serving.config import ExportConfig
 from megatron_moe2dense.surgery import convert, rewrite
 from megatron_moe2dense.surgery.prune_dense.source import DenseSource
-from megatron_moe2dense.trainer import distill, export
-from megatron_moe2dense.trainer.config import DistillConfig, ExportConfig
+from megatron_moe2dense.trainer import distill
+from megatron_moe2dense.trainer.config import DistillConfig
 from tests.families.every import tiny_config
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 from tests.trainer.runs import alone, with_student

@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_moe2dense.common.config import build
-from megatron_moe2dense.trainer import distill, export
-from megatron_moe2dense.trainer.config import DistillConfig, ExportConfig
+from megatron_moe2dense.serving import export
+from megatron_moe2dense.serving.config import ExportConfig
+from megatron_moe2dense.trainer import distill
+from megatron_moe2dense.trainer.config import DistillConfig
 from tests.helpers.tiny_models import tiny_qwen3, write_tokens
 
 STEPS, SEQUENCE = 4, 16

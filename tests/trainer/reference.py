@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.config import build
+from megatron_moe2dense.serving import export
+from megatron_moe2dense.serving.config import ExportConfig
 from megatron_moe2dense.tokens.indexed import TokenFile
-from megatron_moe2dense.trainer import export
-from megatron_moe2dense.trainer.config import ExportConfig
 from tests.trainer.stock import muon_and_adamw, optimizer
 
 LENGTH, SAMPLES, LR = 32, 8, 1e-3

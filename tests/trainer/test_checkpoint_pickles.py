@@ -21,10 +21,12 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.trainer import distill, export
+from megatron_moe2dense.serving import export
+from megatron_moe2dense.serving.config import ExportConfig
+from megatron_moe2dense.trainer import distill
 from megatron_moe2dense.trainer.checkpoints import checksums, pickles
 from megatron_moe2dense.trainer.checkpoints.writer import latest
-from megatron_moe2dense.trainer.config import DistillConfig, ExportConfig
+from megatron_moe2dense.trainer.config import DistillConfig
 from tests.helpers.tiny_models import tiny_qwen3, write_tokens
 from tests.trainer.forms.make import description
 

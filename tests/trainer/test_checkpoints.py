@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.trainer import distill, export, loop
+from megatron_moe2dense.serving import export
+from megatron_moe2dense.serving.config import ExportConfig
+from megatron_moe2dense.trainer import distill, loop
 from megatron_moe2dense.trainer.checkpoints.writer import complete, latest
-from megatron_moe2dense.trainer.config import DistillConfig, ExportConfig
+from megatron_moe2dense.trainer.config import DistillConfig
 from tests.helpers.forks import launch
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.outputs import MANIFEST
-from megatron_moe2dense.trainer import export
+from megatron_moe2dense.serving import export
+from megatron_moe2dense.serving.config import ExportConfig
 from megatron_moe2dense.trainer.checkpoints.writer import latest, step_of
-from megatron_moe2dense.trainer.config import ExportConfig
 from tests.helpers.forks import Job, forks
 from tests.helpers.tiny_models import tiny_qwen3, tiny_qwen3_moe, write_tokens
 from tests.trainer import runs

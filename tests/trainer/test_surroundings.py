@@ -23,11 +23,13 @@ from megatron_moe2dense import cli
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.config import build
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.trainer import distill, export, loop
+from megatron_moe2dense.serving import export
+from megatron_moe2dense.serving.config import ExportConfig
+from megatron_moe2dense.trainer import distill, loop
 from megatron_moe2dense.trainer.cache import write as cache
 from megatron_moe2dense.trainer.cache.config import CacheTeacherConfig
 from megatron_moe2dense.trainer.checkpoints.writer import Writer
-from megatron_moe2dense.trainer.config import DistillConfig, ExportConfig
+from megatron_moe2dense.trainer.config import DistillConfig
 from tests.helpers.semaphores import no_semaphores
 from tests.helpers.tiny_models import tiny_qwen3, write_tokens
 from tests.trainer.runs import TIMED, alone

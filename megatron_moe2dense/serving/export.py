@@ -1,7 +1,9 @@
-"""`moe2dense export`: a trainer checkpoint of any layout, or a Hugging Face checkpoint, to the Hugging Face checkpoint that is served."""
+"""`moe2dense export`: a trainer checkpoint of any layout, or a Hugging Face checkpoint, to what is served."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,23 +20,24 @@ from megatron_moe2dense.common.outputs import MANIFEST, output_directory, read_j
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.disk import Disk
 from megatron_moe2dense.families.written import finish
+from megatron_moe2dense.serving import gguf
+from megatron_moe2dense.serving.config import ExportConfig
+from megatron_moe2dense.serving.fp8 import Fp8Weights, require_library
 from megatron_moe2dense.trainer.checkpoints.writer import latest, step_of
-from megatron_moe2dense.trainer.config import ExportConfig, ParallelConfig
-from megatron_moe2dense.trainer.fp8_weights import Fp8Weights, require_library
+from megatron_moe2dense.trainer.config import ParallelConfig
 
 # How much may wait for the disk.
 _QUEUE_BYTES = 1024**3
 
 
 def run(config: ExportConfig) -> None:
-    """Write the weights under their Hugging Face names.
+    """Write the weights under their Hugging Face names, or of those one GGUF file.
 
     Raises:
         UserError: no complete checkpoint at `checkpoint`; started with several processes; format=fp8 without compressed-tensors; the stock
-            class does not open what was written, which is gone then.
+            class does not open what was written, which is gone then; what `gguf.write` raises.
     """
-    if config.format == "fp8":
-        require_library()
+    _require_tools(config)
     if _is_folder(config):
         _export_folder(config)
     else:
@@ -65,8 +68,9 @@ def _export_run(config: ExportConfig) -> None:
             specs = [TensorSpec.of(name, tensor) for name, tensor in weights.unload(chunks[0], spec)]
             disk = Disk(spec.stock, {each.name: each.shape for each in specs})
             fp8 = Fp8Weights(spec.stock, disk) if config.format == "fp8" else None
-            _write(specs, weights.unload(chunks[0], spec), working, fp8)
-            _finish(working, _with_dtype(content, dtype), fp8, source.parents[1] / "student")
+            with _folder(working, config) as folder:
+                _write(specs, weights.unload(chunks[0], spec), folder, fp8)
+                _finish(folder, _with_dtype(content, dtype), fp8, source.parents[1] / "student")
 
 
 def _export_folder(config: ExportConfig) -> None:
@@ -88,9 +92,34 @@ def _export_folder(config: ExportConfig) -> None:
             for name in names:
                 yield name, read(name, None).to(_kept(config, account, name))
 
-        _write(specs, tensors(), working, fp8)
         dtype = _dtype(config, account.config)
-        _finish(working, account.config if config.dtype == "source" else _with_dtype(account.config, dtype), fp8, directory)
+        with _folder(working, config) as folder:
+            _write(specs, tensors(), folder, fp8)
+            _finish(folder, account.config if config.dtype == "source" else _with_dtype(account.config, dtype), fp8, directory)
+
+
+def _require_tools(config: ExportConfig) -> None:
+    """Before anything is read: what the format takes."""
+    if config.format == "fp8":
+        require_library()
+    elif config.format == "gguf":
+        gguf.Tools.find(config.gguf, config.quantize)
+
+
+@contextlib.contextmanager
+def _folder(working: Path, config: ExportConfig) -> Iterator[Path]:
+    """The Hugging Face directory to fill: the output itself, or one that a GGUF file is made of, which then takes its place."""
+    if config.format != "gguf":
+        yield working
+        return
+    folder = working / "hf"
+    if folder.exists():  # of a run that was stopped
+        shutil.rmtree(folder)
+    folder.mkdir()
+    yield folder
+    kind = config.quantize or config.dtype
+    gguf.write(folder, working / gguf.file_name(kind if kind != "source" else gguf.dtype_of(folder)), kind, config.gguf)
+    shutil.rmtree(folder)
 
 
 def _kept(config: ExportConfig, account: Account, name: str) -> torch.dtype:
@@ -123,8 +152,7 @@ def _finish(working: Path, content: dict[str, Any], fp8: Fp8Weights | None, asse
 
 def dry_run(config: ExportConfig) -> dict[str, Any]:
     """What would be read and written."""
-    if config.format == "fp8":
-        require_library()
+    _require_tools(config)
     if _is_folder(config):
         account = Account.open(config.checkpoint)
         source, content = account.index.directory, account.config

@@ -1,0 +1,150 @@
+"""`moe2dense serve-check`: whether engines compute what stock transformers does in float32, and how fast."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.common.log import logger
+from megatron_moe2dense.common.outputs import versions, write_json
+from megatron_moe2dense.families.account import Account
+from megatron_moe2dense.families.written import TEXTS
+from megatron_moe2dense.serving import gguf
+from megatron_moe2dense.serving.compare import Row, judged, measured, refused, table
+from megatron_moe2dense.serving.config import ServeCheckConfig
+from megatron_moe2dense.serving.engines import NotServedError, Place, find
+
+_LONGEST_PROMPT, _SPEED_PROMPT, _SPEED_NEW, _BATCH, _REPEATS = 64, 96, 32, 8, 2
+_LLAMA_CPP = "llama_cpp"
+
+
+def run(config: ServeCheckConfig) -> None:
+    """Print a row an engine; write what was measured.
+
+    Raises:
+        UserError: an engine computes something else, or does not serve the model; an engine that was asked for is not there; llama.cpp's
+            converter is not; the output is.
+    """
+    places = _require(config)
+    with tempfile.TemporaryDirectory(prefix="moe2dense_serve_") as folder:
+        rows = list(_rows(config, places, Path(folder)))
+    print(table(rows))
+    if config.output is not None:
+        content = {"source": config.source, "rows": [dataclasses.asdict(row) for row in rows], "versions": versions()}
+        write_json(Path(config.output), content)
+    wrong = [f"{row.version or row.engine} ({row.weights}): {row.reason}" for row in rows if row.verdict in ("different", "not served")]
+    if wrong:
+        raise UserError(
+            "; ".join(wrong),
+            f"what stock transformers computes in float32 (bound {config.bound:g} nats, rounded weights: KL {config.kl_bound:g})",
+            "serve it with the engines that do; docs/serving.md says what each is known to differ in",
+        )
+
+
+def dry_run(config: ServeCheckConfig) -> dict[str, Any]:
+    """Which engines would be asked, and where each is."""
+    places = _require(config)
+    return {"source": config.source, "engines": {place.engine: place.program or place.interpreter for place in places}}
+
+
+def _require(config: ServeCheckConfig) -> list[Place]:
+    """Before anything is computed: the engines, the tools and the output."""
+    places = find(config.engines, config.python)
+    if config.output is not None and Path(config.output).exists() and not config.overwrite:
+        raise UserError(f"output {config.output} exists", "a path that does not exist yet", "choose another output or add overwrite=true")
+    if any(place.engine == _LLAMA_CPP for place in places):
+        for kind in (config.dtype, *config.quantize):
+            gguf.Tools.find(config.gguf, kind)
+    return places
+
+
+def request(config: ServeCheckConfig, source: Path, texts: list[str], prompts: list[list[int]]) -> dict[str, Any]:
+    """What every engine is asked of a model.
+
+    Args:
+        source: its Hugging Face directory. texts: to be cut into tokens. prompts: token ids [prompt][position], after which
+            log-probabilities of the whole vocabulary and greedy tokens are asked for.
+    """
+    stock = Account.open(source).stock
+    longest = max(map(len, prompts))
+    context = max(longest + config.new_tokens, _SPEED_PROMPT + _SPEED_NEW) + 1
+    tiled = [token for prompt in prompts for token in prompt] * _SPEED_PROMPT
+    return {
+        "model": str(source),
+        "dtype": config.dtype,
+        "texts": texts,
+        "prompts": prompts,
+        "vocabulary": stock.dims.vocab_size,
+        "context": min(context, stock.dims.max_positions or context),
+        "new_tokens": config.new_tokens,
+        "threads": config.threads,
+        "batch": _BATCH,
+        "speed": {"prompt": tiled[:_SPEED_PROMPT], "new_tokens": _SPEED_NEW, "batch": _BATCH, "repeats": _REPEATS}
+        if config.speed
+        else None,
+        "plain": False,
+    }
+
+
+def _rows(config: ServeCheckConfig, places: list[Place], folder: Path) -> Iterator[Row]:
+    source = Account.open(config.source).index.directory
+    texts, prompts = _asked(source)
+    asked = request(config, source, texts, prompts)
+    logger.info("stock transformers in float32, which the engines are compared with")
+    reference = Place("transformers", sys.executable).ask({**asked, "dtype": "float32", "plain": True, "speed": None}, folder)
+    for place, kind, ask in _models(config, places, asked, "dense", folder):
+        row = Row(place.engine, reference["class"], kind)
+        bounds = (config.bound, None) if kind == "float32" else (None, config.kl_bound)
+        try:
+            yield judged(row, reference, place.ask(ask(), folder), bounds)
+        except NotServedError as error:
+            yield refused(row, str(error))
+    if config.moe is None:
+        return
+    moe = Account.open(config.moe)
+    for place, kind, ask in _models(config, places, {**asked, "model": str(moe.index.directory)}, "moe", folder):
+        row = Row(place.engine, type(moe.stock.model).__name__, kind)
+        try:
+            yield measured(row, place.ask(ask(), folder))
+        except NotServedError as error:
+            yield dataclasses.replace(row, reason=f"not served: {error}")
+
+
+def _models(
+    config: ServeCheckConfig, places: list[Place], asked: dict[str, Any], name: str, folder: Path
+) -> Iterator[tuple[Place, str, Any]]:
+    """Engine, type of the weights, and what makes its request: a file for llama.cpp is made when its turn comes."""
+    for place in places:
+        if place.engine != _LLAMA_CPP:
+            yield place, config.dtype, lambda: asked
+            continue
+        for kind in (config.dtype, *config.quantize):
+            yield place, kind, lambda kind=kind: {**asked, "model": str(_file(config, Path(asked["model"]), kind, folder / f"{name}.gguf"))}
+
+
+def _file(config: ServeCheckConfig, source: Path, kind: str, target: Path) -> Path:
+    target.unlink(missing_ok=True)
+    try:
+        gguf.write(source, target, kind, config.gguf)
+    except UserError as error:
+        raise NotServedError(error.found) from error
+    return target
+
+
+def _asked(source: Path) -> tuple[list[str], list[list[int]]]:
+    """Texts in several scripts, and their tokens as prompts."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(
+            f"{source}: AutoTokenizer opens no tokenizer ({error})", "a tokenizer beside the model", "copy that of its teacher"
+        ) from None
+    prompts = [tokenizer.encode(text)[:_LONGEST_PROMPT] for text in TEXTS]
+    return list(TEXTS), [prompt for prompt in prompts if prompt]

@@ -1,0 +1,153 @@
+"""llama.cpp's server asked for what `serve-check` compares. Run as a script: by an interpreter that has xllamacpp, or by any that is told
+of a `llama-server`: ask_llama_cpp.py REQUEST ANSWER. Reads a request (JSON) and writes the answer; nothing of this project is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+def main(request_path: str, answer_path: str) -> None:
+    """Load the GGUF, ask, write the answer."""
+    request = json.loads(Path(request_path).read_text(encoding="utf-8"))
+    with _server(request) as (base, facts):
+        answer = {**facts, "tokens": [_tokens(base, text) for text in request["texts"]]}
+        answer["logprobs"] = [_next_token(base, prompt, request["vocabulary"]) for prompt in request["prompts"]]
+        answer["greedy"] = [_complete(base, prompt, request["new_tokens"])["tokens"] for prompt in request["prompts"]]
+        if request["speed"]:
+            answer["speed"] = _speed(base, request["speed"])
+        answer["peak_bytes"] = _peak_bytes(facts["pid"])
+    Path(answer_path).write_text(json.dumps(answer), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _server(request: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A server of the model; its address and facts. Numbers are kept in float32: key-value cache as well."""
+    if request["program"]:
+        with _program(request) as served:
+            yield served
+        return
+    xllamacpp: Any = import_module("xllamacpp")
+
+    params = xllamacpp.CommonParams()
+    params.model.path = request["model"]
+    params.n_ctx = request["context"]
+    params.n_parallel = 1
+    params.warmup = False
+    params.port = _free_port()
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request["threads"]
+    draft = request.get("draft")
+    if draft:
+        params.speculative.draft.model.path = draft["model"]
+        params.speculative.draft.n_max = draft["tokens"]
+    server = xllamacpp.Server(params)
+    yield server.listening_address, {"version": f"xllamacpp {xllamacpp.__version__}", "pid": "self"}
+
+
+@contextlib.contextmanager
+def _program(request: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    port = _free_port()
+    flags = {
+        "--model": request["model"],
+        "--ctx-size": request["context"],
+        "--parallel": 1,
+        "--port": port,
+        "--host": "127.0.0.1",
+        "--cache-type-k": "f32",
+        "--cache-type-v": "f32",
+        "--flash-attn": "off",
+        "--threads": request["threads"],
+    }
+    command = [request["program"], *(str(part) for flag in flags.items() for part in flag), "--no-warmup"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said: list[str] = []
+    assert process.stdout is not None
+    reader = threading.Thread(target=said.extend, args=(process.stdout,), daemon=True)
+    reader.start()
+    base = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            if process.poll() is not None:
+                reader.join(5)
+                raise SystemExit("".join(said[-40:]))
+            with contextlib.suppress(OSError, urllib.error.URLError):
+                _get(f"{base}/health")
+                break
+            time.sleep(0.1)
+        build = _get(f"{base}/props").get("build_info", "")
+        yield base, {"version": f"llama-server {build}", "pid": process.pid}
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _get(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=10) as reply:  # noqa: S310 - of this machine
+        return json.load(reply)
+
+
+def _post(url: str, body: dict[str, Any]) -> Any:
+    asked = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})  # noqa: S310
+    try:
+        with urllib.request.urlopen(asked, timeout=3600) as reply:  # noqa: S310
+            return json.load(reply)
+    except urllib.error.HTTPError as error:
+        raise SystemExit(f"{url}: {error.read().decode(errors='replace')}") from None
+
+
+def _tokens(base: str, text: str) -> list[int]:
+    return _post(f"{base}/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+
+
+def _complete(base: str, prompt: list[int], count: int, **options: Any) -> Any:
+    body = {"prompt": prompt, "n_predict": count, "temperature": 0, "cache_prompt": False, "return_tokens": True, "ignore_eos": True}
+    return _post(f"{base}/completion", body | options)
+
+
+def _next_token(base: str, prompt: list[int], vocabulary: int) -> list[float]:
+    """Log-probabilities of the token after the prompt, [vocabulary], before any sampling."""
+    reply = _complete(base, prompt, 1, n_probs=vocabulary, ignore_eos=False)
+    found = [float("-inf")] * vocabulary
+    for entry in reply["completion_probabilities"][0]["top_logprobs"]:
+        found[entry["id"]] = entry["logprob"]
+    return found
+
+
+def _speed(base: str, speed: dict[str, Any]) -> dict[str, float]:
+    """Tokens a second of reading a prompt and of writing, the best of some runs."""
+    runs = [_complete(base, speed["prompt"], speed["new_tokens"])["timings"] for _ in range(speed["repeats"])]
+    return {"prompt": max(run["prompt_per_second"] for run in runs), "decode": max(run["predicted_per_second"] for run in runs)}
+
+
+def _peak_bytes(pid: int | str) -> int | None:
+    """The most memory that the process has held, where the system says so."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,84 @@
+"""vLLM asked for what `serve-check` compares. Run as a script by an interpreter that has vLLM: ask_vllm.py REQUEST ANSWER. Reads a
+request (JSON) and writes the answer; nothing of this project is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+
+def main(request_path: str, answer_path: str) -> None:
+    """Load the folder, ask, write the answer."""
+    request = json.loads(Path(request_path).read_text(encoding="utf-8"))
+    # One process, whose memory is what is measured; on a CPU as many threads as the reference has.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ["OMP_NUM_THREADS"] = str(request["threads"])
+    vllm: Any = import_module("vllm")
+
+    llm = vllm.LLM(
+        model=request["model"],
+        dtype=request["dtype"],
+        max_model_len=request["context"],
+        max_num_seqs=request["batch"],
+        max_logprobs=-1,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        seed=0,
+        **({"speculative_config": request["draft"]} if request.get("draft") else {}),
+    )
+    tokenizer = llm.get_tokenizer()
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=request["new_tokens"], ignore_eos=True)
+    every = vllm.SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
+    answer: dict[str, Any] = {
+        "version": f"vLLM {vllm.__version__}, transformers {metadata.version('transformers')}",
+        "tokens": [tokenizer.encode(text, add_special_tokens=False) for text in request["texts"]],
+        "logprobs": [_row(output.outputs[0].logprobs[0], request["vocabulary"]) for output in _ask(llm, request["prompts"], every)],
+        "greedy": [list(output.outputs[0].token_ids) for output in _ask(llm, request["prompts"], greedy)],
+    }
+    if request["speed"]:
+        answer["speed"] = _speed(llm, vllm, request["speed"])
+    answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Path(answer_path).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def _ask(llm: Any, prompts: list[list[int]], sampling: Any) -> Any:
+    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+
+
+def _row(found: dict[int, Any], vocabulary: int) -> list[float]:
+    """Log-probabilities of the token after the prompt, [vocabulary]."""
+    return [found[token].logprob if token in found else float("-inf") for token in range(vocabulary)]
+
+
+def _speed(llm: Any, vllm: Any, speed: dict[str, Any]) -> dict[str, float]:
+    """Tokens a second of reading a prompt and of writing, alone and for a batch; the best of some runs."""
+
+    def timed(copies: int, count: int) -> float:
+        sampling = vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        best = float("inf")
+        for _ in range(speed["repeats"]):
+            started = time.perf_counter()
+            _ask(llm, [speed["prompt"]] * copies, sampling)
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    new, read = speed["new_tokens"], timed(1, 1)
+    return {
+        "prompt": len(speed["prompt"]) / read,
+        "decode": (new - 1) / max(timed(1, new) - read, 1e-9),
+        "decode_batch": speed["batch"] * (new - 1) / max(timed(speed["batch"], new) - timed(speed["batch"], 1), 1e-9),
+    }
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
