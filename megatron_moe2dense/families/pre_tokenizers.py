@@ -10,21 +10,15 @@ from pathlib import Path
 from typing import Any
 
 # Of tokenizer.json: the pattern of its `Split`, without which its `ByteLevel` uses GPT-2's; and whether whole words are looked up before
-# merging. As llama.cpp's src/llama-vocab.cpp implements them (b11549).
+# merging. Those in which llama.cpp b11549 cuts any text as the tokenizer does; its gpt-4o takes combining marks for no letters.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{{end}}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{{end}}"
 _PATTERNS: dict[tuple[str | None, bool], str] = {
     (None, False): "gpt-2",
     (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_SIGNS}|{_SPACES}", False): "qwen2",
     (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_SIGNS}|{_SPACES}", True): "llama-bpe",
-    (
-        _CASED.replace("{end}", f"{_CONTRACTIONS}?") + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES,
-        True,
-    ): "gpt-4o",
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from megatron_moe2dense.checkpoint.assets import tokenizer_of
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import versions, write_json
@@ -140,11 +141,8 @@ def _file(config: ServeCheckConfig, source: Path, kind: str, target: Path) -> Pa
 
 def _asked(source: Path) -> tuple[list[str], list[list[int]]]:
     """Texts in several scripts, and their tokens as prompts."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(
-            f"{source}: AutoTokenizer opens no tokenizer ({error})", "a tokenizer beside the model", "copy that of its teacher"
-        ) from None
-    prompts = [tokenizer.encode(text)[:_LONGEST_PROMPT] for text in TEXTS]
-    return list(TEXTS), [prompt for prompt in prompts if prompt]
+    held = tokenizer_of(source)
+    if held.startswith("no "):
+        raise UserError(f"{source}: {held}", "a tokenizer beside the model", "copy that of its teacher")
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    return list(TEXTS), [tokenizer.encode(text)[:_LONGEST_PROMPT] for text in TEXTS]

@@ -117,8 +117,8 @@ def _folder(working: Path, config: ExportConfig) -> Iterator[Path]:
         shutil.rmtree(folder)
     folder.mkdir()
     yield folder
-    kind = config.quantize or config.dtype
-    gguf.write(folder, working / gguf.file_name(kind if kind != "source" else gguf.dtype_of(folder)), kind, config.gguf)
+    kind = config.quantize or gguf.dtype_of(folder)
+    gguf.write(folder, working / gguf.file_name(kind), kind, config.gguf)
     shutil.rmtree(folder)
 
 

@@ -112,9 +112,14 @@ def tiny_model(model_type: str, seed: int = 0, **changed: Any) -> PreTrainedMode
 
     changed: as in `tiny_config`.
     """
+    return random_model(model_type, tiny_config(model_type, **changed), seed)
+
+
+def random_model(model_type: str, config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """`tiny_model` of a config of one's own."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = stock_class(model_type)(tiny_config(model_type, **changed)).eval()
+        model = stock_class(model_type)(config).eval()
     generator = torch.Generator().manual_seed(seed)
     saved = model.state_dict()
     with torch.no_grad():

@@ -69,6 +69,30 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), 0),
 }
+# Engines have kernels for heads of 64 and for DeepSeek's latent attention as published; the vocabulary is that of the example's tokenizer.
+ENGINE_SIZES: dict[str, Any] = {
+    **SIZES,
+    **dict.fromkeys(("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input"), 2048),
+    "max_position_embeddings": 512,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "moe_intermediate_size": 96,
+    "dense_intermediate_size": 448,
+    **dict.fromkeys(("shared_intermediate_size", "shared_expert_intermediate_size"), 160),
+    **dict.fromkeys(("shared_experts_intermediate_size", "moe_shared_expert_intermediate_size"), 160),
+    **dict.fromkeys(("head_dim", "kv_channels"), 64),
+    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_chunk_size"), 32),
+    "q_lora_rank": 96,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 64),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 64),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size"), 64),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+    "swiglu_limit": 7.0,  # the only one that engines know
+}
 # A class whose default for one of these is nothing, 0 or 1 has it switched off: it stays off.
 OFF = (
     *("n_group", "topk_group", "q_lora_rank", "qk_rope_head_dim", "sliding_window", "num_key_value_heads"),
@@ -181,18 +205,25 @@ OWN: dict[str, dict[str, Any]] = {
 def text_config(model_type: str, **changed: Any) -> PreTrainedConfig:
     """4 layers, hidden size 64, 8 experts, 2 of them active, in float32; every kind of layer that the type's default config has."""
     config_class = CONFIG_MAPPING[model_type]
-    return config_class(**{**_sizes(config_class), **OWN.get(model_type, {}), "dtype": "float32", **changed})
+    return config_class(**{**_sizes(config_class, SIZES), **OWN.get(model_type, {}), "dtype": "float32", **changed})
 
 
-def _sizes(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+def engine_config(model_type: str, **changed: Any) -> PreTrainedConfig:
+    """`text_config` with sizes that engines have kernels for, and a vocabulary for the tokenizer of the example."""
+    config_class = CONFIG_MAPPING[model_type]
+    own = {name: ENGINE_SIZES.get(name, value) for name, value in OWN.get(model_type, {}).items()}
+    return config_class(**{**_sizes(config_class, ENGINE_SIZES), **own, "dtype": "float32", **changed})
+
+
+def _sizes(config_class: type[PreTrainedConfig], wanted: dict[str, Any]) -> dict[str, Any]:
     stock = config_class()
     stock.allow_global_per_layer_attribute_access = True  # what layers override is read as well
     default = {field.name: getattr(stock, field.name) for field in fields(config_class)}  # without aliases and derived keys
-    sizes = {name: value for name, value in SIZES.items() if name in default and not (name in OFF and default[name] in (None, 0, 1))}
+    sizes = {name: value for name, value in wanted.items() if name in default and not (name in OFF and default[name] in (None, 0, 1))}
     if "kv_lora_rank" in default:  # latent attention has no groups of heads
-        sizes["num_key_value_heads"] = SIZES["num_attention_heads"]
+        sizes["num_key_value_heads"] = wanted["num_attention_heads"]
     if "head_dim" in default and default["head_dim"] == default.get("qk_rope_head_dim"):
-        sizes["head_dim"] = SIZES["qk_rope_head_dim"]
+        sizes["head_dim"] = wanted["qk_rope_head_dim"]
     for name, kinds in default.items():
         if isinstance(kinds, list) and len(kinds) == default.get("num_hidden_layers") and isinstance(kinds[0], str):
             sizes[name] = _every_kind(list(dict.fromkeys(kinds)), once=name == "mlp_layer_types")

@@ -4,7 +4,7 @@ that the imports of each would cost.
 - `launch(2, "tests.trainer.cases:distill_all", arguments)` calls a function on every rank of a gloo group; rank 0's result.
 - `job = forks().start(arguments, processes=2, fault=...)` runs a moe2dense command. A fault, `(function of tests.trainer.faults,
   arguments)`, is called in every rank before it.
-- `forks().commands(folder)` puts `moe2dense` and `torchrun` for scripts into a folder.
+- `forks().commands(folder)` puts `moe2dense`, `torchrun` and `python` for scripts into a folder.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import pickle
+import runpy
 import select
 import signal
 import socket
@@ -116,10 +117,10 @@ class Forks:
         return pickle.loads((folder / "result").read_bytes())
 
     def commands(self, folder: Path) -> None:
-        """`moe2dense`, and `torchrun [--standalone] --nproc-per-node N -m megatron_moe2dense`, as programs of a script: the script's own
-        environment, folder and output, its ranks forked; they exit with the first code that is not 0."""
+        """`moe2dense`, `torchrun [--standalone] --nproc-per-node N -m megatron_moe2dense`, and `python SCRIPT`, as programs of a script: the
+        script's own environment, folder and output, its ranks forked; they exit with the first code that is not 0."""
         folder.mkdir(exist_ok=True)
-        for name in ("moe2dense", "torchrun"):
+        for name in ("moe2dense", "torchrun", "python"):
             (folder / name).write_text(f"#!{sys.executable} -SE\n{_PROGRAM.format(address=self._address, name=name)}")
             (folder / name).chmod(0o755)
 
@@ -147,7 +148,8 @@ if "{name}" == "torchrun":
     arguments = arguments[4:]
 server = socket.socket(socket.AF_UNIX)
 server.connect("{address}")
-asked = dict(arguments=arguments, processes=int(processes), group="{name}" == "torchrun", folder=os.getcwd(), environment=dict(os.environ))
+asked = dict(program="{name}", arguments=arguments, processes=int(processes), folder=os.getcwd(), environment=dict(os.environ))
+asked["group"] = "{name}" == "torchrun"
 text = json.dumps(asked).encode()
 socket.send_fds(server, [len(text).to_bytes(8, "big")], [1, 2])
 server.sendall(text)
@@ -190,7 +192,19 @@ def _rank(job: dict[str, Any], rank: int) -> None:
     if "call" in job:
         _call(Path(job["call"]))
         return
-    cli.main(job["arguments"])
+    if job.get("program") == "python":
+        _script(job["arguments"])
+    else:
+        cli.main(job["arguments"])
+
+
+def _script(arguments: list[str]) -> None:
+    """`python SCRIPT ...` or `python -c CODE`."""
+    if arguments[0] == "-c":
+        exec(arguments[1], {"__name__": "__main__"})
+        return
+    sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).parent)
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def _call(folder: Path) -> None:
@@ -216,6 +230,8 @@ def _fork(job: dict[str, Any], rank: int) -> int:
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
     except BaseException:
         import traceback
 
@@ -235,6 +251,7 @@ _IMPORTED_LATE = (
     "transformers.generation.utils",
     "transformers.models.qwen3.modeling_qwen3",
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    "transformers.models.gpt_oss.modeling_gpt_oss",
 )
 
 

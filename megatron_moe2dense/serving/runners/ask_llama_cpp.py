@@ -25,7 +25,8 @@ def main(request_path: str, answer_path: str) -> None:
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     with _server(request) as (base, facts):
         answer = {**facts, "tokens": [_tokens(base, text) for text in request["texts"]]}
-        answer["logprobs"] = [_next_token(base, prompt, request["vocabulary"]) for prompt in request["prompts"]]
+        whole = _tokens(base, "a")[0]
+        answer["logprobs"] = [_next_token(base, prompt, request["vocabulary"], whole) for prompt in request["prompts"]]
         answer["greedy"] = [_complete(base, prompt, request["new_tokens"])["tokens"] for prompt in request["prompts"]]
         if request["speed"]:
             answer["speed"] = _speed(base, request["speed"])
@@ -125,9 +126,10 @@ def _complete(base: str, prompt: list[int], count: int, **options: Any) -> Any:
     return _post(f"{base}/completion", body | options)
 
 
-def _next_token(base: str, prompt: list[int], vocabulary: int) -> list[float]:
+def _next_token(base: str, prompt: list[int], vocabulary: int, whole: int) -> list[float]:
     """Log-probabilities of the token after the prompt, [vocabulary], before any sampling."""
-    reply = _complete(base, prompt, 1, n_probs=vocabulary, ignore_eos=False)
+    # The server gives none with a token that is part of a character: one that is a whole one is made to come, which they do not show.
+    reply = _complete(base, prompt, 1, n_probs=vocabulary, logit_bias=[[whole, 1e4]])
     found = [float("-inf")] * vocabulary
     for entry in reply["completion_probabilities"][0]["top_logprobs"]:
         found[entry["id"]] = entry["logprob"]

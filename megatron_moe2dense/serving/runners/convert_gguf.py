@@ -32,6 +32,8 @@ def main(checkout: str, pre_tokenizer: str, always: str, arguments: list[str]) -
             return pre_tokenizer
 
     base.get_vocab_base_pre = answered
+    # Layers that predict later tokens are no part of what is converted here; the converter takes some classes to have them always.
+    base.no_mtp = True
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 

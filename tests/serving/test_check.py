@@ -1,0 +1,190 @@
+"""`serve-check`: real llama.cpp and transformers, one that computes the same and one that does not; and what it says of engines."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_moe2dense.cli import main
+from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.serving.compare import Row, judged
+from megatron_moe2dense.serving.config import PythonConfig
+from megatron_moe2dense.serving.engines import find, own_words
+from tests.helpers.tiny_models import tiny
+from tests.serving.conftest import with_tokenizer
+
+QUICK = ("speed=false", "new_tokens=4")
+INTERPRETER = sys.executable
+# llama-server as xllamacpp runs it: what `serve-check` gives the program, and its HTTP answers.
+PROGRAM = """#!{python}
+import sys, time, xllamacpp
+named = dict(zip(sys.argv[1:], sys.argv[2:]))
+params = xllamacpp.CommonParams()
+params.model.path, params.port, params.n_ctx = named["--model"], int(named["--port"]), int(named["--ctx-size"])
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+assert named["--cache-type-k"] == "f32" and named["--flash-attn"] == "off"
+server = xllamacpp.Server(params)
+time.sleep(600)
+"""
+
+
+def checked(source: Path, output: Path, *settings: str) -> list[dict[str, Any]]:
+    main(["serve-check", str(source), f"output={output}", *QUICK, *settings])
+    return json.loads(output.read_text())["rows"]
+
+
+def test_engines_that_compute_the_same(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = checked(dense, tmp_path / "rows.json", "quantize=[Q8_0]")
+    assert [(row["engine"], row["weights"], row["verdict"]) for row in rows] == [
+        ("transformers", "float32", "same"),
+        ("llama_cpp", "float32", "same"),
+        ("llama_cpp", "Q8_0", "same"),
+    ]
+    whole, rounded = rows[1], rows[2]
+    assert whole["difference"] < 1e-4 < rounded["difference"]
+    assert whole["greedy"] == whole["tokens"] == "5/5"
+    assert "Qwen3ForCausalLM" in capsys.readouterr().out
+
+
+def test_speed_and_memory_beside_those_of_the_moe(dense: Path, tmp_path: Path) -> None:
+    rows = checked(dense, tmp_path / "rows.json", "engines=[llama_cpp]", "speed=true", f"moe={dense}")
+    assert [row["verdict"] for row in rows] == ["same", "measured"]
+    assert all(row["peak_bytes"] > 1e6 and min(row["speed"].values()) > 0 for row in rows)
+
+
+def test_an_engine_that_computes_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # llama.cpp clamps GPT-OSS at 7, whatever config.json says.
+    sizes = {
+        "vocab_size": 2048,
+        "num_hidden_layers": 2,
+        "num_local_experts": 1,
+        "num_experts_per_tok": 1,
+        "hidden_size": 128,
+        "head_dim": 32,
+    }
+    source = with_tokenizer(tiny("gpt_oss", tmp_path / "source", "bfloat16", **sizes, intermediate_size=128, swiglu_limit=0.3))
+    with pytest.raises(SystemExit) as ended:
+        checked(source, tmp_path / "rows.json", "engines=[llama_cpp]")
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert "log-probabilities differ by" in said.err
+    assert "xllamacpp" in said.out
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"][0]["verdict"] == "different"
+
+
+def test_an_engine_that_does_not_know_the_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = with_tokenizer(
+        tiny("deepseek_v2", tmp_path / "source", "bfloat16", vocab_size=2048, num_hidden_layers=1, first_k_dense_replace=1)
+    )
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"architectures": ["NobodysForCausalLM"]}))
+    with pytest.raises(SystemExit):
+        checked(source, tmp_path / "rows.json", "engines=[llama_cpp]")
+    assert "not served" in (said := capsys.readouterr()).out
+    assert "NobodysForCausalLM" in said.err
+
+
+def test_llama_server_by_its_path(dense: Path, tmp_path: Path) -> None:
+    program = tmp_path / "llama-server"
+    program.write_text(PROGRAM.format(python=INTERPRETER))
+    program.chmod(0o755)
+    [row] = checked(dense, tmp_path / "rows.json", "engines=[llama_cpp]", f"python.llama_cpp={program}")
+    assert (row["verdict"], row["greedy"]) == ("same", "5/5")
+    assert row["version"].startswith("llama-server")
+
+
+def test_a_server_that_ends_is_quoted(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = tmp_path / "llama-server"
+    program.write_text("#!/bin/sh\necho 'error: no such option'\nexit 1\n")
+    program.chmod(0o755)
+    with pytest.raises(SystemExit):
+        checked(dense, tmp_path / "rows.json", "engines=[llama_cpp]", f"python.llama_cpp={program}")
+    assert "no such option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [("engines=[vllm]",), (f"python.vllm={INTERPRETER}",), ("python.vllm=/nowhere/python",)])
+def test_an_engine_that_is_not_there(settings: tuple[str, ...], dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        checked(dense, tmp_path / "rows.json", *settings)
+    assert ended.value.code == 2
+    assert "has no vllm" in (said := capsys.readouterr().err)
+    assert "pip install vllm" in said
+
+
+def test_engines_are_those_that_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert [place.engine for place in find(None, PythonConfig())] == ["transformers", "llama_cpp"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="llama-server has no xllamacpp"):
+        find(None, PythonConfig(llama_cpp="llama-server"))
+
+
+def test_an_output_that_is_there(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        checked(dense, tmp_path / "rows.json")
+    assert "exists" in capsys.readouterr().err
+    assert (tmp_path / "rows.json").read_text() == "{}"
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tiny("qwen3", tmp_path / "source", "bfloat16", num_hidden_layers=1)
+    with pytest.raises(SystemExit):
+        checked(source, tmp_path / "rows.json")
+    assert "no tokenizer files" in capsys.readouterr().err
+
+
+def test_draft_asks_for_a_moe(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        checked(dense, tmp_path / "rows.json", "draft=4")
+    assert "draft asks for moe" in capsys.readouterr().err
+
+
+REFERENCE = {
+    "logprobs": [[-0.5, -1.5, -1.7], [-2.0, -0.3, -2.1]],
+    "greedy": [[0, 1], [1, 1]],
+    "margins": [[1.0, 1e-5], [1.0, 1.0]],
+    "tokens": [[1, 2], [3]],
+}
+
+
+def answer(**changed: Any) -> dict[str, Any]:
+    return copy.deepcopy(REFERENCE) | {"version": "engine 1", "peak_bytes": 1} | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, ""),
+        ({"logprobs": [[-0.5, -1.5, -1.7], [-2.0, -0.3, -2.2]]}, "differ by 0.1 nats"),
+        ({"logprobs": [[-0.5, -1.5, -1.7], [-2.0, -0.3, float("-inf")]]}, "differ by"),
+        ({"greedy": [[0, 2], [1, 1]]}, ""),  # the two best are as near as the bound
+        ({"greedy": [[0, 1], [0, 1]]}, "other greedy tokens after 1 of 2"),
+        ({"greedy": [[0, 1], [1]]}, "other greedy tokens after 1 of 2"),
+        ({"tokens": [[1, 2], [4]]}, "other tokens for 1 of 2"),
+    ],
+)
+def test_what_counts_as_a_difference(changed: dict[str, Any], reason: str) -> None:
+    row = judged(Row("engine", "Model", "float32"), REFERENCE, answer(**changed), (1e-3, None))
+    assert row.verdict == ("different" if reason else "same")
+    assert reason in row.reason
+
+
+def test_rounded_weights_are_judged_by_kl() -> None:
+    far = answer(logprobs=[[-3.0, -0.5, -1.7], [-2.0, -0.3, -2.1]], greedy=[[2, 2], [1, 1]])
+    assert judged(Row("engine", "Model", "Q8_0"), REFERENCE, answer(greedy=[[2, 2], [1, 1]]), (None, 0.1)).verdict == "same"
+    assert "KL" in judged(Row("engine", "Model", "Q8_0"), REFERENCE, far, (None, 0.1)).reason
+
+
+def test_an_engine_s_own_words() -> None:
+    said = "INFO loading\nTraceback (most recent call last):\n  File x\nValueError: Model architectures ['A'] are not supported\n"
+    assert own_words(said) == "ValueError: Model architectures ['A'] are not supported"
+    assert "unknown model architecture: 'a'" in own_words(f"llama_model_load: error loading model: unknown model architecture: 'a'\n{said}")
+    assert own_words("no\nexception\nhere") == "exception here"
+    assert os.linesep not in own_words(said)
