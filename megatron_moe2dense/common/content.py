@@ -21,6 +21,8 @@ _INPUTS = {
 }
 # They say where a result goes, what is in its way and what it may take, nothing of what it is.
 _NO_CONTENT = ("output", "overwrite", "memory_budget")
+# What a key says that earlier versions did not have: nothing is padded.
+_AS_WITHOUT = {"pad_to": 1}
 _SAMPLES, _SAMPLE_BYTES = 64, 16 * 1024
 
 
@@ -51,7 +53,7 @@ def _inputs(value: Any, name: str | None) -> Iterator[tuple[str, str]]:
 
 
 def _of_content(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in _NO_CONTENT}
+    return {name: value for name, value in config.items() if name not in _NO_CONTENT and _AS_WITHOUT.get(name) != value}
 
 
 def _identity(name: str, value: Any) -> Any:

@@ -1,14 +1,17 @@
-"""Configs in which a MoE class, or a dense sibling of it, may hold one FFN in the place of its experts; dense.py tries them."""
+"""Configs in which a MoE class, or a dense sibling of it, may hold one FFN in the place of its experts; dense.py tries them. Which of their
+keys say how wide FFNs are."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import AutoConfig
 
+from megatron_moe2dense.families.ffn import FfnPlace
 from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.families.table import FamilyException
 
@@ -24,6 +27,8 @@ _SWITCHES: dict[str, Any] = {
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
 _GROUPS = ("n_group", "topk_group", "num_expert_group")
+_WIDTHS = r"intermediate|ffn_(hidden|dim)|hidden_dim$"  # in the names of keys that count neurons
+_MARKS = (999_983, 1_000_003, 1_000_033, 1_000_037, 1_000_039, 1_000_081, 1_000_099, 1_000_117, 1_000_121, 1_000_133)  # primes
 
 
 def candidates(source: Stock, exception: FamilyException, alone: bool) -> Iterator[tuple[str, Callable[[], Any], int]]:
@@ -98,3 +103,42 @@ def _sibling(source: Stock, sibling: str, exception: FamilyException) -> Any:
 def _assign(config: Any, name: str, value: Any) -> None:
     with contextlib.suppress(AttributeError):
         setattr(config, name, value)
+
+
+def width_of(stock: Stock, layer: int, place: FfnPlace) -> int:
+    """Neurons of an FFN of a class, or of one of its experts."""
+    return place.sizes(stock.layer_shapes[layer])[0]
+
+
+def width_keys(stock: Stock) -> dict[tuple[int, str], tuple[str, int]]:
+    """The config key of each FFN's width and how many times that it is, by layer and path: every key that may be one is given a value of
+    its own."""
+    config, marks = copy.deepcopy(stock.config), {}
+    widths = {width_of(stock, layer, place) for layer in range(len(stock.layers)) for place in stock.ffns(layer).values()}
+    names = [name for name, value in _sizes(config) if re.search(_WIDTHS, name) and any(width % value == 0 for width in widths)]
+    for name, mark in zip(names, _MARKS, strict=False):
+        marks[mark] = name
+        set_key(config, name, mark)
+    marked, found = Stock(stock.around(config)), {}
+    for layer in range(len(marked.layers)):
+        for path, place in marked.ffns(layer).items():
+            width = width_of(marked, layer, place)
+            mark = next((mark for mark in marks if width % mark == 0), None)
+            if mark is not None:
+                found[layer, path] = marks[mark], width // mark
+    return found
+
+
+def _sizes(config: Any) -> Iterator[tuple[str, int]]:
+    """Every number of a config, one level of nesting down; `a.b` for a nested one."""
+    for name, value in vars(config).items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            yield name, value
+        elif hasattr(value, "to_dict") and name != "text_config":
+            yield from ((f"{name}.{inner}", number) for inner, number in vars(value).items() if isinstance(number, int) and number > 1)
+
+
+def set_key(config: Any, name: str, value: int) -> None:
+    """Give a key its value; `a.b` is one of a nested block."""
+    outer, _, inner = name.rpartition(".")
+    setattr(getattr(config, outer) if outer else config, inner or name, value)

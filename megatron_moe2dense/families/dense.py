@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -19,18 +18,16 @@ from torch import nn
 
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.alike import unlike
-from megatron_moe2dense.families.candidates import candidates
+from megatron_moe2dense.families.candidates import candidates, set_key, width_keys, width_of
 from megatron_moe2dense.families.ffn import FfnPlace
 from megatron_moe2dense.families.probe import StandIn, first_of, random_tokens, real, run_block
 from megatron_moe2dense.families.stock import MoePlace, Stock
 from megatron_moe2dense.families.table import exception_of
+from megatron_moe2dense.families.widths import GROUPED_PRODUCTS, RUNS_EVERYWHERE, rounded_up
 
-_WIDTHS = r"intermediate|ffn_(hidden|dim)|hidden_dim$"  # in the names of keys that count neurons
 # What a published config.json says of its own files: how they are coded, which module beside them reads them, and GPT-OSS' second name for
 # num_experts_per_tok, which the stock class does not read.
 _OF_SOURCE_FILES = ("quantization_config", "auto_map", "experts_per_token")
-_ROWS = 8  # a width that stock grouped matrix products run in every type: rows of 16 bytes in bfloat16
-_MARKS = (999_983, 1_000_003, 1_000_033, 1_000_037, 1_000_039, 1_000_081, 1_000_099, 1_000_117, 1_000_121, 1_000_133)  # primes
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,12 @@ class Dense:
         """Neurons that the layer holds."""
         shapes = self.stock.layer_shapes[layer]
         return sum(slot.place.sizes(shapes)[0] for slot in self.slots[layer])
+
+    def parameters_of_neuron(self, layer: int) -> int:
+        """Of its FFN."""
+        place, shapes = self.slots[layer][0].place, self.stock.layer_shapes[layer]
+        whole = sum(math.prod(shapes[name]) for name in place.names if name != place.down_bias)
+        return whole // (place.sizes(shapes)[0] * max(1, place.experts))
 
 
 class DenseForm:
@@ -210,25 +213,7 @@ class DenseForm:
 
     @cached_property
     def _keys(self) -> dict[tuple[int, str], tuple[str, int]]:
-        """The config key of each FFN's width and how many times that it is, by layer and path: every key that may be one is given a value
-        of its own."""
-        config, marks = copy.deepcopy(self._base.config), {}
-        widths = {self._base_width(layer, place) for layer in range(len(self._base.layers)) for place in self._base.ffns(layer).values()}
-        names = [name for name, value in _sizes(config) if re.search(_WIDTHS, name) and any(width % value == 0 for width in widths)]
-        for name, mark in zip(names, _MARKS, strict=False):
-            marks[mark] = name
-            _set(config, name, mark)
-        marked, found = Stock(self._base.around(config)), {}
-        for layer in range(len(marked.layers)):
-            for path, place in marked.ffns(layer).items():
-                width = place.sizes(marked.layer_shapes[layer])[0]
-                mark = next((mark for mark in marks if width % mark == 0), None)
-                if mark is not None:
-                    found[layer, path] = marks[mark], width // mark
-        return found
-
-    def _base_width(self, layer: int, place: FfnPlace) -> int:
-        return place.sizes(self._base.layer_shapes[layer])[0]
+        return width_keys(self._base)
 
     def _written(self, layer: int) -> list[FfnPlace]:
         """Of a MoE layer: its new FFN, and what shares the width key with it in that layer."""
@@ -273,53 +258,56 @@ class DenseForm:
             found[name] = value.to(stock.integers.get(stock.in_model(layer, name), torch.float32))
         return found
 
-    @cache  # noqa: B019 - one form a source
-    def of(self, neurons: int, multiple: int = 1) -> Dense:
-        """With room for `neurons` in every MoE layer. multiple: what the width of each FFN that is written is one of."""
-        slots = {layer: self.slots(layer) for layer in self.source.moe}
-        wanted: dict[str, int] = {}
-        for layer, each in slots.items():
-            kept = 0 if self.exception.into is None else self._kept_width(layer)
+    def widths(self, neurons: int, multiple: int = RUNS_EVERYWHERE) -> dict[str, int]:
+        """The width of every FFN that is written, by its config key, with room for `neurons` in every MoE layer and for those of dense
+        layers that share a key. multiple: what each is one of."""
+        found: dict[str, int] = {}
+        for layer, each in self._moe_slots.items():
             stacked = any(slot.place.experts for slot in each)
-            width = math.ceil((neurons + kept) / sum(slot.times for slot in each))
-            rows = math.lcm(multiple, _ROWS) if stacked else multiple
-            width = math.ceil(width / rows) * rows
-            wanted[each[0].key] = max(wanted.get(each[0].key, 0), width)
-        dense_layers = {}
+            rows = math.lcm(multiple, GROUPED_PRODUCTS) if stacked else multiple
+            width = rounded_up(math.ceil(self.filled(layer, neurons) / sum(slot.times for slot in each)), rows)
+            found[each[0].key] = max(found.get(each[0].key, 0), width)
+        for layer, slot in self._dense_slots(found).items():
+            width = width_of(self.source, layer, self.source.ffns(layer)[slot.place.path])
+            found[slot.key] = max(found[slot.key], rounded_up(math.ceil(width / slot.times), multiple))
+        return found
+
+    @cached_property
+    def _moe_slots(self) -> dict[int, tuple[Slot, ...]]:
+        return {layer: self.slots(layer) for layer in self.source.moe}
+
+    def _dense_slots(self, keys: Collection[str]) -> dict[int, Slot]:
+        """The FFNs of layers without experts whose width is one of these config keys."""
+        found = {}
         for layer in range(len(self.source.layers)):
-            if layer not in slots:
-                for path, place in self._base.ffns(layer).items():
-                    key, times = self._keys.get((layer, path), ("", 1))
-                    if key in wanted and path in self.source.ffns(layer):
-                        width = self.source.ffns(layer)[path].sizes(self.source.layer_shapes[layer])[0]
-                        wanted[key] = max(wanted[key], math.ceil(width / times / multiple) * multiple)
-                        dense_layers[layer] = (Slot(place, None, 1.0, key, times),)
+            for path, place in self._base.ffns(layer).items() if layer not in self.source.moe else ():
+                key, times = self._keys.get((layer, path), ("", 1))
+                if key in keys and path in self.source.ffns(layer):
+                    found[layer] = Slot(place, None, 1.0, key, times)
+        return found
+
+    @cache  # noqa: B019 - one form a source
+    def of(self, neurons: int, multiple: int = RUNS_EVERYWHERE) -> Dense:
+        """With room for `neurons` in every MoE layer. multiple: what the width of each FFN that is written is one of."""
+        widths = self.widths(neurons, multiple)
+        dense_layers = {layer: (slot,) for layer, slot in self._dense_slots(widths).items()}
         config = copy.deepcopy(self._base.config)
-        for key, width in wanted.items():
-            _set(config, key, width)
+        for key, width in widths.items():
+            set_key(config, key, width)
         stock = Stock(self._base.around(config))
         layers = range(len(stock.layers))
         added = {stock.in_model(layer, name): value for layer in layers for name, value in self._values(stock, layer).items()}
-        return Dense(stock, {**slots, **dense_layers}, added)
+        return Dense(stock, {**self._moe_slots, **dense_layers}, added)
+
+    def filled(self, layer: int, neurons: int) -> int:
+        """Of the neurons of a layer whose FFN is written, those that are not zero, with `neurons` in a MoE layer."""
+        if layer not in self.source.moe:
+            return width_of(self.source, layer, self.dense_place(layer))
+        return neurons + (0 if self.exception.into is None else self._kept_width(layer))
 
     def _kept_width(self, layer: int) -> int:
         """Neurons of the source's own FFN that takes the new ones."""
-        place = self.source.ffns(layer)[str(self.exception.into)]
-        return place.sizes(self.source.layer_shapes[layer])[0]
-
-
-def _sizes(config: Any) -> Iterator[tuple[str, int]]:
-    """Every number of a config, one level of nesting down; `a.b` for a nested one."""
-    for name, value in vars(config).items():
-        if isinstance(value, int) and not isinstance(value, bool):
-            yield name, value
-        elif hasattr(value, "to_dict") and name != "text_config":
-            yield from ((f"{name}.{inner}", number) for inner, number in vars(value).items() if isinstance(number, int) and number > 1)
-
-
-def _set(config: Any, name: str, value: int) -> None:
-    outer, _, inner = name.rpartition(".")
-    setattr(getattr(config, outer) if outer else config, inner or name, value)
+        return width_of(self.source, layer, self.source.ffns(layer)[str(self.exception.into)])
 
 
 def has_experts(stock: Stock) -> bool:

@@ -10,6 +10,7 @@ from pydantic import field_validator, model_validator
 from megatron_moe2dense.common.config import Config, key
 from megatron_moe2dense.common.hub import Source
 from megatron_moe2dense.common.sizes import Bytes
+from megatron_moe2dense.families.widths import RUNS_EVERYWHERE
 from megatron_moe2dense.surgery.grouping import groupers
 from megatron_moe2dense.surgery.neurons import NeuronSelector, selectors
 from megatron_moe2dense.surgery.scaling import scalers
@@ -17,6 +18,13 @@ from megatron_moe2dense.surgery.scoring import scorers
 from megatron_moe2dense.surgery.stats import chosen_statistics
 from megatron_moe2dense.surgery.types import Grouper, Scaler, Scorer
 from megatron_moe2dense.tokens.config import TokensConfig
+
+
+def pad_to_key() -> Any:
+    """What `convert` and all that size its result have."""
+    what = "the width of the dense FFN is a multiple of it, by neurons of zeros; 32: the smallest that runs everywhere; 256: for k-quants"
+    return key(RUNS_EVERYWHERE, what, "neurons", gt=0)
+
 
 with warnings.catch_warnings():
     # The key is called `json`; pydantic 2 warns that it hides its own deprecated BaseModel.json().
@@ -28,6 +36,7 @@ with warnings.catch_warnings():
         source: Annotated[str, Source("small")] = key(..., "Hugging Face checkpoint directory")
         keep: int | None = key(None, "experts of width in the dense FFN; null: the router's top-k", "experts", gt=0)
         text_only: bool = key(False, "the dense result of a language model without the images and sound around it")
+        pad_to: int = pad_to_key()
         download: bool = key(
             False, "of a model by name: fetch its small files and the headers of its weights where they are not in the cache"
         )
@@ -150,7 +159,7 @@ class ConvertConfig(Config):
         None, "several outputs in one pass over the source, {directory: plan.json, ...}; takes the place of output and plan", min_length=1
     )
     text_only: bool = key(False, "convert the language model of a model for images or sound alone; they are carried over otherwise")
-    pad_to: int = key(1, "the width of the dense FFN is a multiple of it, by neurons of zeros; 256: for k-quants", "neurons", gt=0)
+    pad_to: int = pad_to_key()
     shard_size: Bytes = key("4GiB", "largest .safetensors file of an output", "bytes", gt=0)
     memory_budget: Bytes = key("4GiB", "memory for layers in the making and waiting writes; the plan needs a part of it", "bytes", gt=0)
     overwrite: bool = key(False, "replace an existing output")

@@ -3,6 +3,7 @@ Everything outside the MoE blocks is copied bit for bit."""
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import torch
 from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.content import config_hash, identity
 from megatron_moe2dense.common.errors import UserError
-from megatron_moe2dense.common.outputs import MANIFEST, read_manifest
+from megatron_moe2dense.common.outputs import MANIFEST, begun_as, read_manifest
 from megatron_moe2dense.compute.ranks import Ranks, joined
 from megatron_moe2dense.surgery.config import ConvertConfig
 from megatron_moe2dense.surgery.inspect import left_out_line
-from megatron_moe2dense.surgery.layout import dense_size, dense_width, making_bytes, require_read_alike
+from megatron_moe2dense.surgery.layout import dense_size, effective_pad_to, making_bytes, padding, require_read_alike
 from megatron_moe2dense.surgery.plan import ROUTED_FACTOR, ConversionPlan, Methods, make_plan
 from megatron_moe2dense.surgery.refit.planned import Place, cost, fit_planned, with_refit
 from megatron_moe2dense.surgery.rewrite import DenseOutput, write_dense
@@ -36,14 +37,15 @@ def run(config: ConvertConfig) -> None:
     """
     source = _opened(config)
     with joined() as ranks, CheckpointReader(source.index) as reader:
-        jobs = [(job, resolve_plan(job, source, reader, ranks)) for job in config.jobs()]
+        jobs = [_resolved(job, resolve_plan(job, source, reader, ranks), source) for job in config.jobs()]
         for groups in {plan.groups for _, plan in jobs}:
             require_read_alike(source, groups)
         pending = [(job, plan) for job, plan in jobs if not _is_done(job, source, plan)]
         with ExitStack() as stack:
             outputs = []
             for job, plan in pending if len(jobs) > 1 and pending else jobs:
-                facts = {"source": source.facts(), "plan_hash": plan.hash()}
+                width = dataclasses.asdict(padding(source, plan.groups))
+                facts = {"source": source.facts(), "plan_hash": plan.hash(), "width": width}
                 directory = stack.enter_context(
                     ranks.output_directory(Path(str(job.output)), "convert", job.model_dump(mode="json"), **facts)
                 )
@@ -55,6 +57,8 @@ def run(config: ConvertConfig) -> None:
     for job, plan in jobs if ranks.rank == 0 else []:
         parameters, nbytes = dense_size(source, plan.groups)
         print(f"{job.output}: {parameters:,} parameters, {nbytes / 1e6:,.1f} MB, plan {plan.hash()}")
+        if said := padding(source, plan.groups).said:
+            print(f"{job.output}: {said}")
     if source.account.left_out and ranks.rank == 0:
         print(left_out_line(source.account.left_out_facts(), source.family))
 
@@ -65,6 +69,11 @@ def _opened(config: ConvertConfig) -> MoeSource:
     return source
 
 
+def _resolved(job: ConvertConfig, plan: ConversionPlan, source: MoeSource) -> tuple[ConvertConfig, ConversionPlan]:
+    """With `pad_to` as far as it has an effect."""
+    return job.model_copy(update={"pad_to": effective_pad_to(source, [plan.groups])}), plan
+
+
 def _is_done(job: ConvertConfig, source: MoeSource, plan: ConversionPlan) -> bool:
     """Whether a run over several outputs that was killed while it put them in place had finished this one."""
     path = Path(str(job.output)) / MANIFEST
@@ -72,7 +81,7 @@ def _is_done(job: ConvertConfig, source: MoeSource, plan: ConversionPlan) -> boo
         return False
     found = read_manifest(path.parent, "convert")
     wanted = (config_hash(identity(job.model_dump(mode="json"))), source.fingerprint, plan.hash())
-    return (found["config_hash"], found["source"]["fingerprint"], found["plan_hash"]) == wanted
+    return (config_hash(begun_as(found)), found["source"]["fingerprint"], found["plan_hash"]) == wanted
 
 
 def resolve_plan(config: ConvertConfig, source: MoeSource, reader: CheckpointReader, ranks: Ranks) -> ConversionPlan:
@@ -161,6 +170,7 @@ def dry_run(config: ConvertConfig) -> dict[str, Any]:
 
 
 def _plan_facts(source: MoeSource, plan: ConversionPlan) -> dict[str, Any]:
-    short = {"keep": plan.keep, "groups": plan.groups, "width": dense_width(source, plan.groups), "hash": plan.hash()}
+    width = dataclasses.asdict(padding(source, plan.groups))
+    short = {"keep": plan.keep, "groups": plan.groups, "width": width["width"], "hash": plan.hash()}
     refit = {"refit": cost(source, plan)} if plan.refit is not None else {}
-    return {"plan": short, "parameters": dense_size(source, plan.groups)[0], **refit}
+    return {"plan": short, "parameters": dense_size(source, plan.groups)[0], "padding": width, **refit}

@@ -17,7 +17,7 @@ from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.dense import has_experts
 from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.surgery.config import InspectConfig
-from megatron_moe2dense.surgery.layout import dense_of, dense_size, dense_width
+from megatron_moe2dense.surgery.layout import Padding, dense_of, dense_size, padding
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.types import check_keep
 
@@ -48,7 +48,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     """All facts. Parameters are counts, bytes as stored."""
     index = CheckpointIndex.open_headers(config.source) if config.download else CheckpointIndex.open(config.source)
     stock = Stock.read(index.directory)
-    source = MoeSource.of(index, stock, config.text_only) if has_experts(stock) else None
+    source = MoeSource.of(index, stock, config.text_only, config.pad_to) if has_experts(stock) else None
     account = Account.of(index, stock) if source is None else source.account
     untied = account.untied() if index.is_here else []
     parameters, nbytes = _parts(account, source)
@@ -65,8 +65,9 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "fingerprint": index.fingerprint() if index.is_here else None,
     }
     if source is None:
-        if config.keep is not None:
-            raise UserError(f"keep={config.keep} for a dense {stock.name} model", "a MoE model", "drop --keep")
+        for name in {"keep", "pad_to"} & config.model_fields_set:
+            found = f"{name}={getattr(config, name)} for a dense {stock.name} model"
+            raise UserError(found, "a MoE model", "drop --keep" if name == "keep" else "drop pad_to")
         return {**facts, "gpus_for_weights": {"this model": gpus_for_weights(index.nbytes)}}
     moe = _moe_facts(config, source)
     fits = {"this model": gpus_for_weights(index.nbytes), "dense": gpus_for_weights(moe["dense"]["bytes"])}
@@ -82,7 +83,7 @@ def _moe_facts(config: InspectConfig, source: MoeSource) -> dict[str, Any]:
     dims = source.dims
     keep = config.keep or dims.active
     check_keep(keep, dims.experts)
-    dense_parameters, dense_bytes = dense_size(source, keep)
+    (dense_parameters, dense_bytes), width = dense_size(source, keep), padding(source, keep)
     return {
         "moe_layers": list(source.layers),
         "active_parameters": source.stock.active_parameters(dims.active),
@@ -90,7 +91,8 @@ def _moe_facts(config: InspectConfig, source: MoeSource) -> dict[str, Any]:
             "family": dense_of(source, keep).stock.name,
             "form": source.form.kind,
             "keep": keep,
-            "intermediate_size": dense_width(source, keep),
+            "intermediate_size": width.width,
+            "padding": dataclasses.asdict(width),
             "parameters": dense_parameters,
             "bytes": dense_bytes,
         },
@@ -145,6 +147,8 @@ def _readable(facts: dict[str, Any]) -> str:
             f"dense with K = {dense['keep']}: {dense['family']}, intermediate_size {dense['intermediate_size']}, "
             f"{dense['parameters']:,} parameters, {dense['bytes'] / 1e6:,.1f} MB",
         ]
+        if said := Padding(**dense["padding"]).said:
+            lines.append(f"of it {said}")
     fits = facts["gpus_for_weights"]
     table = [[name, *counts.values()] for name, counts in fits.items()]
     lines += ["", render([f"GPUs whose memory holds the weights in {_SHARE:.0%}", *fits["this model"]], table)]

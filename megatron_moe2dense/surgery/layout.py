@@ -46,14 +46,53 @@ class Step:
 
 def dense_of(source: MoeSource, groups: int) -> Dense:
     """The dense class with room for `groups` experts and the shared ones."""
-    shared = source.dims.shared_width if source.form.absorbs_shared else 0
-    return source.form.of(groups * source.dims.expert_width + shared, source.pad_to)
+    return source.form.of(_neurons(source, groups), source.pad_to)
+
+
+def _neurons(source: MoeSource, groups: int) -> int:
+    """That a plan makes for a MoE layer: G * I and those of the shared experts."""
+    return groups * source.dims.expert_width + (source.dims.shared_width if source.form.absorbs_shared else 0)
 
 
 def dense_width(source: MoeSource, groups: int) -> int:
-    """Neurons of the MoE layers of the result: G * I and the shared experts, more where the class has one width for all layers or its
-    kernels want multiples (the rest is zero)."""
+    """Neurons of the MoE layers of the result: G * I and the shared experts, more where the class has one width for all layers or kernels
+    want multiples (the rest is zero)."""
     return dense_of(source, groups).width(source.layers[0])
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Neurons of zeros of a dense result. multiple: what every width is one of. width: of a MoE layer, `zeros` of it padded. neurons: of
+    all layers. parameters: theirs."""
+
+    multiple: int
+    width: int
+    zeros: int
+    neurons: int
+    parameters: int
+
+    @property
+    def said(self) -> str:
+        """For people; nothing where there are none."""
+        if not self.neurons:
+            return ""
+        inside = f"{self.zeros} of the {self.width} in a MoE layer"
+        return f"{self.neurons:,} neurons of zeros, {self.parameters:,} parameters ({inside}), for widths in multiples of {self.multiple}"
+
+
+def padding(source: MoeSource, groups: int) -> Padding:
+    """What is filled up with zeros in a result of `groups` slices."""
+    dense, first = dense_of(source, groups), source.layers[0]
+    zeros = {layer: dense.width(layer) - source.form.filled(layer, _neurons(source, groups)) for layer in dense.slots}
+    parameters = sum(count * dense.parameters_of_neuron(layer) for layer, count in zeros.items())
+    return Padding(source.pad_to, dense.width(first), zeros[first], sum(zeros.values()), parameters)
+
+
+def effective_pad_to(source: MoeSource, groups: Iterable[int]) -> int:
+    """1 where widths are such multiples anyway, for each number of slices: what is written does not differ then, nor is it another run."""
+    needed = [_neurons(source, count) for count in groups]
+    same = all(source.form.widths(neurons, source.pad_to) == source.form.widths(neurons, 1) for neurons in needed)
+    return 1 if same else source.pad_to
 
 
 @cache

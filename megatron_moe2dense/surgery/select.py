@@ -6,6 +6,7 @@ the normal equations of the routed experts' output on their activations, every o
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_moe2dense.surgery.calibrate import Job, TextPass, chosen_compute, 
 from megatron_moe2dense.surgery.config import SelectConfig
 from megatron_moe2dense.surgery.convert import require_same_source
 from megatron_moe2dense.surgery.experts import Experts
+from megatron_moe2dense.surgery.layout import padding
 from megatron_moe2dense.surgery.neurons import NeuronSelector, selectors
 from megatron_moe2dense.surgery.observe import Observer
 from megatron_moe2dense.surgery.plan import ConversionPlan, input_scale, shared_scale
@@ -194,6 +196,7 @@ def dry_run(config: SelectConfig) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "source": source.facts(),
         "neurons": {"of a layer": dims.experts * dims.expert_width, "candidates": candidates, "chosen": width},
+        "padding": dataclasses.asdict(padding(source, groups)),
         "reads": {str(source.index.directory): source.index.nbytes},
         "writes": {config.output: len(source.layers) * width * 12},
     }

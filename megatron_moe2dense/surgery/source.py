@@ -22,6 +22,7 @@ from megatron_moe2dense.families.ffn import Ffn, FfnPlace, Gating, gating_of
 from megatron_moe2dense.families.probe import BlockFacts, probe
 from megatron_moe2dense.families.spec import Dims
 from megatron_moe2dense.families.stock import MoePlace, Stock
+from megatron_moe2dense.families.widths import RUNS_EVERYWHERE
 from megatron_moe2dense.surgery.densify import Units
 from megatron_moe2dense.surgery.plan import ROUTED_FACTOR
 
@@ -34,10 +35,10 @@ class MoeSource:
     account: Account
     facts_of_block: BlockFacts
     text_only: bool = False
-    pad_to: int = 1
+    pad_to: int = RUNS_EVERYWHERE
 
     @classmethod
-    def open(cls, directory: str | Path, text_only: bool = False, pad_to: int = 1) -> MoeSource:
+    def open(cls, directory: str | Path, text_only: bool = False, pad_to: int = RUNS_EVERYWHERE) -> MoeSource:
         """Read headers and check the tensors against what the stock class holds. text_only, pad_to: keys of `convert`.
 
         Raises:
@@ -47,7 +48,7 @@ class MoeSource:
         return cls.of(index, Stock.read(index.directory), text_only, pad_to)
 
     @classmethod
-    def of(cls, index: CheckpointIndex, stock: Stock, text_only: bool = False, pad_to: int = 1) -> MoeSource:
+    def of(cls, index: CheckpointIndex, stock: Stock, text_only: bool = False, pad_to: int = RUNS_EVERYWHERE) -> MoeSource:
         """As `open`, of files and a class that were read already."""
         if not has_experts(stock):
             raise UserError(f"{index.directory}/config.json: {stock.name} has no layer of experts", "a MoE", "point to the MoE checkpoint")

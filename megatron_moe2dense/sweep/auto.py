@@ -7,6 +7,7 @@ ones on more, the last few on all of it with every mode of refit. The best may b
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,10 +25,11 @@ from megatron_moe2dense.common.outputs import output_directory, read_json, write
 from megatron_moe2dense.common.table import render
 from megatron_moe2dense.compute.device import open_device
 from megatron_moe2dense.compute.ranks import Ranks
+from megatron_moe2dense.families.widths import RUNS_EVERYWHERE
 from megatron_moe2dense.surgery import select
 from megatron_moe2dense.surgery.config import ReconstructConfig, RefitConfig, SelectConfig
 from megatron_moe2dense.surgery.convert import flat_weights, require_same_source
-from megatron_moe2dense.surgery.layout import dense_size
+from megatron_moe2dense.surgery.layout import dense_size, effective_pad_to, padding
 from megatron_moe2dense.surgery.neurons import selectors
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.refit.fit import adds_plainly
@@ -70,11 +72,12 @@ def run(config: AutoConfig) -> None:
     Raises:
         UserError: no width fits the budget; source, statistics and texts do not fit each other; the output exists.
     """
-    source, statistics = MoeSource.open(config.source), CalibratedStats.open(config.statistics)
+    source, statistics = MoeSource.open(config.source, pad_to=config.pad_to), CalibratedStats.open(config.statistics)
     require_same_source(f"{config.statistics}: statistics", statistics.source, source)
     warn_unless_held_out(config.data.path, {"refit_data.path": config.refit_data.path})
     windows_NS, compute, modes = _judged_on(config, source)
     groups = groups_of(config.budget, source)
+    config, asked = config.model_copy(update={"pad_to": effective_pad_to(source, range(1, source.dims.experts + 1))}), config.pad_to
     facts: dict[str, Any] = {"source": source.facts(), "groups": groups}
     with (
         CheckpointReader(source.index) as reader,
@@ -86,11 +89,13 @@ def run(config: AutoConfig) -> None:
         best, rounds = search.rounds(found)
         search.planned(best, 1).write(working / PLAN_FILE)
         report = {"format": 1, **facts, "parameters": dense_size(source, groups)[0], "candidates": len(found), "rounds": rounds}
+        report["padding"] = dataclasses.asdict(padding(source, groups))
         report["model_windows"] = {"spent": sum(each["model_windows"] for each in rounds), "all": len(found) * len(windows_NS)}
         write_json(working / REPORT, report)
         search.clean()
     print(rounds_table(report))
-    print(f"\n{config.output}/{PLAN_FILE}: moe2dense convert source={config.source} plan={config.output}/{PLAN_FILE} output=...")
+    padded = "" if asked == RUNS_EVERYWHERE else f" pad_to={asked}"
+    print(f"\n{config.output}/{PLAN_FILE}: moe2dense convert source={config.source} plan={config.output}/{PLAN_FILE}{padded} output=...")
 
 
 def _judged_on(config: AutoConfig, source: MoeSource) -> tuple[np.ndarray, Compute, tuple[Mode, ...]]:
@@ -283,7 +288,7 @@ def rounds_table(report: dict[str, Any]) -> str:
 
 def dry_run(config: AutoConfig) -> dict[str, Any]:
     """Width, size and the rounds; plans of experts are really made."""
-    source, statistics = MoeSource.open(config.source), CalibratedStats.open(config.statistics)
+    source, statistics = MoeSource.open(config.source, pad_to=config.pad_to), CalibratedStats.open(config.statistics)
     require_same_source(f"{config.statistics}: statistics", statistics.source, source)
     windows_NS, _, allowed = _judged_on(config, source)
     groups = groups_of(config.budget, source)
@@ -299,6 +304,7 @@ def dry_run(config: AutoConfig) -> dict[str, Any]:
         "source": source.facts(),
         "groups": groups,
         "parameters": dense_size(source, groups)[0],
+        "padding": dataclasses.asdict(padding(source, groups)),
         "candidates": candidates,
         "rounds": rounds,
         "reads": {str(source.index.directory): source.index.nbytes},

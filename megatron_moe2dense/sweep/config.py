@@ -10,7 +10,7 @@ from pydantic import field_validator, model_validator
 from megatron_moe2dense.common.config import Config, key
 from megatron_moe2dense.common.hub import Source
 from megatron_moe2dense.common.sizes import Bytes
-from megatron_moe2dense.surgery.config import ReconstructConfig, RefitConfig
+from megatron_moe2dense.surgery.config import ReconstructConfig, RefitConfig, pad_to_key
 from megatron_moe2dense.surgery.grouping import groupers
 from megatron_moe2dense.surgery.neurons import NeuronSelector, selectors
 from megatron_moe2dense.surgery.scaling import scalers
@@ -85,6 +85,7 @@ class JudgingConfig(Config):
     statistics: str = key(..., "output directory of `moe2dense calibrate`")
     data: TokensConfig = key(..., "held-out tokens, to judge on")
     batch_tokens: int = key(4096, "tokens through a layer at once: whole windows, at least one", "tokens", gt=0)
+    pad_to: int = pad_to_key()
     memory_budget: Bytes = key("8GiB", "for hidden states: decides how many models are evaluated in one pass", "bytes", gt=0)
     device: str = key("auto", "torch device: cpu, cuda, cuda:1, ...; auto: cuda where there is one, else cpu")
     dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "weights and compute; logits are compared in float32 always")

@@ -23,7 +23,7 @@ from megatron_moe2dense.evals.perplexity import Measured
 from megatron_moe2dense.surgery.config import RefitConfig
 from megatron_moe2dense.surgery.convert import flat_weights, require_same_source
 from megatron_moe2dense.surgery.dense_stream import DenseStream
-from megatron_moe2dense.surgery.layout import dense_size
+from megatron_moe2dense.surgery.layout import dense_size, effective_pad_to
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.refit.planned import Place, block
 from megatron_moe2dense.surgery.source import MoeSource
@@ -88,10 +88,10 @@ def run(config: SweepConfig) -> None:
     Raises:
         UserError: source, statistics, tokens and grid do not fit each other; the output exists.
     """
-    source = MoeSource.open(config.source)
+    source = MoeSource.open(config.source, pad_to=config.pad_to)
     with CheckpointReader(source.index) as reader:
         sweep = prepare(config, source, reader)
-        ledger = Ledger(config, sweep.facts())
+        ledger = Ledger(sweep.config, sweep.facts())
         _copy_equal(sweep, ledger)
         if todo := _open_plans(sweep, ledger.rows()):
             logger.info("%s", _said(sweep, len(todo)))
@@ -117,6 +117,7 @@ def prepare(config: SweepConfig, source: MoeSource, reader: CheckpointReader) ->
     plans = make_plans(found, statistics, lambda layer: flat_weights(source, reader, layer))
     blocks = {repr(refit): _block(refit, config, source) for refit in config.grid.refit if refit is not None}
     plans = [replace(plan, refit=blocks.get(repr(point.refit))) for plan, point in zip(plans, found, strict=True)]
+    config = config.model_copy(update={"pad_to": effective_pad_to(source, {plan.groups for plan in plans})})
     return Sweep(config, source, windows_NS, compute, found, plans, distinct(plans))
 
 
@@ -217,10 +218,10 @@ def _conclude(sweep: Sweep, ledger: Ledger) -> None:
 
 def dry_run(config: SweepConfig) -> dict[str, Any]:
     """Points, distinct plans (which are really made), passes, FLOPs and bytes."""
-    source = MoeSource.open(config.source)
+    source = MoeSource.open(config.source, pad_to=config.pad_to)
     with CheckpointReader(source.index) as reader:
         sweep = prepare(config, source, reader)
-    require_free(config, sweep.facts())
+    require_free(sweep.config, sweep.facts())
     rows = {} if config.overwrite else read_rows(Path(config.output))
     todo = _open_plans(sweep, rows)
     flops = sum(2 * sweep.parameters[sweep.plans[sweep.by_hash[plan][0]].groups] * sweep.windows_NS.size for plan in todo)

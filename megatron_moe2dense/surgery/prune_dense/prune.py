@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe2dense.compute.ranks import Ranks, joined
+from megatron_moe2dense.families.widths import said_of
 from megatron_moe2dense.surgery.calibrate import Job, chosen_compute, compute_facts, data_facts
 from megatron_moe2dense.surgery.inspect import left_out_line
 from megatron_moe2dense.surgery.prune_dense.config import PruneDenseConfig
@@ -47,6 +48,8 @@ def run(config: PruneDenseConfig) -> None:
             sizes = ", ".join(f"{name} {value}" for name, value in chosen.items())
             before, after = source.parameters(source.shape), source.parameters(shape)
             print(f"{output}: {after:,} of {before:,} parameters, {_nbytes(source, shape) / 1e6:,.1f} MB\n{sizes}")
+            if said := said_of(shape.intermediate_size):
+                print(said)
             if source.account.left_out:
                 print(left_out_line(source.account.left_out_facts(), source.spec.name))
 
@@ -69,6 +72,7 @@ def dry_run(config: PruneDenseConfig) -> dict[str, Any]:
         "source": source.facts(),
         "left_out": source.account.left_out_facts(),
         "shape": dataclasses.asdict(shape),
+        "width": said_of(shape.intermediate_size) or "taken by all kernels and formats as it is",
         "parameters": {"source": source.parameters(source.shape), "output": source.parameters(shape)},
         "data": data_facts(windows_BS),
         "compute": compute_facts(compute, ranks),
