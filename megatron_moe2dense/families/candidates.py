@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from megatron_moe2dense.families.ffn import FfnPlace
+from megatron_moe2dense.families.readers import ACTIVE, EXPERTS
 from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.families.table import FamilyException
 
@@ -24,8 +25,6 @@ _SWITCHES: dict[str, Any] = {
     "moe_layer_start_index": lambda layers: layers,
     "moe_layers": lambda _layers: [],
 }
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
 _GROUPS = ("n_group", "topk_group", "num_expert_group")
 _WIDTHS = r"intermediate|ffn_(hidden|dim)|hidden_dim$"  # in the names of keys that count neurons
 _MARKS = (999_983, 1_000_003, 1_000_033, 1_000_037, 1_000_039, 1_000_081, 1_000_099, 1_000_117, 1_000_121, 1_000_133)  # primes
@@ -62,7 +61,7 @@ def _of_itself(source: Stock, exception: FamilyException) -> Iterator[tuple[str,
 
 def _of_experts(source: Stock, exception: FamilyException, count: int) -> Any:
     config = copy.deepcopy(source.config)
-    for names, value in ((_COUNTS, count), (_ACTIVE, count), (_GROUPS, 1)):
+    for names, value in ((EXPERTS, count), (ACTIVE, count), (_GROUPS, 1)):
         for name in names:
             for place in (config, getattr(config, "ffn_config", None)):
                 if place is not None and isinstance(getattr(place, name, None), int):

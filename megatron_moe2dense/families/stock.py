@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_moe2dense.common.errors import UserError, did_you_mean
@@ -92,6 +92,11 @@ class Stock:
             return cls(CONFIG_MAPPING[content["model_type"]].from_dict(dict(content)), dtype)
         except _UNREADABLE as error:
             raise _unreadable(error, where) from None
+
+    @staticmethod
+    def usual_keys() -> dict[str, Any]:
+        """Of the config of every class, with their defaults."""
+        return PreTrainedConfig().to_dict()
 
     @property
     def name(self) -> str:

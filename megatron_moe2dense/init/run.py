@@ -18,7 +18,7 @@ from megatron_moe2dense.operations.plan.config import PlanConfig, TextConfig
 from megatron_moe2dense.operations.plan.hardware import Machine
 from megatron_moe2dense.operations.plan.run import decide
 from megatron_moe2dense.operations.plan.search import Verdict
-from megatron_moe2dense.surgery.layout import dense_of, dense_size
+from megatron_moe2dense.surgery.layout import dense_config, dense_size
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.types import check_keep
 from megatron_moe2dense.tokens import prepare
@@ -96,7 +96,7 @@ def _data(config: InitConfig) -> DataConfig:
 
 def _layout(config: InitConfig, source: MoeSource, keep: int, sizes: Sizes) -> Verdict:
     """The fastest that fits, of a student that is not there yet but for its config."""
-    dense = dense_of(source, keep).config(source.account.config)
+    dense = dense_config(source, keep)
     with tempfile.TemporaryDirectory() as folder:
         student = Path(folder) / "config.json"
         student.write_text(json.dumps(dense), encoding="utf-8")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
+from megatron_moe2dense.checkpoint.reader import TORCH_DTYPES
 from megatron_moe2dense.checkpoint.shards import TensorSpec
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families.dense import Dense
 from megatron_moe2dense.families.disk import Disk, ReadTensor, plain_names, revert
 from megatron_moe2dense.families.ffn import Ffn
-from megatron_moe2dense.families.readers import differences, for_all_readers
+from megatron_moe2dense.families.readers import contradictions, differences, for_all_readers, left_to_defaults
 from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.surgery.densify import densify, neurons_of, pad_width, rescaled, side_by_side
 from megatron_moe2dense.surgery.plan import ConversionPlan
@@ -118,13 +121,27 @@ def dense_steps(source: MoeSource, groups: int) -> list[Step]:
     return list(_dense_steps(source, groups))
 
 
+def dense_config(source: MoeSource, groups: int) -> dict[str, Any]:
+    """The content of config.json. The type is the source's own word, or, where it has none or was quantised, that of what is written."""
+    config = source.account.config
+    if source.values.encoded or config.get("dtype", config.get("torch_dtype")) is None:
+        sizes: Counter[str] = Counter()
+        for spec in (spec for step in dense_steps(source, groups) for spec in step.specs):
+            sizes[spec.dtype] += spec.nbytes
+        kinds = [TORCH_DTYPES[name] for name, _ in sizes.most_common() if TORCH_DTYPES[name].is_floating_point]
+        config = {**config, "dtype": str(kinds[0]).removeprefix("torch.")}
+    return for_all_readers(dense_of(source, groups).config(config))
+
+
 def require_read_alike(source: MoeSource, groups: int) -> None:
-    """UserError when the dense config.json, read by itself, is another class than the one that the tensors are made for, or says
-    something else than was meant: a key that was left out comes back as the class's default."""
-    dense = dense_of(source, groups)
-    read = Stock.of(for_all_readers(dense.config(source.account.config)), "the dense result's config.json")
+    """UserError when the dense config.json, read by itself, is another class than the one that the tensors are made for, or says something
+    else than was meant, or does not say a key of the class: a reader fills in a default for what was left out."""
+    dense, config = dense_of(source, groups), dense_config(source, groups)
+    read = Stock.of(config, "the dense result's config.json")
     _require_taken(source, read, dense_steps(source, groups))
-    wrong = differences(dense.stock.model.config.to_dict(), read.model.config.to_dict())
+    believed = read.model.config.to_dict()
+    wrong = differences(dense.stock.model.config.to_dict(), believed) + contradictions(believed)
+    wrong += [f"{name} is left to a default" for name in left_to_defaults(config, believed, Stock.usual_keys())]
     if wrong:
         raise UserError(
             f"{source.index.directory}: of the dense config.json {wrong[0]} ({len(wrong)} such keys)",

@@ -18,7 +18,17 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import write_json
 from megatron_moe2dense.common.progress import progress
 from megatron_moe2dense.families.written import finish
-from megatron_moe2dense.surgery.layout import Step, dense_of, dense_steps, layer_ffn, making_bytes, replaced, stored_added, stored_ffn
+from megatron_moe2dense.surgery.layout import (
+    Step,
+    dense_config,
+    dense_of,
+    dense_steps,
+    layer_ffn,
+    making_bytes,
+    replaced,
+    stored_added,
+    stored_ffn,
+)
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.proof import prove
 from megatron_moe2dense.surgery.refit.store import FittedLayers
@@ -135,6 +145,6 @@ def _write_rest(source: MoeSource, output: DenseOutput) -> None:
         facts = [output.fits[plan.layer].report.facts() for plan in output.plan.layers]
         write_json(output.directory / REFIT_FILE, {"layers": facts})
         output.fits.remove()
-    config = dense_of(source, output.plan.groups).config(source.account.config)
+    config = dense_config(source, output.plan.groups)
     finish(output.directory, config, source.index.directory, processors=source.stock.wrapped and not source.form.alone)
     output.written.remove()
