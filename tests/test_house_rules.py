@@ -39,7 +39,8 @@ ARROWS = {
 }
 # What of the families looks at stock classes: imported when a checkpoint is opened, not before.
 OPENED = {
-    f"families/{name}.py" for name in ("stock", "ffn", "disk", "probe", "candidates", "dense", "alike", "account", "pretrained", "written")
+    f"families/{name}.py"
+    for name in ("stock", "ffn", "disk", "probe", "candidates", "dense", "alike", "account", "pretrained", "tokenized", "written")
 }
 # Libraries that belong to some parts: which parts or files may import them.
 LIBRARIES = {

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from huggingface_hub import constants
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from megatron_moe2dense.common.errors import UserError, did_you_mean
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.compute.ranks import Ranks
 from megatron_moe2dense.evals.config import PRESETS, HarnessConfig
 from megatron_moe2dense.evals.harness_lines import bars_as_lines
+from megatron_moe2dense.families.tokenized import own_tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -146,14 +147,15 @@ def require_tokenizer(directory: Path) -> None:
 
 
 def answer(model: PreTrainedModel, directory: Path, config: HarnessConfig, tasks: Tasks, ranks: Ranks) -> Answers:
-    """Run all tasks on `model` with the tokenizer in `directory`; each process answers a share, and the first knows all (the others find
-    no tasks).
+    """Run all tasks on `model` with the tokenizer that `directory` describes; each process answers a share, and the first knows all (the
+    others find no tasks).
 
     Raises:
         UserError: `add_bos_token=true` for a tokenizer that adds none.
     """
     lm_eval = require_harness()
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    tokenizer = own_tokenizer(directory)
+    logger.info("%s: text to tokens by %s", directory, type(tokenizer).__name__)
     rows: dict[str, dict[str, Any]] = {}
     with bars_as_lines():
         harness_model = _shared(lm_eval.models.huggingface.HFLM, ranks)(

@@ -16,7 +16,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import versions, write_json
 from megatron_moe2dense.families.account import Account
-from megatron_moe2dense.families.written import TEXTS
+from megatron_moe2dense.families.tokenized import TEXTS
 from megatron_moe2dense.serving import gguf
 from megatron_moe2dense.serving.compare import Row, judged, measured, refused, table
 from megatron_moe2dense.serving.config import ServeCheckConfig

@@ -16,9 +16,10 @@ from megatron_moe2dense.common.content import config_hash, identity
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.outputs import MANIFEST, begun_as, read_manifest
 from megatron_moe2dense.compute.ranks import Ranks, joined
+from megatron_moe2dense.families.engines import said_of_engines
 from megatron_moe2dense.surgery.config import ConvertConfig
 from megatron_moe2dense.surgery.inspect import left_out_line
-from megatron_moe2dense.surgery.layout import dense_size, effective_pad_to, making_bytes, padding, require_read_alike
+from megatron_moe2dense.surgery.layout import dense_of, dense_size, effective_pad_to, making_bytes, padding, require_read_alike
 from megatron_moe2dense.surgery.plan import ROUTED_FACTOR, ConversionPlan, Methods, make_plan
 from megatron_moe2dense.surgery.refit.planned import Place, cost, fit_planned, with_refit
 from megatron_moe2dense.surgery.rewrite import DenseOutput, write_dense
@@ -173,4 +174,5 @@ def _plan_facts(source: MoeSource, plan: ConversionPlan) -> dict[str, Any]:
     width = dataclasses.asdict(padding(source, plan.groups))
     short = {"keep": plan.keep, "groups": plan.groups, "width": width["width"], "hash": plan.hash()}
     refit = {"refit": cost(source, plan)} if plan.refit is not None else {}
-    return {"plan": short, "parameters": dense_size(source, plan.groups)[0], "padding": width, **refit}
+    engines = said_of_engines(dense_of(source, plan.groups).stock.model.config.to_dict())
+    return {"plan": short, "engines": engines, "parameters": dense_size(source, plan.groups)[0], "padding": width, **refit}

@@ -15,6 +15,7 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.table import render
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.dense import has_experts
+from megatron_moe2dense.families.engines import said_of_engines
 from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.surgery.config import InspectConfig
 from megatron_moe2dense.surgery.layout import Padding, dense_of, dense_size, padding
@@ -68,7 +69,8 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         for name in {"keep", "pad_to"} & config.model_fields_set:
             found = f"{name}={getattr(config, name)} for a dense {stock.name} model"
             raise UserError(found, "a MoE model", "drop --keep" if name == "keep" else "drop pad_to")
-        return {**facts, "gpus_for_weights": {"this model": gpus_for_weights(index.nbytes)}}
+        engines = said_of_engines(stock.model.config.to_dict())
+        return {**facts, "engines": engines, "gpus_for_weights": {"this model": gpus_for_weights(index.nbytes)}}
     moe = _moe_facts(config, source)
     fits = {"this model": gpus_for_weights(index.nbytes), "dense": gpus_for_weights(moe["dense"]["bytes"])}
     return {**facts, **moe, "gpus_for_weights": fits}
@@ -86,6 +88,7 @@ def _moe_facts(config: InspectConfig, source: MoeSource) -> dict[str, Any]:
     (dense_parameters, dense_bytes), width = dense_size(source, keep), padding(source, keep)
     return {
         "moe_layers": list(source.layers),
+        "engines": said_of_engines(dense_of(source, keep).stock.model.config.to_dict()),
         "active_parameters": source.stock.active_parameters(dims.active),
         "dense": {
             "family": dense_of(source, keep).stock.name,
@@ -149,6 +152,9 @@ def _readable(facts: dict[str, Any]) -> str:
         ]
         if said := Padding(**dense["padding"]).said:
             lines.append(f"of it {said}")
+    of = "the dense result" if "dense" in facts else "this model"
+    for said in facts["engines"]:
+        lines += ["", f"{of} in {said}"]
     fits = facts["gpus_for_weights"]
     table = [[name, *counts.values()] for name, counts in fits.items()]
     lines += ["", render([f"GPUs whose memory holds the weights in {_SHARE:.0%}", *fits["this model"]], table)]

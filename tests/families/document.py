@@ -19,6 +19,7 @@ from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES
 from megatron_moe2dense.families.dense import DenseForm
+from megatron_moe2dense.families.engines import FACTS
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
 from tests.families.every import moe_types, tiny_checkpoint, tiny_config, wrapper_types
@@ -88,8 +89,12 @@ keys in config.json.
 
 1. With the MoE's own router keys in config.json, as they are written now; without them llama.cpp does not load it (vLLM's figure is from
    one without).
-2. Both engines compute with `swiglu_limit` 7, as published, whatever config.json says.
+2. With `swiglu_limit` 7, as published: see the next table.
 3. Readers choose the tokenizer of a `qwen2` by that name, not by `tokenizer_class`: `convert` and `export` compare the tokens and say so.
+
+What engines do otherwise, as far as a config tells: `inspect` says it of the dense result, `convert` and `export` of what they write.
+
+{facts}
 
 Engines that bring transformers 4 read the base of rotary embeddings, their scaling and the type of the weights under older names, and take
 a default where these are absent, without a word: config.json says both (transformers 4.57.6: the same logits bit for bit, for Qwen3 and
@@ -97,6 +102,11 @@ DeepSeek-V3, with and without YaRN; `findings/rope_parameters_in_4_57.sh` shows 
 
 This page is written by `python -m tests.families.document > docs/families.md`; edit that.
 """
+
+
+class _Keys(dict[str, str]):
+    def __missing__(self, name: str) -> str:
+        return f"`{name}`"
 
 
 def page() -> str:
@@ -115,6 +125,9 @@ def page() -> str:
         except UserError as error:
             refused_wrappers.append((*row, error.found.removeprefix(f"{text_type}: ")))
     engines = [(f"`{model_type}`", figures["vLLM"], figures["llama.cpp"]) for model_type, figures in ENGINES.items()]
+    facts = [
+        (each.engine, ", ".join(f"`{name}`" for name in each.types) or "all", each.said.format_map(_Keys()), each.do) for each in FACTS
+    ]
     return PAGE.format(
         version=transformers.__version__,
         table=_table(COLUMNS, rows),
@@ -122,6 +135,7 @@ def page() -> str:
         wrappers=_table(("`model_type`", "models", "language model", "dense class", "language model alone"), wrappers),
         refused_wrappers=_table(("`model_type`", "models", "language model", "why"), refused_wrappers),
         engines=_table(("dense result of", "vLLM", "llama.cpp"), engines),
+        facts=_table(("engine", "`model_type`", "what it does", "what helps"), facts),
     )
 
 
