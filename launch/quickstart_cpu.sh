@@ -46,3 +46,14 @@ say "8/8 generate: the exported model through stock transformers"
 $bin/python launch/generate.py $out/export "The meaning of the word"
 
 say "done: records, figures and models are in $out"
+
+cat << EOF
+
+$out/export is served as it is, in an environment that has the engine (docs/operations.md, Serving):
+  vLLM             vllm serve $out/export
+  transformers     transformers serve $out/export
+  llama.cpp        $moe2dense export checkpoint=$out/export output=$out/gguf format=gguf quantize=Q8_0
+                   llama-server -m $out/gguf/*.gguf
+Whether an engine computes what stock transformers does:
+  $moe2dense serve-check $out/export 'engines=[vllm,llama_cpp]' python.vllm=/path/to/the/environment/bin/python
+EOF

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -194,19 +195,35 @@ def test_calibration_is_ended_by_a_signal_and_requeued_before_its_time_only(numb
     assert requeued(tmp_path) == again
 
 
-def test_the_quickstart_needs_no_port_of_its_own_and_no_name_of_the_machine(tmp_path: Path):
-    machine = tmp_path / "a path with spaces"
+def quickstart(machine: Path) -> str:
+    """What the script prints where every command only writes down how it was called."""
     (machine / "launch").mkdir(parents=True)
     (machine / ".venv/bin").mkdir(parents=True)
     shutil.copy(ROOT / "launch/quickstart_cpu.sh", machine / "launch")
     for name in ("moe2dense", "torchrun", "python"):
         (machine / ".venv/bin" / name).write_text(f'#!/bin/sh\necho {name} "$@" >> calls\n')
         (machine / ".venv/bin" / name).chmod(0o755)
-    subprocess.run([machine / "launch/quickstart_cpu.sh"], env={"PATH": os.environ["PATH"]}, capture_output=True, check=True)
+    run = [machine / "launch/quickstart_cpu.sh"]
+    return subprocess.run(run, env={"PATH": os.environ["PATH"]}, capture_output=True, check=True, text=True).stdout
+
+
+def test_the_quickstart_needs_no_port_of_its_own_and_no_name_of_the_machine(tmp_path: Path):
+    machine = tmp_path / "a path with spaces"
+    quickstart(machine)
     (torchrun,) = [line.split() for line in (machine / "calls").read_text().splitlines() if line.startswith("torchrun")]
     assert "--master-port" not in torchrun, "another run may have it"
     assert "--standalone" in torchrun
     assert torchrun[torchrun.index("--local-addr") + 1] == "127.0.0.1"
+
+
+def test_the_quickstart_ends_with_how_its_export_is_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    said = quickstart(tmp_path / "machine").partition("is served as it is")[2].splitlines()
+    assert {"vllm serve out/quickstart/export", "transformers serve out/quickstart/export"} <= {line[19:] for line in said}
+    commands = [shlex.split(line.partition("moe2dense ")[2]) for line in said if "moe2dense " in line]
+    assert [command[0] for command in commands] == ["export", "serve-check"]
+    for command in commands:
+        cli.main([*command, "--print-config"])
+    assert "format: gguf" in capsys.readouterr().out
 
 
 def test_ranks_of_a_refused_job_end_before_they_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
