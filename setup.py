@@ -18,7 +18,8 @@ EXTRAS = {
     "train": [*MEGATRON, "psutil", "einops", "tensorboard"],
     # For machines that bring one of their own.
     "train-unpinned": ["megatron-core>=0.16.1,<0.20", "psutil", "einops", "tensorboard"],
-    "eval": ["lm-eval==0.4.13", "accelerate", "datasets==5.2.0"],
+    # The last three are lm-eval's own extra `api` without tiktoken, which is for OpenAI's models.
+    "eval": ["lm-eval==0.4.13", "accelerate", "datasets==5.2.0", "aiohttp", "requests", "tenacity"],
     "plot": ["matplotlib>=3.8"],
     "export": EXPORT,
     "gguf": GGUF,

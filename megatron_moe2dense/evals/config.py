@@ -117,6 +117,15 @@ class GenerationConfig(Config):
         return value
 
 
+class EndpointConfig(Config):
+    """An engine that serves the model through an OpenAI-compatible API."""
+
+    url: str = key(..., "address of the API, such as http://127.0.0.1:8000/v1", pattern=r"^https?://.+")
+    model: str | None = key(None, "name that it is served by; null: the only one that is served there")
+    concurrency: int = key(4, "requests at a time, each of harness.batch_size prompts or perplexity.batch_tokens", "requests", gt=0)
+    timeout: int = key(300, "how long the answer to a request may take", "seconds", gt=0)
+
+
 class EvalConfig(Config):
     """`moe2dense eval`."""
 
@@ -128,6 +137,9 @@ class EvalConfig(Config):
     kl: KlConfig | None = key(None, "measure KL to a teacher, in batches of perplexity.batch_tokens; null: don't")
     harness: HarnessConfig | None = key(None, "measure accuracy with lm-eval (extra `eval`); null: don't")
     generation: GenerationConfig | None = key(None, "measure generation speed and memory; null: don't")
+    endpoint: EndpointConfig | None = key(
+        None, "ask an engine that serves the one model, for perplexity and lm-eval; null: stock transformers in this process"
+    )
     device: str = key("auto", "torch device: cpu, cuda, cuda:1, ...; auto: cuda where there is one, else cpu")
     device_map: Literal["auto", "balanced", "sequential"] | None = key(
         None, "spread each model over all GPUs, as accelerate understands it (extra `eval`); null: one device"
@@ -149,11 +161,29 @@ class EvalConfig(Config):
             raise ValueError("`kl` goes with `perplexity`: give `perplexity.data` too")
         if not self.models:
             raise ValueError("`models` is empty")
+        if self.endpoint is not None:
+            self._check_endpoint()
         labels = [label for label, _ in self._labelled()]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(f"two models are called {', '.join(twice)}; give labels: `models: {{label: directory}}`")
         return self
+
+    def _check_endpoint(self) -> None:
+        """What has no meaning, or no effect, where an engine computes."""
+        if len(self.models) > 1:
+            raise ValueError(f"an `endpoint` serves one model: name that one in `models` (found {len(self.models)})")
+        if self.kl is not None:
+            raise ValueError(
+                "`kl` needs the whole distribution of every position, of which an `endpoint` tells parts: leave one of the two out"
+            )
+        if self.generation is not None:
+            raise ValueError("`generation` times stock transformers, not an `endpoint`: leave one of the two out")
+        moot = [name for name in ("device", "device_map", "dtype") if getattr(self, name) != type(self).model_fields[name].default]
+        if moot:
+            raise ValueError(
+                f"{', '.join(f'`{name}`' for name in moot)} has no effect with `endpoint`, whose engine decides it: leave it out"
+            )
 
     def _labelled(self) -> list[tuple[str, str]]:
         if isinstance(self.models, dict):

@@ -21,8 +21,9 @@ from megatron_moe2dense.common.table import render
 from megatron_moe2dense.compute.device import chosen_dtype, open_device
 from megatron_moe2dense.compute.ranks import Ranks, joined
 from megatron_moe2dense.evals.config import EvalConfig
+from megatron_moe2dense.evals.endpoint import Endpoint
 from megatron_moe2dense.evals.generation import speeds
-from megatron_moe2dense.evals.harness import Tasks, answer, load_tasks, require_tokenizer
+from megatron_moe2dense.evals.harness import Answers, Tasks, answer, in_process, load_tasks, require_tokenizer
 from megatron_moe2dense.evals.models import (
     free_bytes,
     load_model,
@@ -31,23 +32,11 @@ from megatron_moe2dense.evals.models import (
     vocab_size,
 )
 from megatron_moe2dense.evals.perplexity import Loaded, Measured, measure
+from megatron_moe2dense.evals.windows import Windows, cut_all
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.probe import probe
-from megatron_moe2dense.tokens.config import TokensConfig
-from megatron_moe2dense.tokens.indexed import Limits
-from megatron_moe2dense.tokens.indexed import windows as cut
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Token windows, int64 [N, S], None where not asked for: of the perplexity, of the KL where it has its own, and the prompts
-    of the generation."""
-
-    nll_NS: np.ndarray | None
-    kl_NS: np.ndarray | None
-    prompts_NS: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -65,10 +54,10 @@ def run(config: EvalConfig) -> None:
     windows and of the questions; the first writes.
 
     Raises:
-        UserError: an output in the way, a broken or unsuitable model, tokens of another tokenizer, an unknown task.
+        UserError: an output in the way, a broken or unsuitable model, tokens of another tokenizer, an unknown task, and all of `Endpoint`.
     """
     with joined() as ranks:
-        measure_all(config, ranks)
+        measure_all(config, ranks) if config.endpoint is None else measure_served(config, ranks)
 
 
 def measure_all(config: EvalConfig, ranks: Ranks) -> None:
@@ -76,11 +65,11 @@ def measure_all(config: EvalConfig, ranks: Ranks) -> None:
     device = open_device(config.device, ranks)
     dtype = chosen_dtype(config.dtype, config.device)
     if config.device_map:
-        _require_one_process(ranks)
+        _require_one_process(ranks, "device_map", "start eval without torchrun, or leave device_map out")
         require_accelerate()
     accounts, of_teacher = _opened(config)
     indices, teacher_index = {label: account.index for label, account in accounts.items()}, of_teacher.index if of_teacher else None
-    windows = _windows(config, indices)
+    windows = cut_all(config, indices)
     done = _done(config, indices)
     tasks = _tasks(config, indices, ranks)
     todo = {label: account for label, account in accounts.items() if label not in done}
@@ -107,6 +96,39 @@ def measure_all(config: EvalConfig, ranks: Ranks) -> None:
         print(_table(records.read(Path(config.output))))
 
 
+def measure_served(config: EvalConfig, ranks: Ranks) -> None:
+    """The one model as the endpoint serves it: no weights are loaded here."""
+    _require_one_process(ranks, "endpoint", "raise endpoint.concurrency instead of starting processes")
+    start = time.perf_counter()
+    endpoint, label, account, context = _at_endpoint(config, ranks)
+    metrics, tokens = _quality(config, endpoint, context)
+    settings: dict[str, Any] = {"endpoint": endpoint.settings, "processes": 1}
+    if config.harness and context.tasks:
+        found = endpoint.answers(config.harness, context.tasks)
+        metrics |= _accuracies(config, found)
+        settings["harness"] = found.settings
+    head = {"model": label, **_origin(account.index), "parameters": account.stock.parameters}
+    records.rewrite(Path(config.output), [{**head, **_measured(config, settings, metrics, tokens, start)}])
+    print(_table(records.read(Path(config.output))))
+
+
+def _at_endpoint(config: EvalConfig, ranks: Ranks) -> tuple[Endpoint, str, Account, Context]:
+    """The engine, and the label and folder of what it serves; UserError for what it can't be asked, before anything is."""
+    assert config.endpoint is not None
+    accounts, _ = _opened(config)
+    [(label, account)] = accounts.items()
+    index = account.index
+    windows = cut_all(config, {label: index})
+    _done(config, {label: index})
+    require_tokenizer(index.directory)
+    tasks = _tasks(config, {label: index}, ranks)
+    scored = "perplexity" if config.perplexity else f"the task {tasks.scored[0]}" if tasks and tasks.scored else None
+    endpoint = Endpoint.open(config.endpoint, index, max_positions(index), scored)
+    if windows.nll_NS is not None:
+        endpoint.require_length(windows.nll_NS.shape[1])
+    return endpoint, label, account, Context(ranks, None, tasks, windows)
+
+
 def _tasks(config: EvalConfig, indices: Mapping[str, CheckpointIndex], ranks: Ranks) -> Tasks | None:
     if config.harness is None:
         return None
@@ -115,13 +137,9 @@ def _tasks(config: EvalConfig, indices: Mapping[str, CheckpointIndex], ranks: Ra
     return load_tasks(config.harness, ranks)
 
 
-def _require_one_process(ranks: Ranks) -> None:
+def _require_one_process(ranks: Ranks, name: str, do: str) -> None:
     if ranks.world > 1:
-        raise UserError(
-            f"device_map in {ranks.world} processes, each of which would spread its models over all GPUs",
-            "one process, or models that fit a GPU each",
-            "start eval without torchrun, or leave device_map out",
-        )
+        raise UserError(f"{name} in {ranks.world} processes, each of which would do all of it", "one process", do)
 
 
 def _is_same(one: CheckpointIndex, other: CheckpointIndex) -> bool:
@@ -146,13 +164,22 @@ def _require_room(accounts: Mapping[str, Account], teacher: Account | None, devi
 
 def dry_run(config: EvalConfig) -> dict[str, Any]:
     """What would be read and written: bytes, tokens, forward FLOPs and peak memory (models in `dtype` and their logits), and the questions
-    of each task, whose data is looked up."""
+    of each task, whose data is looked up. Of an endpoint what it serves, and what it would be asked."""
+    if config.endpoint is not None:
+        endpoint, label, _, context = _at_endpoint(config, Ranks())
+        return {
+            "endpoint": endpoint.settings,
+            "writes": config.output,
+            "models_to_measure": [label],
+            "tokens_per_model": 0 if context.windows.nll_NS is None else int(context.windows.nll_NS.size),
+            "questions": context.tasks.questions if context.tasks else {},
+        }
     accounts, teacher = _opened(config)
     indices = {label: account.index for label, account in accounts.items()}
     width = _BYTES[chosen_dtype(config.dtype, config.device)]
     done = _done(config, indices)
     todo = [account for label, account in accounts.items() if label not in done]
-    windows = _windows(config, indices)
+    windows = cut_all(config, indices)
     nll_tokens, kl_tokens = (0 if block is None else int(block.size) for block in (windows.nll_NS, windows.kl_NS))
     flops = sum(2 * _active_parameters(account) * (nll_tokens + kl_tokens) for account in todo)
     memory = max((account.values.total for account in todo), default=0) * width
@@ -189,38 +216,6 @@ def _opened(config: EvalConfig) -> tuple[dict[str, Account], Account | None]:
     return accounts, teacher
 
 
-def _windows(config: EvalConfig, indices: dict[str, CheckpointIndex]) -> Windows:
-    """All windows that are needed, their tokens checked against every model's vocabulary."""
-    positions = [found for index in indices.values() if (found := max_positions(index))]
-    smallest = Limits(min(vocab_size(index) for index in indices.values()), min(positions, default=0))
-    generation = config.generation
-
-    def read(data: TokensConfig | None, stride: int | None = None) -> np.ndarray | None:
-        return None if data is None else cut(data, smallest, stride)
-
-    prompts = None
-    if generation is not None:
-        source = generation.data or (config.perplexity.data if config.perplexity else None)
-        assert source is not None, "the config asks for one"
-        prompts = source.model_copy(update={"sequence_length": generation.prompt_tokens, "sequences": max(generation.batch)})
-    return Windows(
-        read(config.perplexity.data, config.perplexity.stride) if config.perplexity else None,
-        read(config.kl.data if config.kl else None),
-        _filled(prompts, read(prompts)),
-    )
-
-
-def _filled(config: TokensConfig | None, prompts_NS: np.ndarray | None) -> np.ndarray | None:
-    """The prompts; UserError when the tokens give fewer than the largest batch."""
-    if config is not None and prompts_NS is not None and config.sequences is not None and len(prompts_NS) < config.sequences:
-        raise UserError(
-            f"{config.path}: {len(prompts_NS)} prompts of {config.sequence_length} tokens",
-            f"{config.sequences}, the largest batch of `generation`",
-            "use more text, shorter prompts or smaller batches",
-        )
-    return prompts_NS
-
-
 def _done(config: EvalConfig, indices: dict[str, CheckpointIndex]) -> set[str]:
     """Labels an unfinished run of this config has measured already."""
     path = Path(config.output)
@@ -254,20 +249,24 @@ def _record(config: EvalConfig, subject: Loaded, index: CheckpointIndex, context
     metrics, tokens = _quality(config, subject, context)
     settings = {**_settings(subject), "processes": context.ranks.world}
     if config.harness and context.tasks:
-        found = answer(subject.model, index.directory, config.harness, context.tasks, context.ranks)
-        accuracy = found.accuracy(config.harness)
-        metrics |= {"harness": found.by_task, "accuracy": accuracy}
-        metrics["accuracy_metric"] = {task: config.harness.metric(task) for task in accuracy}
-        if len(accuracy) > 1:
-            metrics["mean_accuracy"] = sum(accuracy.values()) / len(accuracy)
+        asked = in_process(subject.model, index.directory, config.harness, context.ranks)
+        found = answer(asked, "lm-eval hf, causal", index.directory, config.harness, context.tasks)
+        metrics |= _accuracies(config, found)
         settings["harness"] = found.settings
     if config.generation and context.windows.prompts_NS is not None and context.ranks.rank == 0:
         metrics["generation"] = speeds(subject, context.windows.prompts_NS, config.generation)
+    parameters = sum(parameter.numel() for parameter in subject.model.parameters())
+    head = {"model": subject.name, **_origin(index), "parameters": parameters}
+    return {**head, **_measured(config, settings, metrics, tokens, start)}
+
+
+def _origin(index: CheckpointIndex) -> dict[str, Any]:
+    return {"plan_hash": _plan_hash(index.directory), "fingerprint": index.fingerprint()}
+
+
+def _measured(config: EvalConfig, settings: dict[str, Any], metrics: dict[str, Any], tokens: int, start: float) -> dict[str, Any]:
+    """What a row says beside whose it is. start: of the measurement, by time.perf_counter."""
     return {
-        "model": subject.name,
-        "plan_hash": _plan_hash(index.directory),
-        "fingerprint": index.fingerprint(),
-        "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "config": config.model_dump(mode="json"),
         "identity": _identity(config),
         "settings": settings,
@@ -276,6 +275,16 @@ def _record(config: EvalConfig, subject: Loaded, index: CheckpointIndex, context
         "seconds": round(time.perf_counter() - start, 3),
         "versions": versions(),
     }
+
+
+def _accuracies(config: EvalConfig, found: Answers) -> dict[str, Any]:
+    assert config.harness is not None
+    accuracy = found.accuracy(config.harness)
+    metrics: dict[str, Any] = {"harness": found.by_task, "accuracy": accuracy}
+    metrics["accuracy_metric"] = {task: config.harness.metric(task) for task in accuracy}
+    if len(accuracy) > 1:
+        metrics["mean_accuracy"] = sum(accuracy.values()) / len(accuracy)
+    return metrics
 
 
 def _settings(subject: Loaded) -> dict[str, Any]:
@@ -291,7 +300,7 @@ def _settings(subject: Loaded) -> dict[str, Any]:
     }
 
 
-def _quality(config: EvalConfig, subject: Loaded, context: Context) -> tuple[dict[str, Any], int]:
+def _quality(config: EvalConfig, subject: Loaded | Endpoint, context: Context) -> tuple[dict[str, Any], int]:
     """The metrics on token windows and the positions predicted for them; a second pass where the KL has its own data."""
     teacher, nll_NS, kl_NS = context.teacher, context.windows.nll_NS, context.windows.kl_NS
     if nll_NS is None or config.perplexity is None:
@@ -299,6 +308,8 @@ def _quality(config: EvalConfig, subject: Loaded, context: Context) -> tuple[dic
 
     def measured(windows_NS: np.ndarray, teacher: Loaded | None, stride: int | None) -> Measured:
         batch = _batch_windows(config, windows_NS)
+        if isinstance(subject, Endpoint):
+            return subject.nll(windows_NS, batch, stride)
         own = measure(subject, context.ranks.share(windows_NS, batch), batch, teacher, stride)
         return own.over(context.ranks)
 

@@ -29,12 +29,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True)
 class Tasks:
-    """Loaded tasks: lm-eval's manager, its Task and Group objects by number of shots (None: each task's own), and how many questions each
-    task asks."""
+    """Loaded tasks: lm-eval's manager, its Task and Group objects by number of shots (None: each task's own), how many questions each
+    task asks, and which are scored by log-probabilities (the others by generated text)."""
 
     manager: Any
     by_shots: dict[int | None, list[Any]]
     questions: dict[str, int]
+    scored: list[str]
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def load_tasks(config: HarnessConfig, ranks: Ranks) -> Tasks:
     manager = task_manager(config)
     by_shots: dict[int | None, list[Any]] = {}
     questions: dict[str, int] = {}
+    scored: list[str] = []
     for name, shots in config.chosen():
         if name not in manager.task_index and not Path(name).is_file():
             hint = did_you_mean(name, manager.all_tasks) or "lm-eval lists its tasks with `lm_eval ls tasks`"
@@ -110,9 +112,11 @@ def load_tasks(config: HarnessConfig, ranks: Ranks) -> Tasks:
             raise UserError(f"shots {shots} for {fixed[0]}, which fixes them to 0", "shots with an effect", "leave them out for it")
         for task, item in loaded["tasks"].items():
             questions[task] = _asked(task, len(list(item.eval_docs)), config.limit, ranks)
+            if item.OUTPUT_TYPE != "generate_until":
+                scored.append(task)
         top = [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
         by_shots.setdefault(shots, []).extend(top)
-    return Tasks(manager, by_shots, questions)
+    return Tasks(manager, by_shots, questions, scored)
 
 
 def _asked(task: str, questions: int, limit: int | None, ranks: Ranks) -> int:
@@ -146,19 +150,14 @@ def require_tokenizer(directory: Path) -> None:
         )
 
 
-def answer(model: PreTrainedModel, directory: Path, config: HarnessConfig, tasks: Tasks, ranks: Ranks) -> Answers:
-    """Run all tasks on `model` with the tokenizer that `directory` describes; each process answers a share, and the first knows all (the
-    others find no tasks).
-
-    Raises:
-        UserError: `add_bos_token=true` for a tokenizer that adds none.
-    """
+def in_process(model: PreTrainedModel, directory: Path, config: HarnessConfig, ranks: Ranks) -> Any:
+    """`model` with the tokenizer that `directory` describes as lm-eval asks it; each process answers a share, and the first knows all (the
+    others find no tasks)."""
     lm_eval = require_harness()
     tokenizer = own_tokenizer(directory)
     logger.info("%s: text to tokens by %s", directory, type(tokenizer).__name__)
-    rows: dict[str, dict[str, Any]] = {}
     with bars_as_lines():
-        harness_model = _shared(lm_eval.models.huggingface.HFLM, ranks)(
+        return _shared(lm_eval.models.huggingface.HFLM, ranks)(
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=config.batch_size,
@@ -166,10 +165,21 @@ def answer(model: PreTrainedModel, directory: Path, config: HarnessConfig, tasks
             backend="causal",
             add_bos_token=config.add_bos_token,
         )
-        settings = _settings(harness_model, config, directory)
+
+
+def answer(asked: Any, backend: str, directory: Path, config: HarnessConfig, tasks: Tasks) -> Answers:
+    """Put all tasks to `asked`, a model of lm-eval's with the tokenizer in `directory`. backend: what it is, for the record.
+
+    Raises:
+        UserError: `add_bos_token=true` for a tokenizer that adds none.
+    """
+    lm_eval = require_harness()
+    rows: dict[str, dict[str, Any]] = {}
+    settings = {"backend": backend, **_settings(asked, config, directory)}
+    with bars_as_lines():
         for shots, items in tasks.by_shots.items():
             found = lm_eval.simple_evaluate(
-                model=harness_model,
+                model=asked,
                 tasks=items,
                 task_manager=tasks.manager,
                 num_fewshot=shots,
@@ -216,4 +226,4 @@ def _settings(harness_model: Any, config: HarnessConfig, directory: Path) -> dic
             "a tokenizer that adds one (`add_bos_token` in its tokenizer_config.json, or a post-processor)",
             "leave add_bos_token out",
         )
-    return {"backend": "lm-eval hf, causal", "add_bos_token": begins, "max_length": harness_model.max_length}
+    return {"add_bos_token": begins, "max_length": harness_model.max_length}

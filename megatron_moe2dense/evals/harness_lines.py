@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -31,10 +33,26 @@ class _Bar:
         """The end."""
         self._shown.close()
 
+    @classmethod
+    async def gather(cls, *tasks: Awaitable[Any], desc: str) -> list[Any]:
+        """What all give, in their order."""
+        shown = cls(desc=desc, total=len(tasks))
+
+        async def counted(task: Awaitable[Any]) -> Any:
+            found = await task
+            shown.update()
+            return found
+
+        found = await asyncio.gather(*map(counted, tasks))
+        shown.close()
+        return found
+
 
 @contextlib.contextmanager
-def bars_as_lines() -> Iterator[None]:
-    """lm-eval 0.4.13: modules take `tqdm` by name, `simple_evaluate` asks git for the commit of the working directory, whose refusal
+def bars_as_lines(*more: ModuleType, level: int = logging.ERROR) -> Iterator[None]:
+    """more: modules of lm-eval whose bars are lines too. level: below it, what lm-eval logs is left out.
+
+    lm-eval 0.4.13: modules take `tqdm` by name, `simple_evaluate` asks git for the commit of the working directory, whose refusal
     goes to stderr, and HFLM warns that the model it was given is no string
     (https://github.com/EleutherAI/lm-evaluation-harness/blob/main/lm_eval/evaluator.py)."""
     import lm_eval.api.model
@@ -43,11 +61,12 @@ def bars_as_lines() -> Iterator[None]:
     import lm_eval.models.huggingface
 
     theirs = logging.getLogger("lm_eval")
-    level = theirs.level
+    before = theirs.level
     with contextlib.ExitStack() as undo:
-        for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
-            undo.enter_context(mock.patch.object(module, "tqdm", _Bar))
+        for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface, *more):
+            for name in {"tqdm", "tqdm_asyncio"} & vars(module).keys():
+                undo.enter_context(mock.patch.object(module, name, _Bar))
         undo.enter_context(mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", return_value=None))
-        undo.callback(theirs.setLevel, level)
-        theirs.setLevel(logging.ERROR)
+        undo.callback(theirs.setLevel, before)
+        theirs.setLevel(max(level, before))
         yield

@@ -117,7 +117,7 @@ class Forks:
         return pickle.loads((folder / "result").read_bytes())
 
     def commands(self, folder: Path) -> None:
-        """`moe2dense`, `torchrun [--standalone] --nproc-per-node N -m megatron_moe2dense`, and `python SCRIPT`, as programs of a script: the
+        """`moe2dense`, `torchrun [--standalone] --nproc-per-node N -m megatron_moe2dense` and `python SCRIPT` as programs of a script: the
         script's own environment, folder and output, its ranks forked; they exit with the first code that is not 0."""
         folder.mkdir(exist_ok=True)
         for name in ("moe2dense", "torchrun", "python"):

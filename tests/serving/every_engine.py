@@ -1,7 +1,7 @@
 """Every family's dense result in real engines: python -m tests.serving.every_engine [model_type ...] [output=FILE] [keys of serve-check]
 
-Tiny random MoEs of sizes that engines have kernels for, calibrated and converted with defaults, asked by `serve-check`. `make serving` calls it
-and writes the table of docs/serving.md."""
+Tiny random MoEs of sizes that engines have kernels for, calibrated and converted with defaults, asked by `serve-check`. `make serving`
+calls it and writes the table of docs/serving.md."""
 
 from __future__ import annotations
 
