@@ -22,6 +22,7 @@ from megatron_moe2dense.evals.config import EndpointConfig, HarnessConfig
 from megatron_moe2dense.evals.harness import Answers, Tasks, answer, require_harness
 from megatron_moe2dense.evals.harness_lines import bars_as_lines
 from megatron_moe2dense.evals.perplexity import Measured
+from megatron_moe2dense.families.tokenized import own_tokenizer
 
 _PROBE = "The meaning of 12 words."
 _NOT_SAID = 2048  # lm-eval's own bound, where neither the engine nor config.json says how long a prompt may be
@@ -127,7 +128,7 @@ class Endpoint:
                     return [encode(self, text, left_truncate_len=left_truncate_len) for text in string]
                 return encode(self, string, add_special_tokens, left_truncate_len)
 
-        return Client(
+        client = Client(
             model=self.name,
             base_url=f"{_base(self.config)}/completions",
             tokenizer_backend="huggingface",
@@ -138,6 +139,8 @@ class Endpoint:
             add_bos_token=add_bos_token,
             timeout=self.config.timeout,
         )
+        client.tokenizer = own_tokenizer(self.directory)  # lm-eval takes AutoTokenizer's
+        return client
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:

@@ -51,13 +51,7 @@ def scored_with(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(harness, "_shared", lambda *_: model)
     with pytest.raises(_Asked) as asked:
-        harness.answer(
-            SimpleNamespace(device="cpu"),  # type: ignore[arg-type]
-            directory,
-            HarnessConfig(tasks=["piqa"]),
-            harness.Tasks(None, {}, {}),
-            Ranks(),
-        )
+        harness.in_process(SimpleNamespace(device="cpu"), directory, HarnessConfig(tasks=["piqa"]), Ranks())  # type: ignore[arg-type]
     return asked.value.args[0]
 
 
