@@ -69,10 +69,11 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), 0),
 }
-# Engines have kernels for heads of 64 and for DeepSeek's latent attention as published; the vocabulary is that of the example's tokenizer.
+# Engines have kernels for heads of 64 and for DeepSeek's latent attention as published; the vocabulary has room for that
+# of the example's tokenizer and more.
 ENGINE_SIZES: dict[str, Any] = {
     **SIZES,
-    **dict.fromkeys(("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input"), 2048),
+    **dict.fromkeys(("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input"), 2112),
     "max_position_embeddings": 512,
     "hidden_size": 256,
     "intermediate_size": 384,

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from megatron_moe2dense.cli import main as moe2dense
 from megatron_moe2dense.common.errors import UserError
 from tests.families.every import random_model
@@ -31,6 +33,8 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"rope_parameters": ROPE},
     "gpt_oss": {"swiglu_limit": 7.0},
 }
+# Tokens that llama.cpp's converter asks the tokenizers of some families for.
+SPECIAL = ("[gMASK]", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 
@@ -39,8 +43,10 @@ def dense_result(model_type: str, folder: Path) -> Path:
     moe, statistics, dense = folder / "moe", folder / "statistics", folder / "dense"
     shutil.rmtree(folder, ignore_errors=True)
     random_model(model_type, engine_config(model_type, **AS_PUBLISHED.get(model_type, {}))).bfloat16().save_pretrained(moe)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(EXAMPLE / "model" / name, moe)
+    shutil.copy(EXAMPLE / "model" / "tokenizer_config.json", moe)
+    tokenizer = Tokenizer.from_file(str(EXAMPLE / "model" / "tokenizer.json"))
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.save(str(moe / "tokenizer.json"))
     (moe / "chat_template.jinja").write_text(CHAT)
     text = f"data={{path: {EXAMPLE}/tokens/distill, sequence_length: 128, sequences: 16}}"
     moe2dense(["calibrate", f"source={moe}", f"output={statistics}", text])
