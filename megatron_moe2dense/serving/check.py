@@ -18,12 +18,13 @@ from megatron_moe2dense.common.outputs import versions, write_json
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.tokenized import TEXTS
 from megatron_moe2dense.serving import gguf
-from megatron_moe2dense.serving.compare import Row, judged, measured, refused, table
+from megatron_moe2dense.serving.compare import Row, guessed, judged, measured, refused, table
 from megatron_moe2dense.serving.config import ServeCheckConfig
 from megatron_moe2dense.serving.engines import NotServedError, Place, find
 
 _LONGEST_PROMPT, _SPEED_PROMPT, _SPEED_NEW, _BATCH, _REPEATS = 64, 96, 32, 8, 2
 _LLAMA_CPP = "llama_cpp"
+_DRAFTING = ("vllm", _LLAMA_CPP)  # engines whose runner lets another model guess
 
 
 def run(config: ServeCheckConfig) -> None:
@@ -113,7 +114,13 @@ def _rows(config: ServeCheckConfig, places: list[Place], folder: Path) -> Iterat
     for place, kind, ask in _models(config, places, {**asked, "model": str(moe.index.directory)}, "moe", folder):
         row = Row(place.engine, type(moe.stock.model).__name__, kind)
         try:
-            yield measured(row, place.ask(ask(), folder))
+            alone_asked = ask()
+            alone = place.ask(alone_asked, folder)
+            yield measured(row, alone)
+            if config.draft and place.engine in _DRAFTING:
+                draft = asked["model"] if place.engine != _LLAMA_CPP else str(_file(config, source, kind, folder / "draft.gguf"))
+                answer = place.ask({**alone_asked, "draft": {"model": draft, "tokens": config.draft}}, folder)
+                yield guessed(dataclasses.replace(row, model=f"{row.model}, {config.draft} guessed by {reference['class']}"), alone, answer)
         except NotServedError as error:
             yield dataclasses.replace(row, reason=f"not served: {error}")
 

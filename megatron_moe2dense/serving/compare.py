@@ -73,6 +73,21 @@ def measured(row: Row, answer: dict[str, Any]) -> Row:
     return dataclasses.replace(row, version=answer["version"], speed=answer.get("speed", {}), peak_bytes=answer["peak_bytes"])
 
 
+def guessed(row: Row, alone: dict[str, Any], answer: dict[str, Any]) -> Row:
+    """A model with another that guesses its tokens: what it takes of them, and whether it writes what it writes alone."""
+    share, a_pass = taken(answer["written"])
+    same = [one == other for one, other in zip(alone["greedy"], answer["greedy"], strict=True)]
+    return dataclasses.replace(
+        measured(row, answer), greedy=f"{sum(same)}/{len(same)}", reason=f"{share:.0%} of the guesses taken, {a_pass:.2f} tokens a pass"
+    )
+
+
+def taken(written: dict[str, Any]) -> tuple[float, float]:
+    """Of a draft model's guesses: the share that was taken, and the tokens that a pass over them gives, with the one of its own."""
+    accepted = written["accepted"]
+    return accepted / max(written["guessed"], 1), 1 + accepted / max(written["passes"], 1)
+
+
 def refused(row: Row, reason: str) -> Row:
     """An engine that did not serve the model, and its own words."""
     return dataclasses.replace(row, verdict="not served", reason=reason)

@@ -27,7 +27,7 @@ def main(request_path: str, answer_path: str) -> None:
         answer = {**facts, "tokens": [_tokens(base, text) for text in request["texts"]]}
         whole = _tokens(base, "a")[0]
         answer["logprobs"] = [_next_token(base, prompt, request["vocabulary"], whole) for prompt in request["prompts"]]
-        answer["greedy"] = [_complete(base, prompt, request["new_tokens"])["tokens"] for prompt in request["prompts"]]
+        answer |= _written(base, request)
         if request["speed"]:
             answer["speed"] = _speed(base, request["speed"])
         answer["peak_bytes"] = _peak_bytes(facts["pid"])
@@ -52,12 +52,20 @@ def _server(request: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request["threads"]
-    draft = request.get("draft")
-    if draft:
-        params.speculative.draft.model.path = draft["model"]
-        params.speculative.draft.n_max = draft["tokens"]
+    if request.get("draft"):
+        _let_guess(params, request)
     server = xllamacpp.Server(params)
     yield server.listening_address, {"version": f"xllamacpp {xllamacpp.__version__}", "pid": "self"}
+
+
+def _let_guess(params: Any, request: dict[str, Any]) -> None:
+    """Another model guesses tokens ahead. Its file is not enough: without the type of speculation llama.cpp loads it and does not ask."""
+    xllamacpp: Any = import_module("xllamacpp")
+    draft, asked = params.speculative.draft, request["draft"]
+    draft.mparams.path, draft.n_max = asked["model"], asked["tokens"]
+    draft.cache_type_k = draft.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    draft.cpuparams.n_threads = draft.cpuparams_batch.n_threads = request["threads"]
+    params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
 
 
 @contextlib.contextmanager
@@ -74,6 +82,9 @@ def _program(request: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         "--flash-attn": "off",
         "--threads": request["threads"],
     }
+    if draft := request.get("draft"):
+        flags |= {"--spec-draft-model": draft["model"], "--spec-type": "draft-simple", "--spec-draft-n-max": draft["tokens"]}
+        flags |= {"--spec-draft-type-k": "f32", "--spec-draft-type-v": "f32", "--spec-draft-threads": request["threads"]}
     command = [request["program"], *(str(part) for flag in flags.items() for part in flag), "--no-warmup"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said: list[str] = []
@@ -124,6 +135,20 @@ def _tokens(base: str, text: str) -> list[int]:
 def _complete(base: str, prompt: list[int], count: int, **options: Any) -> Any:
     body = {"prompt": prompt, "n_predict": count, "temperature": 0, "cache_prompt": False, "return_tokens": True, "ignore_eos": True}
     return _post(f"{base}/completion", body | options)
+
+
+def _written(base: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Greedy tokens after the prompts; the shortest time for all of them, and what a draft model guessed of them."""
+    rounds = [[_complete(base, prompt, request["new_tokens"]) for prompt in request["prompts"]] for _ in range(request.get("rounds", 1))]
+    timings = [[reply["timings"] for reply in replies] for replies in rounds]
+    accepted = sum(one.get("draft_n_accepted", 0) for one in timings[-1])
+    written = {
+        "seconds": min(sum(one["prompt_ms"] + one["predicted_ms"] for one in each) for each in timings) / 1000,
+        "passes": sum(one["predicted_n"] for one in timings[-1]) - accepted,
+        "guessed": sum(one.get("draft_n", 0) for one in timings[-1]),
+        "accepted": accepted,
+    }
+    return {"greedy": [reply["tokens"] for reply in rounds[-1]], "written": written}
 
 
 def _next_token(base: str, prompt: list[int], vocabulary: int, whole: int) -> list[float]:

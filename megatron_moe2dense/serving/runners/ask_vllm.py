@@ -24,6 +24,7 @@ def main(request_path: str, answer_path: str) -> None:
     os.environ["OMP_NUM_THREADS"] = str(request["threads"])
     vllm: Any = import_module("vllm")
 
+    draft = request.get("draft")
     llm = vllm.LLM(
         model=request["model"],
         dtype=request["dtype"],
@@ -32,9 +33,9 @@ def main(request_path: str, answer_path: str) -> None:
         max_logprobs=-1,
         enforce_eager=True,
         enable_prefix_caching=False,
-        disable_log_stats=True,
+        disable_log_stats=draft is None,
         seed=0,
-        **({"speculative_config": request["draft"]} if request.get("draft") else {}),
+        **({"speculative_config": _speculative(draft)} if draft else {}),
     )
     tokenizer = llm.get_tokenizer()
     greedy = vllm.SamplingParams(temperature=0, max_tokens=request["new_tokens"], ignore_eos=True)
@@ -43,12 +44,35 @@ def main(request_path: str, answer_path: str) -> None:
         "version": f"vLLM {vllm.__version__}, transformers {metadata.version('transformers')}",
         "tokens": [tokenizer.encode(text, add_special_tokens=False) for text in request["texts"]],
         "logprobs": [_row(output.outputs[0].logprobs[0], request["vocabulary"]) for output in _ask(llm, request["prompts"], every)],
-        "greedy": [list(output.outputs[0].token_ids) for output in _ask(llm, request["prompts"], greedy)],
     }
+    answer |= _written(llm, request, greedy)
     if request["speed"]:
         answer["speed"] = _speed(llm, vllm, request["speed"])
     answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     Path(answer_path).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def _speculative(draft: dict[str, Any]) -> dict[str, Any]:
+    """draft: another model, and how many tokens it guesses ahead."""
+    return {"method": "draft_model", "model": draft["model"], "num_speculative_tokens": draft["tokens"]}
+
+
+def _written(llm: Any, request: dict[str, Any], greedy: Any) -> dict[str, Any]:
+    """Greedy tokens after the prompts; the shortest time for all of them, and what a draft model guessed of them."""
+    seconds, before, outputs = float("inf"), [0, 0, 0], []
+    for _ in range(request.get("rounds", 1)):
+        before, started = _guessed(llm, request), time.perf_counter()
+        outputs = _ask(llm, request["prompts"], greedy)
+        seconds = min(seconds, time.perf_counter() - started)
+    passes, guessed, accepted = (after - earlier for after, earlier in zip(_guessed(llm, request), before, strict=True))
+    written = {"seconds": seconds, "passes": passes, "guessed": guessed, "accepted": accepted}
+    return {"greedy": [list(output.outputs[0].token_ids) for output in outputs], "written": written}
+
+
+def _guessed(llm: Any, request: dict[str, Any]) -> list[int]:
+    """Passes over guesses so far, tokens that the draft model has guessed for them, and those that were right."""
+    counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")} if request.get("draft") else {}
+    return [counts.get(f"vllm:spec_decode_num_{name}", 0) for name in ("drafts", "draft_tokens", "accepted_tokens")]
 
 
 def _ask(llm: Any, prompts: list[list[int]], sampling: Any) -> Any:
