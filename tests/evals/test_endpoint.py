@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from megatron_moe2dense.common import records
 from megatron_moe2dense.common.config import build
@@ -16,8 +17,9 @@ from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.compute.ranks import Ranks
 from megatron_moe2dense.evals import evaluate
 from megatron_moe2dense.evals.config import EvalConfig
+from megatron_moe2dense.families.tokenized import own_tokenizer
 from tests.helpers.served import Engine, serving
-from tests.helpers.tiny_models import tiny_qwen3
+from tests.helpers.tiny_models import tiny, tiny_qwen3
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +98,20 @@ def test_scores_of_an_endpoint_are_those_of_the_process(
     assert served["settings"]["harness"] == {"backend": "lm-eval local-completions", "add_bos_token": bos, "max_length": 255}
     assert served["settings"]["endpoint"] == {"url": url, "model": "student", "engine": "vllm 0.0.1"}
     assert max(len(payload["prompt"]) for payload in engine.asked) == 3
+
+
+def test_prompts_are_made_by_the_tokenizer_that_the_files_describe(model: Path, tasks: list[str], example: Path, tmp_path: Path):
+    """For this model_type AutoTokenizer takes another class, which cuts digits otherwise."""
+    folder = tiny("qwen2", tmp_path / "student", vocab_size=2048, initializer_range=0.2)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, folder / name)
+    assert any(AutoTokenizer.from_pretrained(folder)(text)["input_ids"] != own_tokenizer(folder)(text)["input_ids"] for text in TEXTS)
+    harness = {"tasks": [tasks[1]]}
+    plain = measured(tmp_path / "plain.jsonl", folder, example, harness=harness)
+    with serving(Engine(folder)) as url:
+        served = measured(tmp_path / "served.jsonl", folder, example, harness=harness, endpoint={"url": url})
+    found = (row["metrics"]["harness"]["text"]["bits_per_byte"] for row in (served, plain))
+    assert next(found) == pytest.approx(next(found), rel=1e-5)
 
 
 def test_scores_of_another_model_are_others(model: Path, tasks: list[str], example: Path, tmp_path: Path):
