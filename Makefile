@@ -2,7 +2,7 @@
 # Python 3.11 to 3.13 that there is.
 BIN := .venv/bin
 
-.PHONY: quickstart test test-fast lint bench format chaos fuzz parity versions pythons python study-smoke
+.PHONY: quickstart test test-fast lint bench format chaos fuzz parity versions pythons python serving study-smoke
 
 quickstart: .venv/.installed-train-plot  ## a trained MoE becomes a distilled dense model, in out/quickstart
 	launch/quickstart_cpu.sh
@@ -36,6 +36,9 @@ study-smoke: .venv/.installed-dev  ## every arm of the study at tiny length, in 
 	    PRETRAIN_SETTINGS="data.path=examples/pico_moe/tokens/distill train.steps=2 data.validation_sequences=32" \
 	    SAMPLE_SETTINGS="data.sequences=16" EVAL_SETTINGS="perplexity.data.sequences=8" TASK_SETTINGS="questions=16" \
 	    studies/study_pico.sh train.steps=2 data.validation_sequences=16 teacher.check.loss_bound=null
+
+serving: .venv/.installed-dev  ## table: every family's tiny dense result and the quickstart's in vLLM and llama.cpp, into docs/serving.md; about an hour
+	launch/serving.sh
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -49,7 +49,7 @@ say "done: records, figures and models are in $out"
 
 cat << EOF
 
-$out/export is served as it is, in an environment that has the engine (docs/operations.md, Serving):
+$out/export is served as it is, in an environment that has the engine (docs/serving.md):
   vLLM             vllm serve $out/export
   transformers     transformers serve $out/export
   llama.cpp        $moe2dense export checkpoint=$out/export output=$out/gguf format=gguf quantize=Q8_0

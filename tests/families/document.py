@@ -19,11 +19,11 @@ from megatron_moe2dense.checkpoint.reader import CheckpointReader
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.families import FAMILIES
 from megatron_moe2dense.families.dense import DenseForm
-from megatron_moe2dense.families.engines import FACTS
 from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
 from tests.families.every import moe_types, tiny_checkpoint, tiny_config, wrapper_types
-from tests.families.facts import ENGINES, MODELS
+from tests.families.facts import MODELS
+from tests.serving.document import records, served
 
 COLUMNS = ("`model_type`", "models", "dense class", "form", "lost", "runs", "trainer", "engines")
 PAGE = """\
@@ -56,7 +56,7 @@ How to read the table:
   refused then; `refit.mode=parallel` works. Sequential mode is refused too, and left out by `auto`, where a layer does more with the
   FFN's output than add it to the residual stream: a norm, a factor or a projection behind it (AXK1, Gemma-4, Granite among others).
 - *trainer*: whether `distill` knows MoE and dense result in Megatron-Core. Without it the result is a checkpoint for another trainer.
-- *engines*: where a dense result gave the logits of transformers ([below](#engines)).
+- *engines*: where a dense result gave the logits of transformers ([docs/serving.md](serving.md#what-was-measured)).
 
 {table}
 
@@ -78,35 +78,10 @@ These are refused:
 
 {refused_wrappers}
 
-## Engines
-
-Dense results of tiny models on a CPU, without a GPU kernel: vLLM 0.32.0 and llama.cpp (converter b11434, runtime b11739). The figures are
-the largest difference of next-token log-probabilities from stock transformers over five prompts and the whole vocabulary, in float32
-[nats]; 24 tokens of greedy decoding were equal for all five. The results were written by an earlier version of this package, with fewer
-keys in config.json.
-
-{engines}
-
-1. With the MoE's own router keys in config.json, as they are written now; without them llama.cpp does not load it (vLLM's figure is from
-   one without).
-2. With `swiglu_limit` 7, as published: see the next table.
-3. Readers choose the tokenizer of a `qwen2` by that name, not by `tokenizer_class`: `convert` and `export` compare the tokens and say so.
-
-What engines do otherwise, as far as a config tells: `inspect` says it of the dense result, `convert` and `export` of what they write.
-
-{facts}
-
-Engines that bring transformers 4 read the base of rotary embeddings, their scaling and the type of the weights under older names, and take
-a default where these are absent, without a word: config.json says both (transformers 4.57.6: the same logits bit for bit, for Qwen3 and
-DeepSeek-V3, with and without YaRN; `findings/rope_parameters_in_4_57.sh` shows what happens otherwise).
+[docs/serving.md](serving.md) has the engines in which dense results of these types were run, and the figures.
 
 This page is written by `python -m tests.families.document > docs/families.md`; edit that.
 """
-
-
-class _Keys(dict[str, str]):
-    def __missing__(self, name: str) -> str:
-        return f"`{name}`"
 
 
 def page() -> str:
@@ -124,18 +99,12 @@ def page() -> str:
             wrappers.append((*row, *_dense_classes(model_type)))
         except UserError as error:
             refused_wrappers.append((*row, error.found.removeprefix(f"{text_type}: ")))
-    engines = [(f"`{model_type}`", figures["vLLM"], figures["llama.cpp"]) for model_type, figures in ENGINES.items()]
-    facts = [
-        (each.engine, ", ".join(f"`{name}`" for name in each.types) or "all", each.said.format_map(_Keys()), each.do) for each in FACTS
-    ]
     return PAGE.format(
         version=transformers.__version__,
         table=_table(COLUMNS, rows),
         refused=_table(("`model_type`", "models", "why"), refused),
         wrappers=_table(("`model_type`", "models", "language model", "dense class", "language model alone"), wrappers),
         refused_wrappers=_table(("`model_type`", "models", "language model", "why"), refused_wrappers),
-        engines=_table(("dense result of", "vLLM", "llama.cpp"), engines),
-        facts=_table(("engine", "`model_type`", "what it does", "what helps"), facts),
     )
 
 
@@ -149,7 +118,7 @@ def _row(model_type: str) -> tuple[str, ...]:
     """Of a type that can be converted; UserError where it is refused."""
     with _tiny_source(model_type) as source:
         trainer = "yes" if model_type in FAMILIES else "no"
-        engines = ", ".join(ENGINES.get(model_type, ())) or "not tried"
+        engines = ", ".join(served(model_type)) or ("no" if model_type in records() else "not tried")
         return (
             f"`{model_type}`",
             _models(model_type),

@@ -74,14 +74,3 @@ MODELS: dict[str, str] = {
     "unlimited_ocr": "Unlimited-OCR",
     "zaya": "ZAYA1-8B",
 }
-
-# By type, where a dense result was run: largest difference of next-token log-probabilities from transformers [nats], both in float32.
-ENGINES: dict[str, dict[str, str]] = {
-    "deepseek_v2": {"vLLM": "5.7e-6", "llama.cpp": "4.4e-6 (1)"},
-    "deepseek_v3": {"vLLM": "4.8e-6", "llama.cpp": "3.9e-6"},
-    "gpt_oss": {"vLLM": "4.8e-6 (2)", "llama.cpp": "3.8e-3 (2)"},
-    "mixtral": {"vLLM": "3.8e-6", "llama.cpp": "2.8e-6"},
-    "olmoe": {"vLLM": "3.8e-6", "llama.cpp": "2.8e-6"},
-    "qwen2_moe": {"vLLM": "3.8e-6", "llama.cpp": "3.1e-6 (3)"},
-    "qwen3_moe": {"vLLM": "4.8e-6", "llama.cpp": "3.3e-6"},
-}

@@ -10,8 +10,9 @@ import pytest
 from megatron_moe2dense.families.table import EXCEPTIONS
 from tests.families.document import page
 from tests.families.every import moe_types, wrapper_types
-from tests.families.facts import ENGINES, MODELS
+from tests.families.facts import MODELS
 from tests.families.test_every_wrapper import CONVERTED
+from tests.serving import document as serving
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +27,12 @@ def test_the_page_is_what_its_script_prints():
 
 def test_facts_are_of_types_that_there_are():
     assert set(MODELS) <= {*moe_types(), *wrapper_types()}
-    assert set(ENGINES) <= set(moe_types())
+    assert set(serving.records()) <= {*moe_types(), "quickstart"}
+
+
+def test_the_tables_of_serving_are_what_records_and_code_say():
+    found = serving.PAGE.read_text()
+    assert serving.page(found) == found, "python -m tests.serving.document"
 
 
 def test_the_readme_names_no_other_class_than_the_page():
