@@ -93,7 +93,7 @@ def test_every_command_of_a_recipe_dry_runs_on_a_tiny_model(recipe: str, tmp_pat
     write_tokens(out / "tokens_validation", 257 * 2048)
     found = commands(recipe, tmp_path)
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(evaluate, "load_tasks", lambda *_: Tasks(None, {}, {"hellaswag": 10_042}))  # no network
+    monkeypatch.setattr(evaluate, "load_tasks", lambda *_: Tasks(None, {}, {"hellaswag": 10_042}, ["hellaswag"]))  # no network
     monkeypatch.setattr(evaluate, "require_tokenizer", lambda _: None)  # the tiny models have none
     for command in found:
         name, output = command[0], next(Path(item.partition("=")[2]) for item in command if item.startswith("output="))

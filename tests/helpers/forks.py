@@ -148,7 +148,7 @@ if "{name}" == "torchrun":
     arguments = arguments[4:]
 server = socket.socket(socket.AF_UNIX)
 server.connect("{address}")
-asked = dict(program="{name}", arguments=arguments, processes=int(processes), folder=os.getcwd(), environment=dict(os.environ))
+asked = dict(program=sys.argv[0], arguments=arguments, processes=int(processes), folder=os.getcwd(), environment=dict(os.environ))
 asked["group"] = "{name}" == "torchrun"
 text = json.dumps(asked).encode()
 socket.send_fds(server, [len(text).to_bytes(8, "big")], [1, 2])
@@ -178,6 +178,7 @@ def _rank(job: dict[str, Any], rank: int) -> None:
         os.chdir(job["folder"])
         os.environ.clear()
         os.environ.update(job["environment"])
+        sys.executable = str(Path(job["program"]).absolute().with_name("python"))
     else:
         outputs_of_rank = [os.open(Path(job["output"]) / str(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)] * 2
     for stream, output in zip((1, 2), outputs_of_rank, strict=True):
@@ -192,19 +193,22 @@ def _rank(job: dict[str, Any], rank: int) -> None:
     if "call" in job:
         _call(Path(job["call"]))
         return
-    if job.get("program") == "python":
+    if Path(job.get("program", "")).name == "python":
         _script(job["arguments"])
     else:
         cli.main(job["arguments"])
 
 
 def _script(arguments: list[str]) -> None:
-    """`python SCRIPT ...` or `python -c CODE`."""
+    """`python SCRIPT ...`, `python -m MODULE ...` or `python -c CODE`."""
     if arguments[0] == "-c":
         exec(arguments[1], {"__name__": "__main__"})
-        return
-    sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).parent)
-    runpy.run_path(arguments[0], run_name="__main__")
+    elif arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).parent)
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def _call(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,12 @@ def with_tokenizer(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _quick_interpreter(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def _quick_interpreter(programs: Path) -> Iterator[None]:
     """Scripts of `runners` run in processes that have imported what they need."""
-    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", str(programs / "python"))
+        yield
 
 
 @pytest.fixture(scope="session")

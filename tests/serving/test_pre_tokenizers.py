@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_moe2dense.families import pre_tokenizers as table
-from megatron_moe2dense.families.written import TEXTS
+from megatron_moe2dense.families.tokenized import TEXTS
 from megatron_moe2dense.serving import gguf
 from megatron_moe2dense.serving.config import GgufConfig
 from megatron_moe2dense.serving.engines import Place
