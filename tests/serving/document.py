@@ -23,8 +23,8 @@ INTRODUCTION = """\
 engines on a CPU: {versions}. No GPU kernel, no tensor parallelism and no long context is among it.
 
 The figures are the largest difference of a next-token log-probability from stock transformers in float32 [nats], after five prompts and
-over the whole vocabulary; 24 greedy tokens after each prompt, and the tokens of all texts, are the same where nothing else is said. Q8_0: the
-largest KL of the next token [nats]. `quickstart` is the student that `make quickstart` trains."""
+over the whole vocabulary; 24 greedy tokens after each prompt, and the tokens of all texts, are the same where nothing else is said. Q8_0:
+the largest KL of the next token [nats]. `quickstart` is the student that `make quickstart` trains."""
 
 
 class _Keys(dict[str, str]):

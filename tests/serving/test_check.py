@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,9 @@ from megatron_moe2dense.serving.compare import Row, judged
 from megatron_moe2dense.serving.config import PythonConfig
 from megatron_moe2dense.serving.engines import find, own_words
 from tests.helpers.tiny_models import tiny
-from tests.serving.conftest import with_tokenizer
+from tests.serving.conftest import INTERPRETER, llama_server, program, with_tokenizer
 
 QUICK = ("speed=false", "new_tokens=4")
-INTERPRETER = sys.executable
-# llama-server as xllamacpp runs it: what `serve-check` gives the program, and its HTTP answers.
-PROGRAM = """#!{python}
-import sys, time, xllamacpp
-named = dict(zip(sys.argv[1:], sys.argv[2:]))
-params = xllamacpp.CommonParams()
-params.model.path, params.port, params.n_ctx = named["--model"], int(named["--port"]), int(named["--ctx-size"])
-params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-assert named["--cache-type-k"] == "f32" and named["--flash-attn"] == "off"
-server = xllamacpp.Server(params)
-time.sleep(600)
-"""
 
 
 def checked(source: Path, output: Path, *settings: str) -> list[dict[str, Any]]:
@@ -92,20 +78,15 @@ def test_an_engine_that_does_not_know_the_class(tmp_path: Path, capsys: pytest.C
 
 
 def test_llama_server_by_its_path(dense: Path, tmp_path: Path) -> None:
-    program = tmp_path / "llama-server"
-    program.write_text(PROGRAM.format(python=INTERPRETER))
-    program.chmod(0o755)
-    [row] = checked(dense, tmp_path / "rows.json", "engines=[llama_cpp]", f"python.llama_cpp={program}")
+    [row] = checked(dense, tmp_path / "rows.json", "engines=[llama_cpp]", f"python.llama_cpp={llama_server(tmp_path)}")
     assert (row["verdict"], row["greedy"]) == ("same", "5/5")
     assert row["version"].startswith("llama-server")
 
 
 def test_a_server_that_ends_is_quoted(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    program = tmp_path / "llama-server"
-    program.write_text("#!/bin/sh\necho 'error: no such option'\nexit 1\n")
-    program.chmod(0o755)
+    server = program(tmp_path / "llama-server", "#!/bin/sh\necho 'error: no such option'\nexit 1\n")
     with pytest.raises(SystemExit):
-        checked(dense, tmp_path / "rows.json", "engines=[llama_cpp]", f"python.llama_cpp={program}")
+        checked(dense, tmp_path / "rows.json", "engines=[llama_cpp]", f"python.llama_cpp={server}")
     assert "no such option" in capsys.readouterr().err
 
 

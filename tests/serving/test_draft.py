@@ -17,23 +17,9 @@ from megatron_moe2dense.serving.config import GgufConfig
 from megatron_moe2dense.serving.engines import Place
 from megatron_moe2dense.serving.runners import ask_vllm
 from tests.helpers.tiny_models import tiny
+from tests.serving.conftest import llama_server
 
 pytestmark = pytest.mark.slow
-
-# llama-server as xllamacpp runs it: what the program is given to let another model guess.
-PROGRAM = """#!{python}
-import sys, time, xllamacpp
-named = dict(zip(sys.argv[1:], sys.argv[2:]))
-params = xllamacpp.CommonParams()
-params.model.path, params.port, params.n_ctx = named["--model"], int(named["--port"]), int(named["--ctx-size"])
-params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-if "--spec-draft-model" in named:
-    assert named["--spec-type"] == "draft-simple"
-    params.speculative.draft.mparams.path, params.speculative.draft.n_max = named["--spec-draft-model"], int(named["--spec-draft-n-max"])
-    params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
-server = xllamacpp.Server(params)
-time.sleep(600)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +57,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """llama.cpp as a package of this interpreter, and as a program."""
     if request.param == "package":
         return Place("llama_cpp", sys.executable)
-    program = tmp_path / "llama-server"
-    program.write_text(PROGRAM.format(python=sys.executable))
-    program.chmod(0o755)
-    return Place("llama_cpp", sys.executable, str(program))
+    return Place("llama_cpp", sys.executable, str(llama_server(tmp_path)))
 
 
 def test_a_model_takes_its_own_guesses(models: dict[str, Path], place: Place, tmp_path: Path):
