@@ -90,6 +90,7 @@ class SelectConfig(Config):
     statistics: str = key(..., "output directory of `moe2dense calibrate`")
     output: str = key(..., "directory to write plan.json to, for `convert plan=`")
     groups: int | None = key(None, "width of the dense FFN, in experts; null: the router's top-k", "experts", gt=0)
+    pad_to: int = pad_to_key()
     select: Annotated[NeuronSelector, *selectors.field] = key({"method": "ols"}, "how neurons are chosen")
     data: TokensConfig | None = key(None, "calibration text; required by methods that look at activations, and only by them")
     batch_tokens: int = key(8192, "tokens of one forward pass, rounded down to whole windows, at least one", "tokens", gt=0)

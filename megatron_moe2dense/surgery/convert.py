@@ -19,7 +19,7 @@ from megatron_moe2dense.compute.ranks import Ranks, joined
 from megatron_moe2dense.families.engines import said_of_engines
 from megatron_moe2dense.surgery.config import ConvertConfig
 from megatron_moe2dense.surgery.inspect import left_out_line
-from megatron_moe2dense.surgery.layout import dense_of, dense_size, effective_pad_to, making_bytes, padding, require_read_alike
+from megatron_moe2dense.surgery.layout import dense_of, dense_size, effective_pad_to, making_bytes, padding, require_read_alike, room
 from megatron_moe2dense.surgery.plan import ROUTED_FACTOR, ConversionPlan, Methods, make_plan
 from megatron_moe2dense.surgery.refit.planned import Place, cost, fit_planned, with_refit
 from megatron_moe2dense.surgery.rewrite import DenseOutput, write_dense
@@ -45,7 +45,7 @@ def run(config: ConvertConfig) -> None:
         with ExitStack() as stack:
             outputs = []
             for job, plan in pending if len(jobs) > 1 and pending else jobs:
-                width = dataclasses.asdict(padding(source, plan.groups))
+                width = dataclasses.asdict(padding(source, plan.groups, plan.neurons))
                 facts = {"source": source.facts(), "plan_hash": plan.hash(), "width": width}
                 directory = stack.enter_context(
                     ranks.output_directory(Path(str(job.output)), "convert", job.model_dump(mode="json"), **facts)
@@ -58,7 +58,7 @@ def run(config: ConvertConfig) -> None:
     for job, plan in jobs if ranks.rank == 0 else []:
         parameters, nbytes = dense_size(source, plan.groups)
         print(f"{job.output}: {parameters:,} parameters, {nbytes / 1e6:,.1f} MB, plan {plan.hash()}")
-        if said := padding(source, plan.groups).said:
+        if said := padding(source, plan.groups, plan.neurons).said:
             print(f"{job.output}: {said}")
     if source.account.left_out and ranks.rank == 0:
         print(left_out_line(source.account.left_out_facts(), source.family))
@@ -127,13 +127,20 @@ def _require_fit(config: ConvertConfig, plan: ConversionPlan, source: MoeSource)
     dims = source.dims
     experts = [expert for layer in plan.layers for expert in layer.experts]
     chosen = [layer.neurons for layer in plan.layers if isinstance(layer, NeuronPlan)]
+    least, counts = plan.groups * dims.expert_width, {len(neurons) for neurons in chosen}
     fits = [layer.layer for layer in plan.layers] == list(source.layers) and all(0 <= e < dims.experts for e in experts)
     fits &= all(0 <= neuron < dims.expert_width for neurons in chosen for neuron in neurons)
-    if not fits or any(len(neurons) != plan.groups * dims.expert_width for neurons in chosen):
+    if not fits or len(counts) > 1 or any(count < least for count in counts):
         raise UserError(
             f"{config.plan}: layers, experts or neurons the source does not have",
             f"a plan for the layers {list(source.layers)} of {dims.experts} experts of {dims.expert_width} neurons",
             "use the plan that was made for this source",
+        )
+    if chosen and (most := room(source, plan.groups)) < max(counts):
+        raise UserError(
+            f"{config.plan}: {max(counts)} neurons a layer, pad_to={config.pad_to}",
+            f"at most {most} of them in widths that are multiples of {config.pad_to}",
+            "give the pad_to with which they were selected",
         )
 
 
@@ -171,7 +178,7 @@ def dry_run(config: ConvertConfig) -> dict[str, Any]:
 
 
 def _plan_facts(source: MoeSource, plan: ConversionPlan) -> dict[str, Any]:
-    width = dataclasses.asdict(padding(source, plan.groups))
+    width = dataclasses.asdict(padding(source, plan.groups, plan.neurons))
     short = {"keep": plan.keep, "groups": plan.groups, "width": width["width"], "hash": plan.hash()}
     refit = {"refit": cost(source, plan)} if plan.refit is not None else {}
     engines = said_of_engines(dense_of(source, plan.groups).stock.model.config.to_dict())

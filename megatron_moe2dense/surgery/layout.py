@@ -18,6 +18,7 @@ from megatron_moe2dense.families.disk import Disk, ReadTensor, plain_names, reve
 from megatron_moe2dense.families.ffn import Ffn
 from megatron_moe2dense.families.readers import contradictions, differences, for_all_readers, left_to_defaults
 from megatron_moe2dense.families.stock import Stock
+from megatron_moe2dense.families.widths import rounded_up
 from megatron_moe2dense.surgery.densify import densify, neurons_of, pad_width, rescaled, side_by_side
 from megatron_moe2dense.surgery.plan import ConversionPlan
 from megatron_moe2dense.surgery.refit.layer import LayerFit
@@ -83,10 +84,18 @@ class Padding:
         return f"{self.neurons:,} neurons of zeros, {self.parameters:,} parameters ({inside}), for widths in multiples of {self.multiple}"
 
 
-def padding(source: MoeSource, groups: int) -> Padding:
-    """What is filled up with zeros in a result of `groups` slices."""
+def room(source: MoeSource, groups: int) -> int:
+    """Neurons of a layer's experts that fit into a result of `groups` slices: G * I, and what rounding up leaves, up to all E * I."""
+    filled = source.form.filled(source.layers[0], _neurons(source, groups))
+    spare = rounded_up(filled, source.pad_to) - filled
+    return min(groups * source.dims.expert_width + spare, source.dims.experts * source.dims.expert_width)
+
+
+def padding(source: MoeSource, groups: int, chosen: int | None = None) -> Padding:
+    """What is filled up with zeros in a result of `groups` slices. chosen: neurons of a layer's experts in it, G * I by default."""
     dense, first = dense_of(source, groups), source.layers[0]
-    zeros = {layer: dense.width(layer) - source.form.filled(layer, _neurons(source, groups)) for layer in dense.slots}
+    more = 0 if chosen is None else chosen - groups * source.dims.expert_width
+    zeros = {layer: dense.width(layer) - source.form.filled(layer, _neurons(source, groups) + more) for layer in dense.slots}
     parameters = sum(count * dense.parameters_of_neuron(layer) for layer, count in zeros.items())
     return Padding(source.pad_to, dense.width(first), zeros[first], sum(zeros.values()), parameters)
 

@@ -70,6 +70,11 @@ class ConversionPlan:
     select: dict[str, Any] | None = None
     refit: dict[str, Any] | None = None
 
+    @property
+    def neurons(self) -> int | None:
+        """Of each layer's experts, where they are chosen one by one."""
+        return next((len(layer.neurons) for layer in self.layers if isinstance(layer, NeuronPlan)), None)
+
     def hash(self) -> str:
         """Names the resulting model: two plans of one source with equal layers give the same bytes, by whatever methods; what a refit
         solves does not depend on scales."""
@@ -118,7 +123,7 @@ def _check_layer(layer: LayerPlan | NeuronPlan, keep: int, groups: int) -> None:
     if isinstance(layer, NeuronPlan):
         chosen = set(zip(layer.experts, layer.neurons, strict=True))
         _hold(len(chosen) == len(layer.neurons), f"layer {layer.layer} has a neuron twice")
-        _hold(len(chosen) % groups == 0, f"layer {layer.layer}: {len(chosen)} neurons are no {groups} experts' worth")
+        _hold(len(chosen) >= groups, f"layer {layer.layer}: {len(chosen)} neurons are no {groups} experts' worth")
         return
     _hold(len(set(layer.experts)) == keep, f"layer {layer.layer} does not keep {keep} distinct experts")
     entries = {len(layer.experts), len(layer.group_of), len(layer.merge_weights)}

@@ -23,7 +23,7 @@ from megatron_moe2dense.surgery.calibrate import Job, TextPass, chosen_compute, 
 from megatron_moe2dense.surgery.config import SelectConfig
 from megatron_moe2dense.surgery.convert import require_same_source
 from megatron_moe2dense.surgery.experts import Experts
-from megatron_moe2dense.surgery.layout import padding
+from megatron_moe2dense.surgery.layout import padding, room
 from megatron_moe2dense.surgery.neurons import NeuronSelector, selectors
 from megatron_moe2dense.surgery.observe import Observer
 from megatron_moe2dense.surgery.plan import ConversionPlan, input_scale, shared_scale
@@ -48,13 +48,14 @@ def run(config: SelectConfig) -> None:
     """
     with joined() as ranks:
         source, statistics, groups = _inputs(config)
+        width = room(source, groups)
+        config = config.model_copy(update={"pad_to": 1 if width == groups * source.dims.expert_width else config.pad_to})
         facts: dict[str, Any] = {"source": source.facts()}
         with (
             CheckpointReader(source.index) as reader,
             ranks.output_directory(Path(config.output), "select", config.model_dump(mode="json"), **facts) as working,
         ):
             ranked = {layer: _ranking(output_energy(source, reader, layer, stats)) for layer, stats in statistics.layers.items()}
-            width = groups * source.dims.expert_width
             chosen = {layer: ranking[:width] for layer, ranking in ranked.items()}
             if config.data is not None:
                 candidates = {layer: ranking[: config.select.candidates(width)] for layer, ranking in ranked.items()}
@@ -67,7 +68,7 @@ def run(config: SelectConfig) -> None:
 
 
 def _inputs(config: SelectConfig) -> tuple[MoeSource, CalibratedStats, int]:
-    source, statistics = MoeSource.open(config.source), CalibratedStats.open(config.statistics)
+    source, statistics = MoeSource.open(config.source, pad_to=config.pad_to), CalibratedStats.open(config.statistics)
     require_same_source(f"{config.statistics}: statistics", statistics.source, source)
     statistics.require(_NEEDS)
     groups = config.groups or source.dims.active
@@ -169,14 +170,14 @@ class _Equations(Observer):
 
 
 def _plan(config: SelectConfig, source: MoeSource, chosen: dict[int, tuple[LayerStats, np.ndarray]], groups: int) -> ConversionPlan:
-    """Down columns keep their size times the mean routing weight of a token over the groups, as with `uniform` scaling."""
+    """Down columns keep their size times the mean routing weight of a token over so many experts as the neurons make, as with `uniform`."""
     width = source.dims.expert_width
     layers = [
         NeuronPlan(
             layer=layer,
             experts=tuple((neurons_F // width).tolist()),
             neurons=tuple((neurons_F % width).tolist()),
-            scale=float(stats["gate_sum"].sum() / stats.tokens / groups),
+            scale=float(stats["gate_sum"].sum() / stats.tokens / (len(neurons_F) / width)),
             shared_scale=shared_scale(stats),
             input_scale=input_scale(stats),
         )
@@ -191,12 +192,12 @@ def dry_run(config: SelectConfig) -> dict[str, Any]:
     """What would be read and written (bytes), the FLOPs beyond the teacher's pass, and the memory (bytes)."""
     source, _, groups = _inputs(config)
     dims = source.dims
-    width = groups * dims.expert_width
+    width = room(source, groups)
     candidates = min(config.select.candidates(width), dims.experts * dims.expert_width)
     facts: dict[str, Any] = {
         "source": source.facts(),
         "neurons": {"of a layer": dims.experts * dims.expert_width, "candidates": candidates, "chosen": width},
-        "padding": dataclasses.asdict(padding(source, groups)),
+        "padding": dataclasses.asdict(padding(source, groups, width)),
         "reads": {str(source.index.directory): source.index.nbytes},
         "writes": {config.output: len(source.layers) * width * 12},
     }

@@ -89,7 +89,7 @@ def run(config: AutoConfig) -> None:
         best, rounds = search.rounds(found)
         search.planned(best, 1).write(working / PLAN_FILE)
         report = {"format": 1, **facts, "parameters": dense_size(source, groups)[0], "candidates": len(found), "rounds": rounds}
-        report["padding"] = dataclasses.asdict(padding(source, groups))
+        report["padding"] = dataclasses.asdict(padding(source, groups, best.plan.neurons))
         report["model_windows"] = {"spent": sum(each["model_windows"] for each in rounds), "all": len(found) * len(windows_NS)}
         write_json(working / REPORT, report)
         search.clean()
@@ -140,7 +140,7 @@ def _experts(config: AutoConfig, source: MoeSource, reader: CheckpointReader, st
 
 
 def _neurons(config: AutoConfig, groups: int, working: Path) -> list[Candidate]:
-    candidates = []
+    candidates: list[Candidate] = []
     for number, selector in enumerate(config.select):
         name = label(selectors.dump(selector))
         output = working / f"select-{number}"
@@ -149,6 +149,7 @@ def _neurons(config: AutoConfig, groups: int, working: Path) -> list[Candidate]:
             statistics=config.statistics,
             output=str(output),
             groups=groups,
+            pad_to=config.pad_to,
             select=selector,
             data=config.refit_data if selector.reads_text else None,
             device=config.device,

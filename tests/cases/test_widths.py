@@ -171,9 +171,37 @@ def test_what_is_said_before_converting_counts_the_zeros(qwen: Odd, tmp_path: Pa
         in capsys.readouterr().out
     )
     main(["select", *qwen.arguments(tmp_path / "neurons"), "select.method=energy", "--dry-run"])
-    assert json.loads(capsys.readouterr().out)["padding"] == counted
+    said = json.loads(capsys.readouterr().out)
+    assert (said["neurons"]["chosen"], said["padding"]["zeros"]) == (64, 0)
     tiny_qwen3(tmp_path / "qwen3")
     assert "drop pad_to" in user_error("inspect", str(tmp_path / "qwen3"), "pad_to=256")
+
+
+@pytest.mark.slow
+def test_chosen_neurons_take_the_place_of_zeros(qwen: Odd, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], user_error: Any):
+    """select where a width would be rounded up: as many neurons as it has room for, no zeros; convert asks for the same pad_to"""
+    plans = {}
+    for pad_to in (1, 32, 256):
+        main(["select", *qwen.arguments(tmp_path / f"by {pad_to}", "select.method=energy", f"pad_to={pad_to}")])
+        plans[pad_to] = json.loads((tmp_path / f"by {pad_to}/plan.json").read_text())["layers"]
+    counts = {pad_to: {len(layer["neurons"]) for layer in layers} for pad_to, layers in plans.items()}
+    assert counts == {1: {40}, 32: {64}, 256: {160}}  # all there are, the last
+    for few, more in zip(plans[1], plans[32], strict=True):
+        best = set(zip(few["experts"], few["neurons"], strict=True))
+        assert best < set(zip(more["experts"], more["neurons"], strict=True))
+        assert few["scale"] * 40 == pytest.approx(more["scale"] * 64)
+    planned = (f"source={qwen.folder}/moe", f"plan={tmp_path}/by 32/plan.json", f"output={tmp_path}/dense")
+    assert "64 neurons a layer, pad_to=1" in user_error("convert", *planned, "pad_to=1")
+    refit = (f"data.path={text}", f"data.sequence_length={LENGTH}", "refit.method=ridge")
+    for name, more in (("dense", ()), ("refitted", refit)):
+        capsys.readouterr()
+        main(["convert", *planned[:2], f"output={tmp_path / name}", *more])
+        assert "zeros" not in capsys.readouterr().out
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        downs = [tensor for key, tensor in tensors.items() if key.endswith("down_proj.weight")]
+        assert all(tensor.shape == (64, 64) and tensor.any(0).all() for tensor in downs)
+    main(["convert", *planned[:1], f"plan={tmp_path}/by 256/plan.json", f"output={tmp_path}/wide", "pad_to=256"])
+    assert manifest_of(tmp_path / "wide")["width"]["zeros"] == 256 - 160
 
 
 @pytest.mark.slow

@@ -132,7 +132,7 @@ class Refit:
     def begun(self, layer: int, together: int = 1) -> _Layer:
         """Nothing added yet. together: how many refits share the memory."""
         ffn = self.planned(layer)
-        routed = self.plan.groups * self.source.dims.expert_width
+        routed = self.plan.neurons or self.plan.groups * self.source.dims.expert_width
         fixed = len(ffn.up_FD) - routed if self.config.shared == "fixed" else 0
         text = self._layer_text(together) if self.config.reconstruct is not None else None
         return _Layer(self, layer, fixed, ffn, LayerSums(self.gating, self.placed(ffn), fixed), text)

@@ -105,7 +105,7 @@ def cost(source: MoeSource, plan: ConversionPlan) -> dict[str, Any]:
     assert plan.refit is not None, "asked of a plan with a refit"
     settings, data = _settings(plan), TokensConfig(**plan.refit["data"])
     hidden, tokens = source.dims.hidden_size, _text(data, source, settings).size
-    width = plan.groups * source.dims.expert_width + (source.dims.shared_width if settings.shared == "refitted" else 0)
+    width = (plan.neurons or plan.groups * source.dims.expert_width) + (source.dims.shared_width if settings.shared == "refitted" else 0)
     solves = 2 if isinstance(settings.ridge, float) else 2 + len(RIDGES)
     streams = 1 if settings.mode == "parallel" else 2
     element = _compute(settings, data, Ranks()).dtype.itemsize
