@@ -4,12 +4,14 @@ ask the class, whose defaults come back for keys that are left out (llama.cpp's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 # Keys that count experts, and those of them that a token goes through.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
+_FLOAT = "__float__"
 _SCALED = ("linear", "dynamic", "yarn", "llama3")  # rotary embeddings that have a factor
 # What a config says of where it came from and how it is stored.
 _OF_FILES = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "quantization_config")
@@ -24,6 +26,24 @@ def differences(meant: Mapping[str, Any], read: Mapping[str, Any]) -> list[str]:
         elif name not in _OF_FILES and read.get(name) != value:
             found.append(f"{name}: {value} is read as {read.get(name)}")
     return found
+
+
+def as_json(value: Any) -> Any:
+    """Infinite numbers as transformers saves them: a bare `Infinity` is no JSON, and only Python reads the file then."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, Mapping):
+        return {name: as_json(item) for name, item in value.items()}
+    return [as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def of_json(value: Any) -> Any:
+    """The inverse of `as_json`."""
+    if isinstance(value, Mapping):
+        if set(value) == {_FLOAT}:
+            return float(value[_FLOAT])
+        return {name: of_json(item) for name, item in value.items()}
+    return [of_json(item) for item in value] if isinstance(value, list) else value
 
 
 def for_all_readers(config: Mapping[str, Any]) -> dict[str, Any]:

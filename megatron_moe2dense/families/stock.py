@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from megatron_moe2dense.common.errors import UserError, did_you_mean
 from megatron_moe2dense.common.outputs import read_json
 from megatron_moe2dense.families.ffn import FfnPlace, experts_at, ffn_at
+from megatron_moe2dense.families.readers import of_json
 from megatron_moe2dense.families.spec import Dims
 
 Shape = tuple[int, ...]
@@ -89,7 +90,7 @@ class Stock:
         """As `read`, of the content of a config.json. where: its place, for the message."""
         _require_known(content, where)
         try:
-            return cls(CONFIG_MAPPING[content["model_type"]].from_dict(dict(content)), dtype)
+            return cls(CONFIG_MAPPING[content["model_type"]].from_dict(of_json(content)), dtype)
         except _UNREADABLE as error:
             raise _unreadable(error, where) from None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# The smallest multiple with which everything runs; what each wants stands in docs/operations.md (Serving). transformers' grouped products
+# The smallest multiple with which everything runs; what each wants stands in docs/serving.md. transformers' grouped products
 # of experts: rows of 16 bytes, 8 neurons in bfloat16. FP8 products (torch._scaled_mm, CUTLASS): 16. Blocks of GGUF's Q8_0 and Q4_0, and of
 # MXFP4: 32. Marlin wants 128 and k-quants 256; engines have other ways where there are fewer.
 RUNS_EVERYWHERE = 32

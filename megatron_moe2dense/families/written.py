@@ -15,7 +15,7 @@ from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import write_json
 from megatron_moe2dense.families.account import Account
 from megatron_moe2dense.families.engines import said_of_engines
-from megatron_moe2dense.families.readers import contradictions, differences, for_all_readers
+from megatron_moe2dense.families.readers import as_json, contradictions, differences, for_all_readers, of_json
 from megatron_moe2dense.families.tokenized import tokenized_otherwise
 
 
@@ -28,7 +28,7 @@ def finish(directory: Path, config: Mapping[str, Any], source: Path, processors:
     Raises:
         UserError: the stock class does not take every tensor; the directory is gone then.
     """
-    write_json(directory / "config.json", for_all_readers(config))
+    write_json(directory / "config.json", as_json(for_all_readers(config)))
     copy_assets(source, directory, processors)
     try:
         account = Account.open(directory)
@@ -47,7 +47,7 @@ def finish(directory: Path, config: Mapping[str, Any], source: Path, processors:
 def believed_otherwise(account: Account) -> list[str]:
     """What to know of a config.json that stock transformers runs and other readers may not: what its class believes that no model can have,
     or that the file or the tensors say otherwise."""
-    said, believed = account.index.config, json.loads(json.dumps(account.stock.model.config.to_dict()))
+    said, believed = of_json(account.index.config), json.loads(json.dumps(account.stock.model.config.to_dict()))
     meant = {name: _filled(value, believed[name]) for name, value in said.items() if name in believed}
     wrong = contradictions(believed) + differences(meant, believed)
     dtype = said.get("dtype") or said.get("torch_dtype")

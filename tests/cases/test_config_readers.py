@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_moe2dense.cli import main
@@ -20,7 +21,7 @@ from megatron_moe2dense.families.stock import Stock
 from megatron_moe2dense.families.table import EXCEPTIONS
 from megatron_moe2dense.surgery.layout import dense_of, require_read_alike
 from megatron_moe2dense.surgery.source import MoeSource
-from tests.families.every import moe_types, tiny_config
+from tests.families.every import moe_types, tiny_checkpoint, tiny_config
 from tests.families.published import DEEPSEEK_V2_LITE, dense_config
 from tests.helpers.tiny_models import tiny, write_tokens
 
@@ -57,6 +58,24 @@ def test_every_family_says_all_keys_as_they_were_meant(family: str):
     if form.kind == "itself, all layers dense":
         router = {name: source[name] for name in ROUTER if name in source}
         assert {name: believed[name] for name in router} == router
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["nemotron_h", "granitemoehybrid"])
+def test_a_number_that_is_infinite(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """a class with an infinite number in its config: config.json is JSON that parsers other than Python's read, and the number stays"""
+    source = tiny_checkpoint(tmp_path / "moe", family)
+    tokens = write_tokens(tmp_path / "text", 32 * 4, vocab=128)
+    main(["calibrate", f"source={source}", f"output={tmp_path}/stats", f"data.path={tokens}", "data.sequence_length=32"])
+    main(["convert", f"source={source}", f"statistics={tmp_path}/stats", f"output={tmp_path}/dense"])
+    assert "config.json says" not in capsys.readouterr().err
+
+    def no_json(name: str) -> None:
+        raise AssertionError(name)
+
+    written = json.loads((tmp_path / "dense/config.json").read_text(), parse_constant=no_json)
+    for read in (AutoConfig.from_pretrained(tmp_path / "dense"), Stock.of(written, "config.json").config):
+        assert read.time_step_limit[1] == math.inf
 
 
 @pytest.fixture(scope="module", params=["deepseek_v2", "deepseek_v3"])
