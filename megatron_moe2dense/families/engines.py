@@ -46,6 +46,11 @@ def _plain_positions_of_latent_attention(config: Mapping[str, Any]) -> bool:
     return bool(config.get("kv_lora_rank")) and bool(config.get("qk_rope_head_dim")) and rope.get("rope_type") == "default"
 
 
+def _yarn_is_not_rounded(config: Mapping[str, Any]) -> bool:
+    rope = config.get("rope_parameters") or {}
+    return rope.get("rope_type") == "yarn" and rope.get("truncate") is False
+
+
 FACTS = (
     EngineFact(
         "vLLM 0.32 and llama.cpp b11739",
@@ -62,6 +67,14 @@ FACTS = (
         "it takes 26 or 27 layers (48 with a vocabulary of 128256) for a DeepSeek without a low rank of queries, and any other depth "
         "for one with it: {num_hidden_layers} layers and q_lora_rank {q_lora_rank} do not load",
         "serve it with vLLM or transformers, or keep the depth of the published model",
+    ),
+    EngineFact(
+        "llama.cpp b11549",
+        (),
+        _yarn_is_not_rounded,
+        "it rounds the border dimensions of YaRN, which truncate: false in rope_parameters forbids (as GPT-OSS has it): other rotary "
+        "frequencies, without a word",
+        "serve it with vLLM or transformers, or measure by how much it is off: moe2dense serve-check",
     ),
     EngineFact(
         "vLLM 0.32 on a CPU",

@@ -9,14 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from megatron_moe2dense.checkpoint.assets import tokenizer_of
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import versions, write_json
 from megatron_moe2dense.families.account import Account
-from megatron_moe2dense.families.tokenized import TEXTS
+from megatron_moe2dense.families.tokenized import TEXTS, own_tokenizer
 from megatron_moe2dense.serving import gguf
 from megatron_moe2dense.serving.compare import Row, guessed, judged, measured, refused, table
 from megatron_moe2dense.serving.config import ServeCheckConfig
@@ -97,10 +95,11 @@ def request(config: ServeCheckConfig, source: Path, texts: list[str], prompts: l
 
 def _rows(config: ServeCheckConfig, places: list[Place], folder: Path) -> Iterator[Row]:
     source = Account.open(config.source).index.directory
-    texts, prompts = _asked(source)
-    asked = request(config, source, texts, prompts)
+    tokens, prompts = _asked(source)
+    asked = request(config, source, list(TEXTS), prompts)
     logger.info("stock transformers in float32, which the engines are compared with")
     reference = Place("transformers", sys.executable).ask({**asked, "dtype": "float32", "plain": True, "speed": None}, folder)
+    reference["tokens"] = tokens  # AutoTokenizer may take another class than they were made for
     for place, kind, ask in _models(config, places, asked, "dense", folder):
         row = Row(place.engine, reference["class"], kind)
         bounds = (config.bound, None) if kind == "float32" else (None, config.kl_bound)
@@ -146,10 +145,13 @@ def _file(config: ServeCheckConfig, source: Path, kind: str, target: Path) -> Pa
     return target
 
 
-def _asked(source: Path) -> tuple[list[str], list[list[int]]]:
-    """Texts in several scripts, and their tokens as prompts."""
+def _asked(source: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """Of texts in several scripts: the tokens that the folder's files describe, alone and as prompts."""
     held = tokenizer_of(source)
     if held.startswith("no "):
         raise UserError(f"{source}: {held}", "a tokenizer beside the model", "copy that of its teacher")
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    return list(TEXTS), [tokenizer.encode(text)[:_LONGEST_PROMPT] for text in TEXTS]
+    tokenizer = own_tokenizer(source)
+    return (
+        [tokenizer.encode(text, add_special_tokens=False) for text in TEXTS],
+        [tokenizer.encode(text)[:_LONGEST_PROMPT] for text in TEXTS],
+    )

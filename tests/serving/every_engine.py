@@ -32,9 +32,13 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_hidden_layers": 27, "q_lora_rank": None, "rope_parameters": ROPE},  # llama.cpp knows V2-Lite by its 27 layers
     "deepseek_v3": {"rope_parameters": ROPE},
     "gpt_oss": {"swiglu_limit": 7.0},
+    "olmoe": {"num_key_value_heads": 4},  # as many as heads of queries, which llama.cpp takes for granted
 }
 # Where an engine differs or does not serve a type: part of the reason, in its own words.
-KNOWN: dict[tuple[str, str], str] = {}
+KNOWN: dict[tuple[str, str], str] = {
+    ("qwen2_moe", "vllm"): "its tokenizer gives other tokens",  # AutoTokenizer's class for a qwen2; --tokenizer helps
+    ("gpt_oss", "llama_cpp"): "log-probabilities differ",  # truncate: false of its YaRN
+}
 # Tokens that llama.cpp's converter asks the tokenizers of some families for.
 SPECIAL = ("[gMASK]", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
