@@ -84,6 +84,7 @@ def request(config: ServeCheckConfig, source: Path, texts: list[str], prompts: l
         "vocabulary": stock.dims.vocab_size,
         "context": min(context, stock.dims.max_positions or context),
         "new_tokens": config.new_tokens,
+        "ignore_eos": False,
         "threads": config.threads,
         "batch": _BATCH,
         "speed": {"prompt": tiled[:_SPEED_PROMPT], "new_tokens": _SPEED_NEW, "batch": _BATCH, "repeats": _REPEATS}
@@ -95,11 +96,14 @@ def request(config: ServeCheckConfig, source: Path, texts: list[str], prompts: l
 
 def _rows(config: ServeCheckConfig, places: list[Place], folder: Path) -> Iterator[Row]:
     source = Account.open(config.source).index.directory
-    tokens, prompts = _asked(source)
+    tokenizer = _tokenizer(source)
+    prompts = [tokenizer.encode(text)[:_LONGEST_PROMPT] for text in TEXTS]
     asked = request(config, source, list(TEXTS), prompts)
     logger.info("stock transformers in float32, which the engines are compared with")
     reference = Place("transformers", sys.executable).ask({**asked, "dtype": "float32", "plain": True, "speed": None}, folder)
-    reference["tokens"] = tokens  # AutoTokenizer may take another class than they were made for
+    # AutoTokenizer may take another class than the files were made for.
+    reference["tokens"] = [tokenizer.encode(text, add_special_tokens=False) for text in TEXTS]
+    reference["special"] = list(tokenizer.added_tokens_decoder)
     for place, kind, ask in _models(config, places, asked, "dense", folder):
         row = Row(place.engine, reference["class"], kind)
         bounds = (config.bound, None) if kind == "float32" else (None, config.kl_bound)
@@ -145,13 +149,9 @@ def _file(config: ServeCheckConfig, source: Path, kind: str, target: Path) -> Pa
     return target
 
 
-def _asked(source: Path) -> tuple[list[list[int]], list[list[int]]]:
-    """Of texts in several scripts: the tokens that the folder's files describe, alone and as prompts."""
+def _tokenizer(source: Path) -> Any:
+    """That which the folder's files describe."""
     held = tokenizer_of(source)
     if held.startswith("no "):
         raise UserError(f"{source}: {held}", "a tokenizer beside the model", "copy that of its teacher")
-    tokenizer = own_tokenizer(source)
-    return (
-        [tokenizer.encode(text, add_special_tokens=False) for text in TEXTS],
-        [tokenizer.encode(text)[:_LONGEST_PROMPT] for text in TEXTS],
-    )
+    return own_tokenizer(source)

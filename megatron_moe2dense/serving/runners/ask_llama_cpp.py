@@ -139,7 +139,9 @@ def _complete(base: str, prompt: list[int], count: int, **options: Any) -> Any:
 
 def _written(base: str, request: dict[str, Any]) -> dict[str, Any]:
     """Greedy tokens after the prompts; the shortest time for all of them, and what a draft model guessed of them."""
-    rounds = [[_complete(base, prompt, request["new_tokens"]) for prompt in request["prompts"]] for _ in range(request.get("rounds", 1))]
+    # Ignoring the end forbids every token that ends a text, which others do not.
+    new, whole = request["new_tokens"], request.get("ignore_eos", True)
+    rounds = [[_complete(base, prompt, new, ignore_eos=whole) for prompt in request["prompts"]] for _ in range(request.get("rounds", 1))]
     timings = [[reply["timings"] for reply in replies] for replies in rounds]
     accepted = sum(one.get("draft_n_accepted", 0) for one in timings[-1])
     written = {
@@ -148,7 +150,8 @@ def _written(base: str, request: dict[str, Any]) -> dict[str, Any]:
         "guessed": sum(one.get("draft_n", 0) for one in timings[-1]),
         "accepted": accepted,
     }
-    return {"greedy": [reply["tokens"] for reply in rounds[-1]], "written": written}
+    last = rounds[-1]
+    return {"greedy": [reply["tokens"] for reply in last], "ended": [reply["stop_type"] == "eos" for reply in last], "written": written}
 
 
 def _next_token(base: str, prompt: list[int], vocabulary: int, whole: int) -> list[float]:
