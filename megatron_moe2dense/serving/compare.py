@@ -125,8 +125,8 @@ def _parted(reference: dict[str, Any], answer: dict[str, Any], index: int, tie: 
     """Whether the continuation of a prompt is another one, and not for a tie."""
     meant, found = reference["greedy"][index], answer["greedy"][index]
     at = next((i for i, (a, b) in enumerate(zip(meant, found, strict=False)) if a != b), None)
-    if at is None and len(found) < len(meant):  # an engine may end with the text, and not say with which token
-        return not (answer.get("ended", [False] * (index + 1))[index] and meant[len(found)] in reference["special"])
+    if at is None and 0 < len(found) < len(meant):  # an engine may end where the text does
+        return not (answer.get("ended", [False] * (index + 1))[index] and meant[len(found) - 1] in reference["special"])
     if at is None:
         return len(meant) != len(found)
     return reference["margins"][index][at] > tie

@@ -149,7 +149,8 @@ def answer(**changed: Any) -> dict[str, Any]:
         ({"greedy": [[0, 2], [1, 1]]}, ""),  # the two best are as near as the bound
         ({"greedy": [[0, 1], [0, 1]]}, "other greedy tokens after 1 of 2"),
         ({"greedy": [[0, 1], [1]]}, "other greedy tokens after 1 of 2"),
-        ({"greedy": [[0, 1], [1]], "ended": [False, True]}, ""),  # the reference goes on with a special token
+        ({"greedy": [[0, 1], [1]], "ended": [False, True]}, ""),  # with a special token, where the text ends
+        ({"greedy": [[0], [1, 1]], "ended": [True, False]}, "other greedy tokens after 1 of 2"),
         ({"greedy": [[0, 1], []], "ended": [False, False]}, "other greedy tokens after 1 of 2"),
         ({"tokens": [[1, 2], [4]]}, "other tokens for 1 of 2"),
     ],
