@@ -92,7 +92,6 @@ ENGINE_SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 64),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size"), 64),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
-    "swiglu_limit": 7.0,  # the only one that engines know
 }
 # A class whose default for one of these is nothing, 0 or 1 has it switched off: it stays off.
 OFF = (
@@ -212,8 +211,7 @@ def text_config(model_type: str, **changed: Any) -> PreTrainedConfig:
 def engine_config(model_type: str, **changed: Any) -> PreTrainedConfig:
     """`text_config` with sizes that engines have kernels for, and a vocabulary for the tokenizer of the example."""
     config_class = CONFIG_MAPPING[model_type]
-    own = {name: ENGINE_SIZES.get(name, value) for name, value in OWN.get(model_type, {}).items()}
-    return config_class(**{**_sizes(config_class, ENGINE_SIZES), **own, "dtype": "float32", **changed})
+    return config_class(**{**_sizes(config_class, ENGINE_SIZES), **OWN.get(model_type, {}), "dtype": "float32", **changed})
 
 
 def _sizes(config_class: type[PreTrainedConfig], wanted: dict[str, Any]) -> dict[str, Any]:

@@ -31,9 +31,12 @@ ROPE = YARN | {"original_max_position_embeddings": 64, "mscale": 0.707, "mscale_
 AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_hidden_layers": 27, "q_lora_rank": None, "rope_parameters": ROPE},  # llama.cpp knows V2-Lite by its 27 layers
     "deepseek_v3": {"rope_parameters": ROPE},
-    "glm4_moe": {"head_dim": 64},  # in every published config.json; the class has no such key
+    # Keys of the published config.json that the class does not have.
+    "glm4_moe": {"head_dim": 64},
+    "minimax_m2": {"rotary_dim": 32},
+    "exaone_moe": {"scoring_func": "sigmoid"},
     "gpt_oss": {"swiglu_limit": 7.0},
-    "olmoe": {"num_key_value_heads": 4},  # as many as heads of queries, which llama.cpp takes for granted
+    **dict.fromkeys(("olmoe", "dots1"), {"num_key_value_heads": 4}),  # as many as heads of queries, which llama.cpp takes for granted
 }
 # Where an engine differs or does not serve a type: part of the reason, in its own words.
 KNOWN: dict[tuple[str, str], str] = {
