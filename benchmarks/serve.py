@@ -2,8 +2,8 @@
 `name value unit goal`: tokens/s of reading a prompt and of writing, alone and in a batch, dense over MoE, and peak memory, MoE over dense.
 
 Hidden size 1024, 8 layers, 64 experts of 256 neurons, 4 of them active (420 million parameters, 40 dense). bfloat16 in transformers and
-vLLM, Q8_0 in llama.cpp. Interpreters of engines: MOE2DENSE_VLLM, MOE2DENSE_LLAMA_CPP (one that has xllamacpp, or the program llama-server); an
-engine that is not named is left out.
+vLLM, Q8_0 in llama.cpp. Interpreters of engines: MOE2DENSE_VLLM, MOE2DENSE_LLAMA_CPP (one that has xllamacpp, or the program llama-server);
+an engine that is not named is left out.
 """
 
 from __future__ import annotations

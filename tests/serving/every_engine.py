@@ -36,7 +36,8 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "minimax_m2": {"rotary_dim": 32},
     "exaone_moe": {"scoring_func": "sigmoid"},
     "gpt_oss": {"swiglu_limit": 7.0},
-    **dict.fromkeys(("olmoe", "dots1"), {"num_key_value_heads": 4}),  # as many as heads of queries, which llama.cpp takes for granted
+    "olmoe": {"num_key_value_heads": 4},  # as many as heads of queries, which llama.cpp takes for granted
+    "dots1": {"num_key_value_heads": 4},
 }
 # Where an engine differs or does not serve a type: part of the reason, in its own words.
 KNOWN: dict[tuple[str, str], str] = {
