@@ -23,8 +23,12 @@ fi
 [ -e out/quickstart/export/config.json ] || launch/quickstart_cpu.sh
 
 read -ra types <<< "${TYPES:-}"
-.venv/bin/python -W ignore -m tests.serving.every_engine "${types[@]}" "output=$out/rows.json" 'engines=[vllm,llama_cpp]' "python.vllm=$vllm"
+worse=0
+.venv/bin/python -W ignore -m tests.serving.every_engine "${types[@]}" "output=$out/rows.json" 'engines=[vllm,llama_cpp]' "python.vllm=$vllm" || worse=1
+MOE2DENSE_VLLM=$vllm MOE2DENSE_LLAMA_CPP=$PWD/.venv/bin/python .venv/bin/python -W ignore benchmarks/serve.py
+MOE2DENSE_VLLM=$vllm MOE2DENSE_LLAMA_CPP=$PWD/.venv/bin/python .venv/bin/python -W ignore benchmarks/draft_model.py
+# Records that are worse do not become those that the next run is compared with.
+[ "$worse" = 0 ] || exit 1
 .venv/bin/python -m tests.serving.document "$out/rows.json"
 .venv/bin/python -m tests.families.document > "$out/families.md"
 cp "$out/families.md" docs/families.md
-MOE2DENSE_VLLM=$vllm MOE2DENSE_LLAMA_CPP=$PWD/.venv/bin/python .venv/bin/python -W ignore benchmarks/draft_model.py

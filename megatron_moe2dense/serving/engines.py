@@ -29,6 +29,7 @@ _RAISED = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Exit)\b:?\s*(.*)")
 _LLAMA_CPP = re.compile(
     r"(?:error loading model|llama_model_load|loading model).*?: (.*(?:unknown|missing|error|invalid|wrong|not found).*)", re.IGNORECASE
 )
+_PREFIX = re.compile(r"^\s*\[rank\d+\]:")  # torch's, where vLLM ends
 _WORDS = 400
 
 
@@ -87,7 +88,7 @@ def find(engines: Sequence[Engine] | None, python: PythonConfig) -> list[Place]:
 
 def own_words(said: str) -> str:
     """The error in what an engine printed: the last line that raises, with what follows; llama.cpp's own line where there is one."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line for line in (_PREFIX.sub("", each).strip() for each in said.splitlines()) if line.strip("^~ ")]
     of_llama_cpp = [found[1] for line in lines if (found := _LLAMA_CPP.search(line))]
     if of_llama_cpp:
         return of_llama_cpp[0][:_WORDS]

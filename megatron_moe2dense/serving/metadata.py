@@ -13,7 +13,6 @@ from megatron_moe2dense.families.account import Account
 _FIELDS = {
     "block_count": ("num_hidden_layers",),
     "embedding_length": ("hidden_size",),
-    "context_length": ("max_position_embeddings",),
     "attention.head_count": ("num_attention_heads",),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "layer_norm_eps"),
     "attention.sliding_window": ("sliding_window",),
@@ -41,6 +40,9 @@ def disagreements(source: Path, described: Mapping[str, Any]) -> list[str]:
         for name, value in meant.items()
         if value is not None and name in fields and not _same(fields[name], value)
     ]
+    context, positions = fields.get(f"{prefix}.context_length"), getattr(config, "max_position_embeddings", None)
+    if context and positions and context < positions:  # some of the converter's are longer
+        wrong.append(f"{prefix}.context_length is {context}, not {positions}")
     tokens = fields.get("tokenizer.ggml.tokens")
     held = len(tokens) if isinstance(tokens, list) else (tokens or {}).get("length")
     if held is not None and held != config.vocab_size:

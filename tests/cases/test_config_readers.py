@@ -41,6 +41,14 @@ def read_back(config: dict[str, Any]) -> dict[str, Any]:
     return CONFIG_MAPPING[config["model_type"]].from_dict(json.loads(json.dumps(config))).to_dict()
 
 
+def test_a_key_of_the_published_file_that_the_class_has_no_more():
+    """GLM-4.7-Flash's first_k_dense_replace, which its class has no more: says that all layers are dense, as mlp_layer_types does"""
+    moe = tiny_config("glm4_moe_lite", first_k_dense_replace=1)
+    config = for_all_readers(DenseForm(Stock(moe)).of(64).config(moe.to_dict()))
+    assert config["first_k_dense_replace"] == moe.num_hidden_layers
+    assert set(read_back(config)["mlp_layer_types"]) == {"dense"}
+
+
 @pytest.mark.parametrize("family", [pytest.param(name, marks=() if name in OLD else pytest.mark.slow) for name in UNREFUSED])
 def test_every_family_says_all_keys_as_they_were_meant(family: str):
     """the dense config.json of any family: no key of the class is left out, and heads, positions, tokens and experts are as meant"""
@@ -55,6 +63,8 @@ def test_every_family_says_all_keys_as_they_were_meant(family: str):
     assert not differences(dense.stock.model.config.to_dict(), believed)
     kept = {name: source[name] for name in KEPT if source.get(name) not in (None, 0) and name in believed}
     assert {name: believed[name] for name in kept} == kept
+    if "mlp_layer_types" in config and set(config["mlp_layer_types"]) == {"dense"}:  # engines go by the published key
+        assert config["first_k_dense_replace"] == believed["num_hidden_layers"]
     if form.kind == "itself, all layers dense":
         router = {name: source[name] for name in ROUTER if name in source}
         assert {name: believed[name] for name in router} == router

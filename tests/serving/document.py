@@ -33,8 +33,8 @@ class _Keys(dict[str, str]):
 
 
 def records() -> dict[str, list[dict[str, Any]]]:
-    """Rows by type."""
-    return json.loads(RECORDS.read_text(encoding="utf-8"))
+    """Rows by type; none before the first `make serving`."""
+    return json.loads(RECORDS.read_text(encoding="utf-8")) if RECORDS.exists() else {}
 
 
 def served(model_type: str) -> list[str]:

@@ -18,6 +18,7 @@ from megatron_moe2dense.cli import main as moe2dense
 from megatron_moe2dense.common.errors import UserError
 from tests.families.every import random_model
 from tests.families.tiny_configs import YARN, engine_config
+from tests.serving.document import records
 
 EXAMPLE, QUICKSTART, EXPORT = Path("examples/pico_moe"), "quickstart", Path("out/quickstart/export")
 OLD = ("qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "olmoe", "mixtral", "qwen2_moe")
@@ -38,11 +39,6 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "gpt_oss": {"swiglu_limit": 7.0},
     "olmoe": {"num_key_value_heads": 4},  # as many as heads of queries, which llama.cpp takes for granted
     "dots1": {"num_key_value_heads": 4},
-}
-# Where an engine differs or does not serve a type: part of the reason, in its own words.
-KNOWN: dict[tuple[str, str], str] = {
-    ("qwen2_moe", "vllm"): "its tokenizer gives other tokens",  # AutoTokenizer's class for a qwen2; --tokenizer helps
-    ("gpt_oss", "llama_cpp"): "log-probabilities differ",  # truncate: false of its YaRN
 }
 # Tokens that llama.cpp's converter asks the tokenizers of some families for.
 SPECIAL = ("[gMASK]", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
@@ -85,14 +81,15 @@ def checked(dense: Path, folder: Path, settings: list[str]) -> list[dict[str, An
     ended = subprocess.run([*command, *settings], capture_output=True, text=True, check=False)
     if not rows.exists():
         return [{"engine": "serve-check", "verdict": "broken", "reason": ended.stderr[-400:], "weights": "", "model": "", "version": ""}]
-    return json.loads(rows.read_text())["rows"]
+    found = json.loads(rows.read_text())["rows"]
+    return [row | {"reason": row["reason"].replace(f"{dense}/", "").replace(str(dense), "the model")} for row in found]
 
 
 def main(arguments: list[str]) -> int:
     """Check the types named, or all and the student of the quickstart; write rows by type as JSON, one file that later runs add to.
 
     Returns:
-        0: every engine computes what transformers does, or differs as KNOWN says; 1: a row is otherwise.
+        0: every engine computes what transformers does, or did not in docs/serving_records.json either; 1: one is worse.
     """
     named = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     types = [argument for argument in arguments if "=" not in argument] or [*OLD, *NEW, QUICKSTART]
@@ -105,13 +102,20 @@ def main(arguments: list[str]) -> int:
         for row in found[model_type]:
             figures = row.get("difference"), row.get("kl")
             print(model_type, row["engine"], row["weights"], *figures, row["verdict"], row["reason"][:300], flush=True)
-    wrong = [name for name in types for row in found[name] if row["verdict"] != "same" and _known(name, row["engine"]) not in row["reason"]]
-    print("otherwise than known:", ", ".join(wrong) or "none")
+    wrong = worse({name: found[name] for name in types}, records())
+    print("worse than in docs/serving_records.json:", "; ".join(wrong) or "nothing")
     return int(bool(wrong))
 
 
-def _known(model_type: str, engine: str) -> str:
-    return KNOWN.get((model_type, engine), "nothing is known")
+def worse(found: dict[str, list[dict[str, Any]]], before: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Engines that do not compute what transformers does, and did, or were never asked; and what could not be converted or asked at all."""
+    lines = []
+    for name, rows in found.items():
+        known = {(row["engine"], row["weights"]): row["verdict"] for row in before.get(name, [])}
+        for row in rows:
+            if row["verdict"] != "same" and known.get((row["engine"], row["weights"]), "same") in ("same", "broken"):
+                lines.append(f"{name} in {row['engine']} {row['weights']}: {row['verdict']}, {row['reason'][:200]}")
+    return lines
 
 
 def _rows(model_type: str, folder: Path, settings: list[str]) -> list[dict[str, Any]]:

@@ -170,6 +170,10 @@ def test_rounded_weights_are_judged_by_kl() -> None:
 def test_an_engine_s_own_words() -> None:
     said = "INFO loading\nTraceback (most recent call last):\n  File x\nValueError: Model architectures ['A'] are not supported\n"
     assert own_words(said) == "ValueError: Model architectures ['A'] are not supported"
+    assert (
+        own_words("[rank0]:     raise A\n[rank0]:           ^^^^^\n[rank0]: RuntimeError: No layer found\n")
+        == "RuntimeError: No layer found"
+    )
     assert "unknown model architecture: 'a'" in own_words(f"llama_model_load: error loading model: unknown model architecture: 'a'\n{said}")
     assert own_words("no\nexception\nhere") == "exception here"
     assert os.linesep not in own_words(said)

@@ -82,7 +82,12 @@ def test_a_file_that_says_otherwise_than_config_json_is_refused(
 
     def other(file: Path, checkout: Path) -> dict[str, Any]:
         content = real(file, checkout)
-        content["fields"] |= {"qwen3.rope.freq_base": 1e6, "qwen3.block_count": 3, "tokenizer.ggml.tokens": {"length": 2000}}
+        content["fields"] |= {
+            "qwen3.rope.freq_base": 1e6,
+            "qwen3.block_count": 3,
+            "qwen3.context_length": 16,
+            "tokenizer.ggml.tokens": {"length": 2000},
+        }
         content["tensors"].pop("output_norm.weight")
         return content
 
@@ -91,7 +96,13 @@ def test_a_file_that_says_otherwise_than_config_json_is_refused(
         export(dense, tmp_path / "out", "dtype=float32")
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    for wrong in ("block_count is 3, not 2", "rope.freq_base is 1000000.0, not 10000", "2000 tokens, not 2048", "numbers, not"):
+    for wrong in (
+        "block_count is 3, not 2",
+        "context_length is 16, not",
+        "rope.freq_base is 1000000.0, not 10000",
+        "2000 tokens, not 2048",
+        "numbers, not",
+    ):
         assert wrong in said
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("out.tmp/*.gguf"))
