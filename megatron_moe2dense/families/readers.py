@@ -49,8 +49,8 @@ def of_json(value: Any) -> Any:
 def for_all_readers(config: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a config.json with `rope_theta`, `rope_scaling` and `torch_dtype` beside the keys that took their places in
     transformers 5, whose classes read both alike. Where kinds of layers have rotary embeddings of their own, each class had other names for
-    them: these stay. Where `mlp_layer_types` says that all layers are dense, so does the `first_k_dense_replace` of published files, by which
-    vLLM and llama.cpp go (GLM-4.7-Flash: they would look for experts).
+    them: these stay. Where `mlp_layer_types` says that all layers are dense, so does the `first_k_dense_replace` of published files, which
+    vLLM and llama.cpp read (GLM-4.7-Flash: they would look for experts).
     """
     written = {name: for_all_readers(value) if name == "text_config" else value for name, value in config.items()}
     if set(written.get("mlp_layer_types") or ()) == {"dense"}:
