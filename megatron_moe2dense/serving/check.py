@@ -108,7 +108,9 @@ def _rows(config: ServeCheckConfig, places: list[Place], folder: Path) -> Iterat
         row = Row(place.engine, reference["class"], kind)
         bounds = (config.bound, None) if kind == "float32" else (None, config.kl_bound)
         try:
-            yield judged(row, reference, place.ask(ask(), folder), bounds)
+            answer, own = _answer(place, ask(), folder)
+            found = judged(row, reference, answer, bounds)
+            yield dataclasses.replace(found, reason="; ".join(filter(None, (found.reason, own))))
         except NotServedError as error:
             yield refused(row, str(error))
     if config.moe is None:
@@ -118,7 +120,7 @@ def _rows(config: ServeCheckConfig, places: list[Place], folder: Path) -> Iterat
         row = Row(place.engine, type(moe.stock.model).__name__, kind)
         try:
             alone_asked = ask()
-            alone = place.ask(alone_asked, folder)
+            alone, _ = _answer(place, alone_asked, folder)
             yield measured(row, alone)
             if config.draft and place.engine in _DRAFTING:
                 draft = asked["model"] if place.engine != _LLAMA_CPP else str(_file(config, source, kind, folder / "draft.gguf"))
@@ -126,6 +128,21 @@ def _rows(config: ServeCheckConfig, places: list[Place], folder: Path) -> Iterat
                 yield guessed(dataclasses.replace(row, model=f"{row.model}, {config.draft} guessed by {reference['class']}"), alone, answer)
         except NotServedError as error:
             yield dataclasses.replace(row, reason=f"not served: {error}")
+
+
+def _answer(place: Place, asked: dict[str, Any], folder: Path) -> tuple[dict[str, Any], str]:
+    """An engine's answer, and what it said of its own class where it ran transformers' instead, as vLLM can."""
+    try:
+        return place.ask(asked, folder), ""
+    except NotServedError as error:
+        if place.engine != "vllm":
+            raise
+        own = str(error)
+    try:
+        answer = place.ask({**asked, "model_impl": "transformers"}, folder)
+    except NotServedError as error:
+        raise NotServedError(f"{own}; with --model-impl transformers: {error}") from error
+    return answer, f"with --model-impl transformers, as its own class says: {own}"
 
 
 def _models(

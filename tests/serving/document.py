@@ -80,7 +80,7 @@ def _cell(rows: list[dict[str, Any]], column: tuple[str, str] | None, notes: lis
         return "not asked"
     figure = {"float32": row["difference"], "Q8_0": row["kl"]}[column[1]]
     said = f"{figure:.1e}" if figure is not None else "no"
-    if row["verdict"] == "same":
+    if row["verdict"] == "same" and not row["reason"]:
         return said
     note = f"{NAMES[row['engine']]}: {row['reason'].replace('|', '/')}"
     if note not in notes:

@@ -23,7 +23,7 @@ from tests.serving.document import records
 EXAMPLE, QUICKSTART, EXPORT = Path("examples/pico_moe"), "quickstart", Path("out/quickstart/export")
 OLD = ("qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "olmoe", "mixtral", "qwen2_moe")
 NEW = (
-    *("qwen3_next", "qwen3_5_moe_text", "glm4_moe", "glm4_moe_lite", "minimax_m2", "ernie4_5_moe", "hunyuan_v1_moe", "granitemoe"),
+    *("qwen3_next", "qwen3_5_moe_text", "glm4_moe", "glm4_moe_lite", "ernie4_5_moe", "hunyuan_v1_moe", "granitemoe"),
     *("granitemoehybrid", "lfm2_moe", "gemma4_text", "nemotron_h", "llama4_text", "dots1", "exaone_moe", "afmoe", "phimoe", "cohere2_moe"),
     *("jamba", "flex_olmo", "deepseek_v32", "hy_v3", "solar_open", "mistral4"),
 )
@@ -34,7 +34,6 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"rope_parameters": ROPE},
     # Keys of the published config.json that the class does not have.
     "glm4_moe": {"head_dim": 64},
-    "minimax_m2": {"rotary_dim": 32},
     "exaone_moe": {"scoring_func": "sigmoid"},
     "gpt_oss": {"swiglu_limit": 7.0},
     "olmoe": {"num_key_value_heads": 4},  # as many as heads of queries, which llama.cpp takes for granted

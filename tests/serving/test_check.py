@@ -12,9 +12,10 @@ import pytest
 
 from megatron_moe2dense.cli import main
 from megatron_moe2dense.common.errors import UserError
+from megatron_moe2dense.serving import check
 from megatron_moe2dense.serving.compare import Row, judged
 from megatron_moe2dense.serving.config import PythonConfig
-from megatron_moe2dense.serving.engines import find, own_words
+from megatron_moe2dense.serving.engines import NotServedError, Place, find, own_words
 from tests.helpers.tiny_models import tiny
 from tests.serving.conftest import INTERPRETER, llama_server, program, with_tokenizer
 
@@ -177,3 +178,21 @@ def test_an_engine_s_own_words() -> None:
     assert "unknown model architecture: 'a'" in own_words(f"llama_model_load: error loading model: unknown model architecture: 'a'\n{said}")
     assert own_words("no\nexception\nhere") == "exception here"
     assert os.linesep not in own_words(said)
+
+
+def test_vllm_runs_the_class_of_transformers_where_its_own_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def ask(place: Place, request: dict[str, Any], folder: Path) -> dict[str, Any]:
+        asked.append(request)
+        if "model_impl" not in request:
+            raise NotServedError("RuntimeError: No MoE layer found")
+        return answer()
+
+    monkeypatch.setattr(Place, "ask", ask)
+    found, said = check._answer(Place("vllm", "python"), {"model": "m"}, tmp_path)
+    assert found == answer()
+    assert said == "with --model-impl transformers, as its own class says: RuntimeError: No MoE layer found"
+    assert [request.get("model_impl") for request in asked] == [None, "transformers"]
+    with pytest.raises(NotServedError, match="No MoE layer"):
+        check._answer(Place("llama_cpp", "python"), {"model": "m"}, tmp_path)

@@ -32,6 +32,7 @@ def main(request_path: str, answer_path: str) -> None:
         max_num_seqs=request["batch"],
         max_logprobs=-1,
         enforce_eager=True,
+        model_impl=request.get("model_impl", "auto"),
         enable_prefix_caching=False,
         disable_log_stats=draft is None,
         seed=0,
