@@ -40,7 +40,7 @@ def own_tokenizer(directory: Path) -> Any:
     described = [plain.encode(text, add_special_tokens=False).ids for text in TEXTS]
     if _ids(found) == described:
         return found
-    own = cls.from_pretrained(directory, local_files_only=True)
+    own = cls.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     return own if _ids(own) == described else found
 
 

@@ -41,7 +41,7 @@ def test_a_user_reads_how_large_a_model_is(family: str, tmp_path: Path, capsys: 
     moe, dense = (json.loads(said("inspect", f"{tmp_path}/{name}", "--json")) for name in ("moe", "dense"))
     assert moe["parameters"]["total"] == stock["moe"]
     assert [dense["parameters"]["total"], moe["dense"]["parameters"], promised] == [stock["dense"]] * 3
-    assert re.findall(r"([\d,]+) parameters", written) == [f"{stock['dense']:,}"]
+    assert re.findall(r": ([\d,]+) parameters", written) == [f"{stock['dense']:,}"]
     run = [f"student={tmp_path}/dense", f"teacher={tmp_path}/moe", f"data={{path: {tmp_path}/text, sequence_length: 16}}"]
     dry = json.loads(said("distill", *run, f"output={tmp_path}/run", "batch={micro: 1, global: 2}", "train.steps=2", "--dry-run"))
     assert (dry["student"]["parameters"], dry["teacher"]["parameters"]) == (stock["dense"], stock["moe"])

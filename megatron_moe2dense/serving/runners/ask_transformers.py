@@ -21,7 +21,7 @@ def main(request_path: str, answer_path: str) -> None:
     # As plain as there is where others are compared with it; what a user gets otherwise.
     kernels = {"attn_implementation": "eager", "experts_implementation": "eager"} if request["plain"] else {}
     model = _opened(request["model"], getattr(torch, request["dtype"]), kernels)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(request["model"], local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(request["model"], local_files_only=True, trust_remote_code=False)
     generated = [_greedy(model, prompt, request["new_tokens"]) for prompt in request["prompts"]]
     answer: dict[str, Any] = {
         "version": f"transformers {transformers.__version__}",
@@ -51,11 +51,11 @@ def _opened(folder: str, dtype: torch.dtype, kernels: dict[str, str]) -> Any:
     named = {"dtype": dtype, **kernels}
     if int(transformers.__version__.partition(".")[0]) < 5:
         named = {"torch_dtype": dtype, **{name: value for name, value in kernels.items() if name == "attn_implementation"}}
-    config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     cls: Any = transformers.AutoModelForCausalLM
     if type(config) not in cls._model_mapping:
         cls = getattr(transformers, config.architectures[0])
-    return cls.from_pretrained(folder, config=config, local_files_only=True, **named).eval()
+    return cls.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False, **named).eval()
 
 
 @torch.no_grad()
