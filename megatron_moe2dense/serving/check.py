@@ -56,6 +56,8 @@ def dry_run(config: ServeCheckConfig) -> dict[str, Any]:
 
 def _require(config: ServeCheckConfig) -> list[Place]:
     """Before anything is computed: the engines, the tools and the output."""
+    if (Path(config.source) / "checkpoints").is_dir():
+        raise UserError(f"{config.source} is a run of `distill`", "a Hugging Face directory", "moe2dense export it first")
     places = find(config.engines, config.python)
     if config.output is not None and Path(config.output).exists() and not config.overwrite:
         raise UserError(f"output {config.output} exists", "a path that does not exist yet", "choose another output or add overwrite=true")

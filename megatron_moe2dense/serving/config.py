@@ -87,7 +87,9 @@ class ServeCheckConfig(Config):
     overwrite: bool = key(False, "replace existing output")
 
     @model_validator(mode="after")
-    def _drafts_for_a_moe(self) -> ServeCheckConfig:
+    def _has_what_it_asks(self) -> ServeCheckConfig:
+        if self.engines == []:
+            raise ValueError("engines names none; null: those that are found")
         if self.draft and self.moe is None:
             raise ValueError("draft asks for moe, whose next tokens are guessed")
         return self

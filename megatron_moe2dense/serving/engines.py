@@ -78,6 +78,12 @@ def find(engines: Sequence[Engine] | None, python: PythonConfig) -> list[Place]:
             places.append(place)
         elif engines is not None or getattr(python, engine) is not None:
             where = getattr(python, engine) or "this interpreter"
+            if where != "this interpreter" and shutil.which(where) is None:
+                raise UserError(
+                    f"python.{engine}={where}: no program",
+                    "an interpreter that has the engine, or the engine's program",
+                    "correct the path",
+                )
             raise UserError(
                 f"{engine}: {where} has no {_PACKAGES[engine]}",
                 f"python.{engine}=INTERPRETER that has it",

@@ -91,7 +91,7 @@ def test_a_server_that_ends_is_quoted(dense: Path, tmp_path: Path, capsys: pytes
     assert "no such option" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("settings", [("engines=[vllm]",), (f"python.vllm={INTERPRETER}",), ("python.vllm=/nowhere/python",)])
+@pytest.mark.parametrize("settings", [("engines=[vllm]",), (f"python.vllm={INTERPRETER}",)])
 def test_an_engine_that_is_not_there(settings: tuple[str, ...], dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         checked(dense, tmp_path / "rows.json", *settings)
@@ -103,8 +103,30 @@ def test_an_engine_that_is_not_there(settings: tuple[str, ...], dense: Path, tmp
 def test_engines_are_those_that_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [place.engine for place in find(None, PythonConfig())] == ["transformers", "llama_cpp"]
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="llama-server has no xllamacpp"):
+    with pytest.raises(UserError, match="llama-server: no program"):
         find(None, PythonConfig(llama_cpp="llama-server"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("engines=[]", "engines names none"),
+        ("python.vllm=/nowhere/python", "python.vllm=/nowhere/python: no program"),
+        ("python.llama_cpp=../nowhere/llama-server", "../nowhere/llama-server: no program"),
+    ],
+)
+def test_engines_that_can_not_be_asked(settings: str, words: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        checked(dense, tmp_path / "rows.json", settings)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_run_is_exported_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        checked(tmp_path / "run", tmp_path / "rows.json")
+    assert "moe2dense export it first" in capsys.readouterr().err
 
 
 def test_an_output_that_is_there(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,6 +139,11 @@ def test_quantize_is_of_gguf(dense: Path, tmp_path: Path, capsys: pytest.Capture
     assert "are of format=gguf" in capsys.readouterr().err
 
 
+def test_a_folder_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tiny("qwen3", tmp_path / "source", "bfloat16", num_hidden_layers=1)
+    assert "no tokenizer files" in refusal(capsys, source, tmp_path / "out")
+
+
 def test_a_tokenizer_of_no_known_pattern(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = Path(shutil.copytree(dense, tmp_path / "source"))
     content = json.loads((source / "tokenizer.json").read_text())
