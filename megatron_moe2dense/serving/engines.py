@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -59,6 +60,8 @@ class Place:
         asked.write_text(json.dumps({**request, "program": self.program}), encoding="utf-8")
         command = [self.interpreter, str(RUNNERS / f"ask_{self.engine}.py"), str(asked), str(answered)]
         ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if ended.returncode < 0:
+            raise NotServedError(f"it crashed ({signal.Signals(-ended.returncode).name})")
         if ended.returncode or not answered.exists():
             raise NotServedError(own_words(ended.stdout + ended.stderr) or f"it ended with code {ended.returncode} and without a word")
         return json.loads(answered.read_text(encoding="utf-8"))

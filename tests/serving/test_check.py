@@ -218,3 +218,9 @@ def test_vllm_runs_the_class_of_transformers_where_its_own_does_not(monkeypatch:
     assert [request.get("model_impl") for request in asked] == [None, "transformers"]
     with pytest.raises(NotServedError, match="No MoE layer"):
         check._answer(Place("llama_cpp", "python"), {"model": "m"}, tmp_path)
+
+
+def test_an_engine_that_crashes(tmp_path: Path) -> None:
+    place = Place("vllm", str(program(tmp_path / "python", "#!/bin/sh\nkill -ABRT $$\n")))
+    with pytest.raises(NotServedError, match="it crashed"):
+        place.ask({}, tmp_path)
