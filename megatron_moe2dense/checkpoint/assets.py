@@ -43,6 +43,13 @@ def tokenizer_of(source: Path) -> str:
     return f"{_UNREADABLE}: {' and '.join(parts)}, and neither tokenizer.json nor tokenizer.model"
 
 
+def require_tokenizer(source: Path) -> None:
+    """UserError where a folder has no tokenizer that stock transformers opens, which makes an empty one up without a word."""
+    held = tokenizer_of(source)
+    if held.startswith("no "):
+        raise UserError(f"{source}: {held}", "a tokenizer beside the weights", "copy that of its teacher")
+
+
 def copy_assets(source: Path, target: Path, processors: bool = False) -> list[str]:
     """Copy the assets that `source` has, byte for byte; returns their names. A tokenizer that needs code, which is not copied, is said.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_moe2dense.checkpoint.assets import tokenizer_of
+from megatron_moe2dense.checkpoint.assets import require_tokenizer
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.common.outputs import versions, write_json
@@ -98,7 +98,8 @@ def request(config: ServeCheckConfig, source: Path, texts: list[str], prompts: l
 
 def _rows(config: ServeCheckConfig, places: list[Place], folder: Path) -> Iterator[Row]:
     source = Account.open(config.source).index.directory
-    tokenizer = _tokenizer(source)
+    require_tokenizer(source)
+    tokenizer = own_tokenizer(source)
     prompts = [tokenizer.encode(text)[:_LONGEST_PROMPT] for text in TEXTS]
     asked = request(config, source, list(TEXTS), prompts)
     logger.info("stock transformers in float32, which the engines are compared with")
@@ -166,11 +167,3 @@ def _file(config: ServeCheckConfig, source: Path, kind: str, target: Path) -> Pa
     except UserError as error:
         raise NotServedError(error.found) from error
     return target
-
-
-def _tokenizer(source: Path) -> Any:
-    """That which the folder's files describe."""
-    held = tokenizer_of(source)
-    if held.startswith("no "):
-        raise UserError(f"{source}: {held}", "a tokenizer beside the model", "copy that of its teacher")
-    return own_tokenizer(source)

@@ -13,7 +13,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from megatron_moe2dense.checkpoint.assets import tokenizer_of
+from megatron_moe2dense.checkpoint.assets import require_tokenizer
 from megatron_moe2dense.common.errors import UserError
 from megatron_moe2dense.common.log import logger
 from megatron_moe2dense.families import pre_tokenizers
@@ -65,9 +65,7 @@ def write(source: Path, target: Path, kind: str, config: GgufConfig) -> dict[str
         UserError: a tool is missing; the converter does not know class or tokenizer, or failed; the file says otherwise than config.json.
     """
     tools = Tools.find(config, kind)
-    held = tokenizer_of(source)
-    if held.startswith("no "):
-        raise UserError(f"{source}: {held}", "a tokenizer, which is part of a GGUF file", "copy that of its teacher beside the weights")
+    require_tokenizer(source)
     whole = target if kind in _OUTTYPES else target.with_name(f"{target.stem}.whole.gguf")
     _convert(source, whole, _OUTTYPES.get(kind) or _OUTTYPES[dtype_of(source)], tools.checkout, config.pre_tokenizer)
     if whole != target:

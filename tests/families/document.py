@@ -5,7 +5,7 @@ python -m tests.families.document > docs/families.md
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from megatron_moe2dense.surgery.source import MoeSource
 from megatron_moe2dense.surgery.stream import Compute, StreamedModel
 from tests.families.every import moe_types, tiny_checkpoint, tiny_config, wrapper_types
 from tests.families.facts import MODELS
-from tests.serving.document import records, served
+from tests.serving.document import records, served, table
 
 COLUMNS = ("`model_type`", "models", "dense class", "form", "lost", "runs", "trainer", "engines")
 PAGE = """\
@@ -101,10 +101,10 @@ def page() -> str:
             refused_wrappers.append((*row, error.found.removeprefix(f"{text_type}: ")))
     return PAGE.format(
         version=transformers.__version__,
-        table=_table(COLUMNS, rows),
-        refused=_table(("`model_type`", "models", "why"), refused),
-        wrappers=_table(("`model_type`", "models", "language model", "dense class", "language model alone"), wrappers),
-        refused_wrappers=_table(("`model_type`", "models", "language model", "why"), refused_wrappers),
+        table=table(COLUMNS, rows),
+        refused=table(("`model_type`", "models", "why"), refused),
+        wrappers=table(("`model_type`", "models", "language model", "dense class", "language model alone"), wrappers),
+        refused_wrappers=table(("`model_type`", "models", "language model", "why"), refused_wrappers),
     )
 
 
@@ -177,11 +177,6 @@ def _dense_classes(model_type: str) -> tuple[str, str]:
 
 def _class_of(form: DenseForm) -> str:
     return f"`{type(form.of(64).stock.model).__name__}`"
-
-
-def _table(header: Iterable[str], rows: list[tuple[str, ...]]) -> str:
-    columns = list(header)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows))
 
 
 if __name__ == "__main__":

@@ -45,9 +45,9 @@ def served(model_type: str) -> list[str]:
 
 def page(text: str) -> str:
     """docs/serving.md with its tables as the records and the code say."""
-    for name, table in (("engines", engines()), ("facts", facts())):
+    for name, content in (("engines", engines()), ("facts", facts())):
         before, _, rest = text.partition(f"<!-- {name} -->\n")
-        text = f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->{rest.partition(f'<!-- /{name} -->')[2]}"
+        text = f"{before}<!-- {name} -->\n{content}\n<!-- /{name} -->{rest.partition(f'<!-- /{name} -->')[2]}"
     return text
 
 
@@ -56,15 +56,15 @@ def engines() -> str:
     found, notes = records(), []
     body = [(f"`{model_type}`", *(_cell(rows, column, notes) for column in COLUMNS)) for model_type, rows in found.items()]
     versions = sorted({row["version"] for rows in found.values() for row in rows if row["version"]})
-    table = _table(("dense result of", "class", "vLLM", "llama.cpp", "Q8_0"), body)
+    measured = table(("dense result of", "class", "vLLM", "llama.cpp", "Q8_0"), body)
     listed = "\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1))
-    return "\n\n".join([INTRODUCTION.format(versions="; ".join(versions)), table, *([listed] if notes else [])])
+    return "\n\n".join([INTRODUCTION.format(versions="; ".join(versions)), measured, *([listed] if notes else [])])
 
 
 def facts() -> str:
     """What engines do otherwise as far as a config tells."""
     rows = [(each.engine, ", ".join(f"`{name}`" for name in each.types) or "all", each.said.format_map(_Keys()), each.do) for each in FACTS]
-    return _table(("engine", "`model_type`", "what it does", "what helps"), rows)
+    return table(("engine", "`model_type`", "what it does", "what helps"), rows)
 
 
 def _is(row: dict[str, Any], engine: str, weights: str) -> bool:
@@ -88,7 +88,8 @@ def _cell(rows: list[dict[str, Any]], column: tuple[str, str] | None, notes: lis
     return f"{said} ({notes.index(note) + 1})"
 
 
-def _table(header: Iterable[str], rows: list[tuple[str, ...]]) -> str:
+def table(header: Iterable[str], rows: list[tuple[str, ...]]) -> str:
+    """In Markdown."""
     columns = list(header)
     return "\n".join("| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from megatron_moe2dense.serving import gguf
 from megatron_moe2dense.serving.compare import Row, guessed
 from megatron_moe2dense.serving.config import GgufConfig
 from megatron_moe2dense.serving.engines import Place
-from megatron_moe2dense.serving.runners import ask_vllm
+from megatron_moe2dense.serving.gguf import RUNNERS
 from tests.helpers.tiny_models import tiny
 from tests.serving.conftest import llama_server
 
@@ -91,9 +92,10 @@ def test_other_tokens_than_alone_are_counted():
     assert (row.greedy, row.reason) == ("1/2", "60% of the guesses taken, 2.00 tokens a pass")
 
 
-def test_vllm_is_told_of_the_draft():
+def test_vllm_is_told_of_the_draft(monkeypatch: pytest.MonkeyPatch):
     """As vLLM 0.32 names it."""
-    assert ask_vllm._speculative({"model": "student", "tokens": 3}) == {
+    monkeypatch.syspath_prepend(RUNNERS)
+    assert runpy.run_path(str(RUNNERS / "ask_vllm.py"))["_speculative"]({"model": "student", "tokens": 3}) == {
         "method": "draft_model",
         "model": "student",
         "num_speculative_tokens": 3,

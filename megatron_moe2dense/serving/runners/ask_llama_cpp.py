@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import socket
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from measures import peak_bytes
+
 
 def main(request_path: str, answer_path: str) -> None:
     """Load the GGUF, ask, write the answer."""
@@ -30,7 +31,7 @@ def main(request_path: str, answer_path: str) -> None:
         answer |= _written(base, request)
         if request["speed"]:
             answer["speed"] = _speed(base, request["speed"])
-        answer["peak_bytes"] = _peak_bytes(facts["pid"])
+        answer["peak_bytes"] = peak_bytes(facts["pid"])
     Path(answer_path).write_text(json.dumps(answer), encoding="utf-8")
 
 
@@ -168,15 +169,6 @@ def _speed(base: str, speed: dict[str, Any]) -> dict[str, float]:
     """Tokens a second of reading a prompt and of writing, the best of some runs."""
     runs = [_complete(base, speed["prompt"], speed["new_tokens"])["timings"] for _ in range(speed["repeats"])]
     return {"prompt": max(run["prompt_per_second"] for run in runs), "decode": max(run["predicted_per_second"] for run in runs)}
-
-
-def _peak_bytes(pid: int | str) -> int | None:
-    """The most memory that the process has held, where the system says so."""
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
 
 
 if __name__ == "__main__":

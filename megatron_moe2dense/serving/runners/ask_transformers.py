@@ -4,7 +4,6 @@ ask_transformers.py REQUEST ANSWER. Reads a request (JSON) and writes the answer
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from measures import peak_bytes, rates
 
 
 def main(request_path: str, answer_path: str) -> None:
@@ -33,17 +33,8 @@ def main(request_path: str, answer_path: str) -> None:
     }
     if request["speed"]:
         answer["speed"] = _speed(model, request["speed"])
-    answer["peak_bytes"] = _peak_bytes()
+    answer["peak_bytes"] = peak_bytes()
     Path(answer_path).write_text(json.dumps(answer), encoding="utf-8")
-
-
-def _peak_bytes() -> int | None:
-    """The most memory that the process has held, where the system says so; getrusage's is that of the process before it as well."""
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
 
 
 def _opened(folder: str, dtype: torch.dtype, kernels: dict[str, str]) -> Any:
@@ -75,7 +66,7 @@ def _greedy(model: Any, prompt: list[int], count: int) -> tuple[torch.Tensor, li
 
 @torch.no_grad()
 def _speed(model: Any, speed: dict[str, Any]) -> dict[str, float]:
-    """Tokens a second of reading a prompt and of writing, alone and for a batch; the best of some runs."""
+    """Tokens a second, the best of some runs."""
 
     def timed(copies: int, count: int) -> float:
         best = float("inf")
@@ -93,12 +84,7 @@ def _speed(model: Any, speed: dict[str, Any]) -> dict[str, float]:
             best = min(best, time.perf_counter() - started)
         return best
 
-    new, batch, read = speed["new_tokens"], speed["batch"], timed(1, 1)
-    return {
-        "prompt": len(speed["prompt"]) / read,
-        "decode": (new - 1) / max(timed(1, new) - read, 1e-9),
-        "decode_batch": batch * (new - 1) / max(timed(batch, new) - timed(batch, 1), 1e-9),
-    }
+    return rates(timed, speed)
 
 
 if __name__ == "__main__":

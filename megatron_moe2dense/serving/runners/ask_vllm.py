@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
+
+from measures import peak_bytes, rates
 
 
 def main(request_path: str, answer_path: str) -> None:
@@ -49,17 +50,8 @@ def main(request_path: str, answer_path: str) -> None:
     answer |= _written(llm, request, greedy)
     if request["speed"]:
         answer["speed"] = _speed(llm, vllm, request["speed"])
-    answer["peak_bytes"] = _peak_bytes()
+    answer["peak_bytes"] = peak_bytes()
     Path(answer_path).write_text(json.dumps(answer), encoding="utf-8")
-
-
-def _peak_bytes() -> int | None:
-    """The most memory that the process has held, where the system says so; getrusage's is that of the process before it as well."""
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
 
 
 def _speculative(draft: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +87,7 @@ def _row(found: dict[int, Any], vocabulary: int) -> list[float]:
 
 
 def _speed(llm: Any, vllm: Any, speed: dict[str, Any]) -> dict[str, float]:
-    """Tokens a second of reading a prompt and of writing, alone and for a batch; the best of some runs."""
+    """Tokens a second, the best of some runs."""
 
     def timed(copies: int, count: int) -> float:
         sampling = vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
@@ -106,12 +98,7 @@ def _speed(llm: Any, vllm: Any, speed: dict[str, Any]) -> dict[str, float]:
             best = min(best, time.perf_counter() - started)
         return best
 
-    new, read = speed["new_tokens"], timed(1, 1)
-    return {
-        "prompt": len(speed["prompt"]) / read,
-        "decode": (new - 1) / max(timed(1, new) - read, 1e-9),
-        "decode_batch": speed["batch"] * (new - 1) / max(timed(speed["batch"], new) - timed(speed["batch"], 1), 1e-9),
-    }
+    return rates(timed, speed)
 
 
 if __name__ == "__main__":
